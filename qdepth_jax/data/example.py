@@ -5,9 +5,9 @@
     Feature  { oneof: BytesList = 1 | FloatList = 2 | Int64List = 3 }    each list: repeated value = 1
 
 `scan` hands back where every bytes entry lies instead of the bytes: that is what an index of images needs.
-Anything that
-the schema above does not know is an error, never skipped: a damaged message must not read as a shorter good
-one.
+
+Anything that the schema above does not know is an error, never skipped: a damaged message must not read as a
+shorter good one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,13 +63,9 @@ def _encode_feature(name: str, value: Any) -> bytes:
         return _delimited(2, _delimited(1, array.astype("<f4").tobytes()))
     if array.dtype.kind in "iub":
         if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
-            raise ValueError(
-                f"feature {name!r}: {int(array.max())} does not fit int64, the only integer of Examples"
-            )
+            raise ValueError(f"feature {name!r}: {int(array.max())} does not fit int64, the only integer of Examples")
         return _delimited(3, _delimited(1, _encode_varints(array.astype(np.int64).reshape(-1))))
-    raise ValueError(
-        f"feature {name!r} has dtype {array.dtype}: use integers, bools, floats or a list of bytes"
-    )
+    raise ValueError(f"feature {name!r} has dtype {array.dtype}: use integers, bools, floats or a list of bytes")
 
 
 def _delimited(field: int, payload: bytes) -> bytes:
@@ -137,9 +133,7 @@ def _scan_entry(payload: bytes, start: int, end: int) -> tuple[str, Feature]:
     if not lists:
         return name, Feature("empty", np.zeros(0, np.float32))
     if len(lists) > 1 or lists[0][0] not in _KINDS:
-        raise _error(
-            value[0], f"feature {name!r} must hold one list, fields {[item[0] for item in lists]} found"
-        )
+        raise _error(value[0], f"feature {name!r} must hold one list, fields {[item[0] for item in lists]} found")
     field, low, high = lists[0]
     kind = _KINDS[field]
     read = {"bytes": _scan_bytes, "float": _scan_floats, "int": _scan_ints}[kind]
@@ -157,7 +151,7 @@ def _scan_bytes(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
 
 def _scan_floats(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
     runs = []
-    for wire, low, high in _values(payload, start, end, f"float_list {name!r}", _FIXED32):
+    for low, high in _values(payload, start, end, f"float_list {name!r}", _FIXED32):
         if (high - low) % 4:
             raise _error(low, f"float_list {name!r} has {high - low} bytes, not a multiple of 4")
         runs.append(np.frombuffer(payload, "<f4", (high - low) // 4, low))
@@ -167,13 +161,13 @@ def _scan_floats(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
 def _scan_ints(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
     runs = [
         _decode_varints(payload, low, high, name)
-        for _, low, high in _values(payload, start, end, f"int64_list {name!r}", _VARINT)
+        for low, high in _values(payload, start, end, f"int64_list {name!r}", _VARINT)
     ]
     return runs[0] if len(runs) == 1 else np.concatenate([*runs, np.zeros(0, np.int64)])
 
 
 def _decode_varints(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
-    """Packed varints -> int64 [n]; most are one byte (booleans, enumerations), so that case costs one cast."""
+    """Packed varints -> int64 [n]; most are one byte (booleans), so that case costs one cast."""
     data = np.frombuffer(payload, np.uint8, end - start, start)
     last = data < 0x80
     if last.all():
@@ -191,12 +185,12 @@ def _decode_varints(payload: bytes, start: int, end: int, name: str) -> np.ndarr
     return np.bitwise_or.reduceat(parts, begins).view(np.int64)
 
 
-def _values(payload: bytes, start: int, end: int, what: str, single: int) -> Iterator[tuple[int, int, int]]:
+def _values(payload: bytes, start: int, end: int, what: str, single: int) -> Iterator[tuple[int, int]]:
     """The runs of a repeated numeric field: packed runs, or single values (legal, though rarely written)."""
     for field, wire, low, high in _fields(payload, start, end, what):
         if field != 1 or wire not in (_BYTES, single):
             raise _error(low, f"unknown field {field} of wire type {wire} in {what}")
-        yield wire, low, high
+        yield low, high
 
 
 def _messages(payload: bytes, start: int, end: int, what: str) -> Iterator[tuple[int, int, int]]:
