@@ -54,8 +54,7 @@ def _same(ours: dict, theirs: dict) -> bool:
 def test_roundtrip_and_tensorflow_reads_the_same(features):
     payload = example.encode(features)
     expected = {
-        name: [x for x in value] if isinstance(value, list) else value.tolist()
-        for name, value in features.items()
+        name: [x for x in value] if isinstance(value, list) else value.tolist() for name, value in features.items()
     }
     assert _same(_plain(payload), expected)
     assert _same(_theirs(payload), expected)

@@ -18,10 +18,7 @@ def _write(path, payloads=PAYLOADS):
 
 def test_known_masked_crc():
     # crc32c("123456789") = 0xE3069283 (RFC 3720); masked by rotation and constant.
-    assert (
-        tfrecord.masked_crc(b"123456789")
-        == (((0xE3069283 >> 15) | (0xE3069283 << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-    )
+    assert tfrecord.masked_crc(b"123456789") == (((0xE3069283 >> 15) | (0xE3069283 << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def test_roundtrip_and_offsets(tmp_path):
