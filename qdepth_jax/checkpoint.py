@@ -1,0 +1,161 @@
+"""Checkpoints: Orbax, asynchronous, atomic; restored straight to the target sharding on any number of devices.
+
+One folder per step under WORKDIR/checkpoints with these items, so that a reader takes only what it needs:
+  params     trained parameters                    state  codebooks and counts
+  ema        averaged parameters (absent if none)   train  optimiser state and step
+  meta       JSON: step, data position and fingerprint, experiment config, statistics, tokenizer identity
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from qdepth_jax import errors, train_step
+
+FOLDER = "checkpoints"
+
+
+def open_manager(workdir: str, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
+    """The checkpoint manager of a run; keeps the newest `keep` checkpoints.
+
+    Raises:
+      UserError: read_only and the folder does not exist.
+    """
+    path = pathlib.Path(workdir).absolute() / FOLDER
+    if read_only and not path.is_dir():
+        raise errors.UserError(
+            f"no checkpoints in {workdir!r}: {path} does not exist (is this the --workdir of a run?)"
+        )
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
+    )
+    return ocp.CheckpointManager(path, options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: train_step.TrainState, meta: dict[str, Any], step: int) -> None:
+    """Start an asynchronous save; device arrays are copied to the host before this returns."""
+    items = {
+        "params": ocp.args.StandardSave(state.params),
+        "train": ocp.args.StandardSave({"step": state.step, "opt_state": _saveable(state.opt_state)}),
+        "meta": ocp.args.JsonSave(meta),
+    }
+    if jax.tree.leaves(state.state):
+        items["state"] = ocp.args.StandardSave(state.state)
+    if state.ema is not None:
+        items["ema"] = ocp.args.StandardSave(state.ema)
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def restore(manager: ocp.CheckpointManager, step: int, target: train_step.TrainState) -> train_step.TrainState:
+    """The whole train state of a checkpoint, placed as `target` (ShapeDtypeStructs with shardings) says."""
+    items = {
+        "params": ocp.args.StandardRestore(target.params),
+        "train": ocp.args.StandardRestore({"step": target.step, "opt_state": _saveable(target.opt_state)}),
+    }
+    if jax.tree.leaves(target.state):
+        items["state"] = ocp.args.StandardRestore(target.state)
+    if target.ema is not None:
+        items["ema"] = ocp.args.StandardRestore(target.ema)
+    out = manager.restore(step, args=ocp.args.Composite(**items))
+    leaves = jax.tree.leaves(out["train"]["opt_state"])
+    opt_state = jax.tree.unflatten(jax.tree.structure(target.opt_state), leaves)
+    return train_step.TrainState(
+        out["train"]["step"],
+        out["params"],
+        out["state"] if "state" in items else target.state,
+        opt_state,
+        out["ema"] if "ema" in items else None,
+    )
+
+
+def restore_model(workdir: str, target: dict[str, Any], average: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and model state of a run's last checkpoint, without its optimiser.
+
+    Args:
+      workdir: of the run.
+      target: {"params", "state"} of ShapeDtypeStructs with shardings.
+      average: take the averaged parameters where the run kept them.
+
+    Returns:
+      ({"params", "state"}, meta).
+    """
+    with open_manager(workdir, read_only=True) as manager:
+        step = last_step(manager, workdir)
+        kept = set(manager.item_metadata(step).keys())
+        source = "ema" if average and "ema" in kept else "params"
+        items = {source: ocp.args.StandardRestore(target["params"]), "meta": ocp.args.JsonRestore()}
+        if jax.tree.leaves(target["state"]):
+            items["state"] = ocp.args.StandardRestore(target["state"])
+        out = manager.restore(step, args=ocp.args.Composite(**items))
+        return {"params": out[source], "state": out["state"] if "state" in items else {}}, out["meta"]
+
+
+def read_meta(workdir: str) -> dict[str, Any]:
+    """The `meta` item of a run's last checkpoint."""
+    with open_manager(workdir, read_only=True) as manager:
+        step = last_step(manager, workdir)
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def last_step(manager: ocp.CheckpointManager, workdir: str) -> int:
+    """Step of the newest complete checkpoint.
+
+    Raises:
+      UserError: there is none.
+    """
+    step = manager.latest_step()
+    if step is None:
+        raise errors.UserError(f"no complete checkpoint in {workdir!r}: train it first, or name another workdir")
+    return step
+
+
+def check_disk(workdir: str, abstract: Any, keep: int) -> None:
+    """Refuse to start a run whose checkpoints cannot fit.
+
+    Raises:
+      UserError: less free space than keep + 1 checkpoints of this state.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    need, free = (keep + 1) * size, shutil.disk_usage(workdir).free
+    if need > free:
+        raise errors.UserError(
+            f"{workdir!r} has {free / 1e9:.2f} GB free, but {keep} checkpoints and one being written need "
+            f"{need / 1e9:.2f} GB: free space, choose another --workdir or lower train.keep_checkpoints"
+        )
+
+
+def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
+    """Write config.json into a new workdir; refuse a workdir that holds another experiment.
+
+    Run lengths and intervals may change between starts, everything else may not.
+
+    Raises:
+      UserError: listing the keys that differ.
+    """
+    from qdepth_jax import config as config_lib
+
+    path = pathlib.Path(workdir) / "config.json"
+    if path.exists():
+        free = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"}
+        free |= {"train.keep_checkpoints", "train.total_steps", "train.prefetch"}
+        found = config_lib.differences(json.loads(path.read_text()), config)
+        found = [line for line in found if line.split(":")[0] not in free and not line.startswith("mesh.")]
+        if found:
+            raise errors.UserError(
+                f"{workdir!r} belongs to another experiment; choose another --workdir. Differences:\n  "
+                + "\n  ".join(found)
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=1))
+    temporary.rename(path)
+
+
+def _saveable(opt_state: Any) -> dict[str, Any]:
+    """Optimiser state as a flat dict: optax's nested tuples hold empty nodes that change with optax versions."""
+    from qdepth_jax import sharding
+
+    return {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(opt_state)}

@@ -1,0 +1,266 @@
+"""Depth tokenizer: a convolutional VQ-VAE from one depth map to a grid of code indices and back.
+
+  depth x, valid [B, R, R, 2] -> space-to-depth 4 -> conv -> (residual blocks, stride-2 conv)* -> z [B, g, g, D]
+  -> nearest code -> decoder, the mirror image -> x_hat [B, R, R]
+
+QDepth-VLA (arXiv 2510.14836) gives K = 256 codes of 160 dims, a 16x16 grid, beta = 0.25; encoder and decoder shapes,
+the reconstruction loss and the input normalisation are not published.
+DEVIATION: ours are chosen (EMA codebook, feature LayerNorm before quantisation, L1 + L2 on valid pixels, a learnt grid
+bias in the decoder) because the plain objective collapses; `quantiser="plain"` is the published loss.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qdepth_jax import depth as depth_lib
+from qdepth_jax import errors
+from qdepth_jax.models import codebook, objective
+
+STEM = 4  # side of the space-to-depth patch: full-resolution convolutions cost most and help least on depth
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes and conventions of a depth tokenizer; stored with every checkpoint.
+
+    Attributes:
+      depth_size: R, side of the square depth input in pixels; the raw map is resampled (nearest) to it.
+      grid: g, tokens per side; P = g * g. R / g must be 4 times a power of two.
+      num_codes, code_dim: K and D of the codebook (`fsq` derives D from K).
+      widths: channels per resolution, from R/4 down to g: log2(R / 4 / g) + 1 entries.
+      blocks: residual blocks per resolution.
+      quantiser: "ema" | "plain" | "fsq", see models/codebook.py.
+      beta: weight of the commitment term.
+      decay: EMA decay of codes.
+      range: which depth the ends of [-1, 1] mean.
+      dtype: activation dtype of the convolutions; features, codes and losses are float32.
+    """
+
+    depth_size: int = 256
+    grid: int = 16
+    num_codes: int = 256
+    code_dim: int = 160
+    widths: tuple[int, ...] = (64, 128, 256)
+    blocks: int = 2
+    quantiser: str = "ema"
+    beta: float = 0.25
+    decay: float = 0.99
+    range: depth_lib.DepthRange = depth_lib.DepthRange()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        ratio = self.depth_size / self.grid / STEM
+        if ratio < 1 or not math.log2(ratio).is_integer():
+            raise errors.UserError(
+                f"depth_size={self.depth_size} and grid={self.grid} do not fit: depth_size / grid must be {STEM} times "
+                f"a power of two; with this grid use depth_size={STEM * self.grid} or {2 * STEM * self.grid}"
+            )
+        if len(self.widths) != int(math.log2(ratio)) + 1:
+            raise errors.UserError(
+                f"widths={self.widths} has {len(self.widths)} entries, but depth_size={self.depth_size} and "
+                f"grid={self.grid} need {int(math.log2(ratio)) + 1}, one per resolution"
+            )
+        if self.quantiser not in codebook.KINDS:
+            raise errors.UserError(f"quantiser {self.quantiser!r} is unknown: use one of {codebook.KINDS}")
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimension of the features that are quantised (and of a code)."""
+        return len(codebook.fsq_levels(self.num_codes)) if self.quantiser == "fsq" else self.code_dim
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(silu(conv3x3(silu(norm(x))))), channels kept."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = nn.silu(nn.LayerNorm(dtype=self.dtype, name="norm")(x))
+        h = nn.silu(nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv_in")(h))
+        return x + nn.Conv(self.width, (1, 1), dtype=self.dtype, name="conv_out")(h)
+
+
+class Encoder(nn.Module):
+    """Depth and its mask, f32 [B, R, R] and bool [B, R, R], to features f32 [B, P, D] of mean 0, variance 1."""
+
+    config: TokenizerConfig
+
+    @nn.compact
+    def __call__(self, x: Array, valid: Array) -> Array:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        h = jnp.stack([x, valid.astype(x.dtype)], axis=-1).astype(dtype)
+        h = _space_to_depth(h, STEM)
+        for level, width in enumerate(c.widths):
+            stride = 1 if level == 0 else 2
+            h = nn.Conv(width, (3, 3), (stride, stride), dtype=dtype, name=f"down_{level}")(h)
+            for i in range(c.blocks):
+                h = ResidualBlock(width, dtype, name=f"block_{level}_{i}")(h)
+        z = nn.Conv(c.feature_dim, (1, 1), dtype=dtype, name="to_features")(nn.silu(h)).astype(jnp.float32)
+        z = z.reshape(z.shape[0], c.grid * c.grid, c.feature_dim)
+        if c.quantiser == "fsq":
+            return z
+        # Fixes the scale of the distances in the policy's logits and keeps the commitment term from shrinking features.
+        return nn.LayerNorm(use_scale=False, use_bias=False, name="feature_norm")(z)
+
+
+class Decoder(nn.Module):
+    """Quantised features f32 [B, P, D] to depth f32 [B, R, R] in [-1, 1] (not clipped)."""
+
+    config: TokenizerConfig
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        h = z.reshape(z.shape[0], c.grid, c.grid, c.feature_dim).astype(dtype)
+        h = nn.Conv(c.widths[-1], (3, 3), dtype=dtype, name="from_features")(h)
+        # The main camera stands still in most robot data: a bias per grid cell stores the empty scene once.
+        bias = self.param("grid_bias", nn.initializers.zeros, (c.grid, c.grid, c.widths[-1]))
+        h = h + bias[None].astype(dtype)
+        for level in reversed(range(len(c.widths))):
+            for i in range(c.blocks):
+                h = ResidualBlock(c.widths[level], dtype, name=f"block_{level}_{i}")(h)
+            if level > 0:
+                h = nn.Conv(4 * c.widths[level - 1], (3, 3), dtype=dtype, name=f"up_{level}")(h)
+                h = _depth_to_space(h, 2)
+        h = nn.Conv(STEM * STEM, (3, 3), dtype=dtype, name="to_depth")(nn.silu(h))
+        return _depth_to_space(h, STEM)[..., 0].astype(jnp.float32)
+
+
+def _space_to_depth(x: Array, p: int) -> Array:
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // p, w // p, p * p * c)
+
+
+def _depth_to_space(x: Array, p: int) -> Array:
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, p, p, c // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * p, w * p, c // (p * p))
+
+
+def init(config: TokenizerConfig, key: Array) -> dict[str, Any]:
+    """{"params": {"encoder", "decoder"[, "codebook"]}, "state": {"codebook", ...}}."""
+    enc_key, dec_key, code_key = jax.random.split(key, 3)
+    x = jnp.zeros((1, config.depth_size, config.depth_size))
+    z = jnp.zeros((1, config.grid * config.grid, config.feature_dim))
+    params = {
+        "encoder": Encoder(config).init(enc_key, x, x > 0)["params"],
+        "decoder": Decoder(config).init(dec_key, z)["params"],
+    }
+    if config.quantiser == "ema":
+        return {"params": params, "state": codebook.init_state(config.num_codes, config.code_dim)}
+    if config.quantiser == "plain":
+        bound = 1.0 / config.num_codes  # van den Oord's and Esser's start
+        shape = (config.num_codes, config.code_dim)
+        params["codebook"] = jax.random.uniform(code_key, shape, minval=-bound, maxval=bound)
+    return {"params": params, "state": {}}
+
+
+def codes_of(config: TokenizerConfig, params: Any, state: Any) -> Array:
+    """The codebook, f32 [K, D], wherever the quantiser keeps it."""
+    if config.quantiser == "ema":
+        return state["codebook"]
+    if config.quantiser == "plain":
+        return params["codebook"]
+    return codebook.fsq_codebook(codebook.fsq_levels(config.num_codes))
+
+
+def preprocess(config: TokenizerConfig, raw: Array, scale: Array, offset: Array) -> tuple[Array, Array]:
+    """Raw depth u16 [B, H, W] to (x f32, valid bool) [B, R, R]. Nearest resampling: depth must not blend over edges."""
+    x, valid = depth_lib.normalise(raw, scale, offset, config.range)
+    if raw.shape[1:] == (config.depth_size, config.depth_size):
+        return x, valid
+    rows = (np.arange(config.depth_size) * 2 + 1) * raw.shape[1] // (2 * config.depth_size)
+    cols = (np.arange(config.depth_size) * 2 + 1) * raw.shape[2] // (2 * config.depth_size)
+    return x[:, rows][:, :, cols], valid[:, rows][:, :, cols]
+
+
+def encode(config: TokenizerConfig, params: Any, state: Any, x: Array, valid: Array) -> Array:
+    """Code indices i32 [B, P] of normalised depth (see `preprocess`)."""
+    z = Encoder(config).apply({"params": params["encoder"]}, x, valid)
+    if config.quantiser == "fsq":
+        return codebook.fsq_quantise(z, codebook.fsq_levels(config.num_codes))[1]
+    return codebook.nearest(z, codes_of(config, params, state))
+
+
+def decode(config: TokenizerConfig, params: Any, state: Any, index: Array) -> Array:
+    """Normalised depth f32 [B, R, R] in [-1, 1] from code indices i32 [B, P]."""
+    z = codes_of(config, params, state)[index]
+    return jnp.clip(Decoder(config).apply({"params": params["decoder"]}, z), -1.0, 1.0)
+
+
+def make_objective(config: TokenizerConfig) -> objective.Objective:
+    """VQ-VAE loss (QDepth-VLA eq. 2): reconstruction + [codebook term] + beta * commitment, over valid pixels only."""
+
+    def loss(params, state, batch, key, step) -> objective.LossOutput:
+        x, valid = preprocess(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
+        z = Encoder(config).apply({"params": params["encoder"]}, x, valid)
+        flat = z.reshape(-1, config.feature_dim)
+        codebook_loss = commitment = jnp.zeros(())
+        if config.quantiser == "fsq":
+            quantised, index = codebook.fsq_quantise(z, codebook.fsq_levels(config.num_codes))
+        else:
+            step_key = jax.random.fold_in(key, step)
+            if config.quantiser == "ema":
+                state = codebook.start_from_data(state, jax.lax.stop_gradient(flat), step_key)
+            codes = codes_of(config, params, state)
+            index = codebook.nearest(z, codes)
+            hard = codes[index]
+            commitment = jnp.mean(jnp.square(z - jax.lax.stop_gradient(hard)))
+            if config.quantiser == "ema":
+                state = codebook.ema_update(
+                    state,
+                    jax.lax.stop_gradient(flat),
+                    index.reshape(-1),
+                    jax.random.fold_in(step_key, 1),
+                    config.decay,
+                )
+            else:
+                codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - hard))
+            quantised = codebook.straight_through(z, hard)
+        x_hat = Decoder(config).apply({"params": params["decoder"]}, quantised)
+        error = jnp.where(valid, x_hat - x, 0.0)
+        # Mean per example, then over examples: splitting a batch into micro-batches changes nothing.
+        pixels = jnp.maximum(jnp.sum(valid, axis=(1, 2)), 1)
+        l1 = jnp.mean(jnp.sum(jnp.abs(error), axis=(1, 2)) / pixels)
+        l2 = jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2)) / pixels)
+        total = l1 + l2 + codebook_loss + config.beta * commitment
+        used, perplexity = codebook.usage(index, config.num_codes)
+        half_range = 0.5 * abs(config.range.far - config.range.near)
+        metrics = {
+            "loss": total,
+            "reconstruction_l1": l1,
+            "reconstruction_l2": l2,
+            "commitment": commitment,
+            "codebook_loss": codebook_loss,
+            "rmse": jnp.sqrt(l2) * half_range,  # in the units of the range (metres for metric depth)
+            "codes_used": used,
+            "perplexity": perplexity,
+            "valid_pixels": jnp.mean(valid.astype(jnp.float32)),
+        }
+        return objective.LossOutput(total, metrics, state)
+
+    return objective.Objective(
+        init=lambda key: init(config, key), loss=loss, features=("depth", "depth_scale", "depth_offset")
+    )
+
+
+def identity(config: TokenizerConfig, params: Any, state: Any) -> str:
+    """16 hex digits over config, encoder weights and codebook: what decides which tokens a depth map gets."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["encoder"]):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    digest.update(np.ascontiguousarray(jax.device_get(codes_of(config, params, state))).tobytes())
+    return digest.hexdigest()[:16]

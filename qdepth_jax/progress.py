@@ -1,0 +1,52 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import tqdm
+
+T = TypeVar("T")
+
+PLAIN_SECONDS = 15.0  # between plain lines
+
+
+class Progress:
+    """Counts up to `total`; a tqdm bar on a terminal, otherwise a line at least every 15 s and one at the end."""
+
+    def __init__(self, total: int, label: str, initial: int = 0, unit: str = "it"):
+        self._tty = sys.stderr.isatty()
+        self._label, self._total, self._n, self._unit = label, total, initial, unit
+        self._start, self._first, self._last = time.monotonic(), initial, 0.0
+        self._bar = tqdm.tqdm(total=total, initial=initial, desc=label, unit=unit) if self._tty else None
+
+    def update(self, n: int = 1, note: str = "") -> None:
+        """Advance by n; `note` (for instance the loss) stands behind the bar."""
+        self._n += n
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+            return
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS or self._n >= self._total:
+            self._last = now
+            rate = (self._n - self._first) / max(now - self._start, 1e-9)
+            left = (self._total - self._n) / rate if rate > 0 else float("inf")
+            line = f"{self._label}: {self._n}/{self._total} {self._unit}, {rate:.2f}/s, {left:.0f} s left {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def track(items: Iterable[T], total: int, label: str, unit: str = "it") -> Iterator[T]:
+    """Iterate with progress."""
+    progress = Progress(total, label, unit=unit)
+    for item in items:
+        yield item
+        progress.update()
+    progress.close()

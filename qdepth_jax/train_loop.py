@@ -1,0 +1,202 @@
+"""The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
+
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from qdepth_jax import checkpoint, errors, metrics, optim, progress, sharding, train_step
+from qdepth_jax import config as config_lib
+from qdepth_jax.models import objective as objective_lib
+
+HostBatch = dict[str, np.ndarray]
+
+
+class Run(NamedTuple):
+    """Everything the loop needs, assembled by qdepth_jax/experiment.py.
+
+    Attributes:
+      objective, tx, frozen, learning_rate: the model and its optimiser.
+      mesh: (replica, fsdp, tensor).
+      config: the whole experiment as JSON types; `train` and `ema_decay`, `seed` are read from their dataclasses.
+      batches: first step -> iterator of this process's batches, the step that comes next first.
+      eval_batches: () -> the batches of held-out data, or None.
+      initialise: fresh state -> state with what earlier stages provide (pretrained parameters, a codebook).
+      meta: JSON stored beside every checkpoint; meta["data"]["fingerprint"] must match on resume.
+    """
+
+    objective: objective_lib.Objective
+    tx: optax.GradientTransformation
+    frozen: optim.FrozenTable
+    learning_rate: optax.Schedule
+    mesh: Mesh
+    config: dict[str, Any]
+    train: config_lib.TrainConfig
+    ema_decay: float
+    seed: int
+    batches: Callable[[int], Iterator[HostBatch]]
+    eval_batches: Callable[[], Iterable[HostBatch]] | None
+    initialise: Callable[[train_step.TrainState], train_step.TrainState]
+    meta: dict[str, Any]
+
+
+def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainState]:
+    """(ShapeDtypeStructs with shardings, the shardings alone) of the run's train state; nothing is allocated."""
+    init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
+    shapes = jax.eval_shape(init, jax.random.key(run.seed))
+    placed = sharding.state_shardings(run.mesh, shapes)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    return target, placed
+
+
+def run_training(run: Run, workdir: str) -> dict[str, float]:
+    """Train until total_steps; resumes when `workdir` holds a checkpoint. Returns the last metrics row.
+
+    Order inside an iteration, and why: the step is dispatched first; then the metrics of the step before are read (the
+    device stays busy); then validation; the checkpoint comes last and only after its own metrics were read and found
+    finite, so a checkpoint never holds a broken state and always holds the step it is named after.
+    """
+    c = run.train
+    _check(run)
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    target, placed = abstract_state(run)
+    checkpoint.check_disk(workdir, target, c.keep_checkpoints)
+    checkpoint.check_same_experiment(workdir, run.config)
+    key = jax.random.key(run.seed)
+
+    with jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
+        start = manager.latest_step() or 0
+        if manager.latest_step() is None:
+            init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
+            state = run.initialise(jax.jit(init, out_shardings=placed)(key))
+        else:
+            _check_data(checkpoint.read_meta(workdir), run.meta, workdir)
+            state = checkpoint.restore(manager, start, target)
+        log = metrics.MetricsFile(pathlib.Path(workdir) / "metrics.jsonl", start)
+        if start:
+            say(f"resumed {workdir} at step {start} ({log.dropped} later metric rows dropped, computed again)")
+        last = _loop(run, state, placed, key, start, manager, log, workdir)
+        manager.wait_until_finished()
+        log.close()
+    return last
+
+
+def _loop(run, state, placed, key, start, manager, log, workdir) -> dict[str, float]:
+    c, last, last_eval = run.train, {}, {}
+    step_fn = jax.jit(
+        functools.partial(
+            train_step.train_step,
+            objective=run.objective,
+            tx=run.tx,
+            frozen=run.frozen,
+            micro_batches=c.micro_batches,
+            ema_decay=run.ema_decay,
+        ),
+        donate_argnums=0,
+        out_shardings=(placed, None),
+    )
+    evaluate = make_evaluate(run)
+    pending, clock, clock_step = None, time.monotonic(), start
+    bar = progress.Progress(c.total_steps, run.config.get("name", "train"), initial=start, unit="step")
+    batches = run.batches(start) if start < c.total_steps else iter(())
+
+    def flush():
+        nonlocal pending, last, clock, clock_step
+        if pending is None:
+            return
+        step, values = pending
+        pending = None
+        row = {"step": step} | {k: float(v) for k, v in jax.device_get(values).items()}
+        row["learning_rate"] = float(run.learning_rate(step - 1))
+        now = time.monotonic()
+        row["steps_per_second"] = (step - clock_step) / max(now - clock, 1e-9)
+        clock, clock_step = now, step
+        log.write(row)
+        last = row
+
+    for step in range(start + 1, c.total_steps + 1):
+        batch = put_batch(next(batches), run.mesh)
+        state, values = step_fn(state, batch, key)
+        flush()
+        if step % c.log_every == 0 or step in (1, c.total_steps):
+            pending = (step, values)
+        saves = step % c.checkpoint_every == 0 or step == c.total_steps
+        validates = (
+            run.eval_batches is not None and c.eval_every and (step % c.eval_every == 0 or step == c.total_steps)
+        )
+        if saves or validates:
+            pending = (step, values)
+            flush()
+        if validates:
+            last_eval = evaluate(state, key)
+            log.write({"step": step} | last_eval)
+            clock, clock_step = time.monotonic(), step
+        if saves:
+            checkpoint.save(manager, state, _meta(run, step), step)
+        bar.update(1, f"loss {last.get('loss', float('nan')):.4f}" if last else "")
+    flush()
+    bar.close()
+    if not last:
+        say(f"{workdir} already holds all {c.total_steps} steps: nothing to train")
+        rows = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+        last = functools.reduce(lambda a, b: a | b, rows, {})
+    return last | last_eval
+
+
+def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict[str, float]]:
+    """Mean of the objective's metrics over the held-out batches, names prefixed "val/"; averaged params if kept."""
+
+    @jax.jit
+    def eval_step(params, model_state, batch, key, step):
+        return run.objective.loss(params, model_state, batch, jax.random.fold_in(key, 2), step).metrics
+
+    def evaluate(state: train_step.TrainState, key: jax.Array) -> dict[str, float]:
+        params, rows = state.params if state.ema is None else state.ema, []
+        for batch in run.eval_batches():
+            rows.append(jax.device_get(eval_step(params, state.state, put_batch(batch, run.mesh), key, state.step)))
+        if not rows:
+            raise errors.UserError("the held-out split has fewer frames than one batch: lower train.batch_size")
+        return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
+
+    return evaluate
+
+
+def put_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's part of a batch as global arrays, split over (replica, fsdp)."""
+    placed = NamedSharding(mesh, sharding.BATCH)
+    return {k: jax.make_array_from_process_local_data(placed, v) for k, v in batch.items()}
+
+
+def _check(run: Run) -> None:
+    c, ways = run.train, run.mesh.shape["replica"] * run.mesh.shape["fsdp"]
+    if c.batch_size % (c.micro_batches * ways):
+        raise errors.UserError(
+            f"train.batch_size={c.batch_size} must be a multiple of micro_batches x replica x fsdp = "
+            f"{c.micro_batches} x {ways}: use {-(-c.batch_size // (c.micro_batches * ways)) * c.micro_batches * ways}"
+        )
+
+
+def _check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str) -> None:
+    found = config_lib.differences(saved["data"] | {"position": 0}, meta["data"] | {"position": 0})
+    if found:
+        raise errors.UserError(
+            f"the data changed since {workdir!r} was trained, so its position means nothing now; restore the data or "
+            "start a new --workdir:\n  " + "\n  ".join(found)
+        )
+
+
+def _meta(run: Run, step: int) -> dict[str, Any]:
+    position = step * run.train.batch_size
+    return run.meta | {"step": step, "config": run.config, "data": run.meta["data"] | {"position": position}}
+
+
+def say(message: str) -> None:
+    """A line to stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
