@@ -1,0 +1,343 @@
+"""Gemma mixture: any number of experts run in lock-step and meet in one joint attention per layer.
+
+Each expert has its own norms, projections and MLP (Gemma-1 shape: RMSNorm with (1 + scale), gated tanh-GELU, no biases,
+rotary positions on split halves). Keys and values of all experts are concatenated along the sequence; the mask says who
+sees whom. Two oddities of open-pi-zero are kept: every stream is multiplied by sqrt(width) on entry (by the caller, see
+policy.py), and logits are soft-capped in every layer of every expert.
+
+Parameter tree (full size). For `vlm` the names below `layers/vlm` are those of the official PaliGemma files below `layers`:
+  embedder/input_embedding                  [257216, 2048]
+  layers/EXPERT/pre_attention_norm/scale    [18, D]          layers/EXPERT/pre_ffw_norm/scale  [18, D]
+  layers/EXPERT/attn/q_einsum/w             [18, 8, D, 256]
+  layers/EXPERT/attn/kv_einsum/w            [18, 2, 1, D, 256]    (0 = key, 1 = value)
+  layers/EXPERT/attn/attn_vec_einsum/w      [18, 8, 256, D]
+  layers/EXPERT/mlp/gating_einsum           [18, 2, D, F]         (0 = gate, 1 = up)
+  layers/EXPERT/mlp/linear                  [18, F, D]
+  final_norm_{depth,action}/scale           [1024]           (the vlm has no final norm: nobody reads its output)
+with EXPERT, D, F = vlm 2048 16384, depth 1024 4096, action 1024 4096.
+
+Axis letters: B batch, T query, S key, N heads, K kv heads, G heads per kv head, H head dim, D width, F mlp width,
+V vocabulary, M = leading axes folded into one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import Array
+
+from qdepth_jax.models import linear, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """One set of weights in the mixture."""
+
+    width: int
+    mlp: int
+    rope_theta: float = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """What all experts share, and the experts in the order of their tokens."""
+
+    experts: tuple[tuple[str, ExpertConfig], ...]
+    depth: int = 18
+    heads: int = 8
+    kv_heads: int = 1
+    head_dim: int = 256
+    softcap: float = 50.0
+    norm_eps: float = 1e-6
+    vocabulary: int = 257_216
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (rotated) and values of all layers. Each `dtype` [depth, B, S, K, H]."""
+
+    k: Array
+    v: Array
+
+
+@struct.dataclass
+class Shared:
+    """What every layer sees. cos, sin f32 [1 or B, T, H/2]; mask bool [B, T, S]."""
+
+    cos: Array
+    sin: Array
+    mask: Array
+
+
+def rope_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Angles position * theta^(-2i/H), i < H/2. positions i32 [B, T] -> cos, sin f32 [B, T, H/2]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [1 or B, T, H/2]; f32 inside, dtype of x out."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array, softcap: float) -> Array:
+    """Soft-capped attention, softmax in f32.
+
+    Args:
+      q: [B, T, N, H], rotated. k, v: [B, S, K, H]. mask: bool [B, T, S]; a row without any key averages all values.
+      softcap: logits become softcap * tanh(logits / softcap); 0 switches it off.
+
+    Returns:
+      [B, T, N, H].
+    """
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1:3]
+    # Heads join the query axis, so that each kv head is one matrix product (one kv head: [B, N*T, H] x [B, S, H]).
+    q = (q * h**-0.5).transpose(0, 2, 1, 3).reshape(b, kv_heads, -1, h)
+    logits = jnp.einsum("BKMH,BSKH->BKMS", q, k, preferred_element_type=jnp.float32)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, None], logits.reshape(b, n, t, s), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, kv_heads, -1, s)
+    out = jnp.einsum("BKMS,BSKH->BKMH", weights, v)
+    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
+
+
+class Mixture(nn.Module):
+    """The stack of all experts. f32 parameters, activations in `dtype`, norms and softmax in f32."""
+
+    config: MixtureConfig
+    dtype: jnp.dtype = jnp.float32
+    scan: bool = True
+    remat: str = "none"
+
+    def setup(self):
+        width = dict(self.config.experts)["vlm"].width
+        self.embedder = Embedder(self.config.vocabulary, width)
+
+    def embed(self, ids: Array, trainable: bool) -> Array:
+        """i32 [B, L] -> `dtype` [B, L, D] of the vlm; unscaled."""
+        table = self.embedder()
+        return jnp.take(table if trainable else jax.lax.stop_gradient(table), ids, axis=0).astype(self.dtype)
+
+    @nn.compact
+    def __call__(
+        self,
+        streams: Mapping[str, Array],
+        positions: Mapping[str, Array],
+        mask: Array,
+        *,
+        cache: KVCache | None = None,
+        return_cache: bool = False,
+        outputs: tuple[str, ...] = (),
+    ) -> tuple[dict[str, Array], KVCache | None]:
+        """Runs the streams through all layers.
+
+        Args:
+          streams: expert -> `dtype` [B, T_e, D_e], already scaled. Any subset of the experts.
+          positions: expert -> i32 [1 or B, T_e].
+          mask: bool [B, T, S]; rows are the streams' tokens in expert order; columns the cached ones, then the rows'.
+          cache: keys and values of earlier tokens.
+          return_cache: also return the keys and values of these tokens.
+          outputs: experts whose final states are wanted.
+
+        Returns:
+          expert -> normed final states [B, T_e, D_e] for `outputs`; the cache or None.
+        """
+        config = self.config
+        experts = tuple((name, expert) for name, expert in config.experts if name in streams)
+        tables = [rope_table(positions[name], config.head_dim, expert.rope_theta) for name, expert in experts]
+        cos, sin = (jnp.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
+        streams = {name: streams[name].astype(self.dtype) for name, _ in experts}
+        streams, kv = stack.run_layers(
+            self,
+            Layer,
+            {"config": config, "experts": experts, "dtype": self.dtype, "return_kv": return_cache, "outputs": outputs},
+            streams,
+            cache,
+            Shared(cos, sin, mask),
+            name="layers",
+            depth=config.depth,
+            scan=self.scan,
+            remat=self.remat,
+        )
+        finals = {
+            name: RMSNorm(config.norm_eps, name=f"final_norm_{name}")(streams[name]).astype(self.dtype)
+            for name in outputs
+        }
+        return finals, kv
+
+
+class Embedder(nn.Module):
+    """The text embedding table, f32 [V, D]. Drawn so that it has unit variance after the scaling by sqrt(D)."""
+
+    vocabulary: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("input_embedding", nn.initializers.normal(self.width**-0.5), (self.vocabulary, self.width))
+
+
+class Layer(nn.Module):
+    """One layer of all experts.
+
+    Attributes:
+      experts: those with a stream, in token order.
+      return_kv: also return this layer's keys and values as a KVCache without the layer axis.
+      last: compute only what `outputs` need. A scanned stack cannot know, so there the last layer computes streams that
+        nobody reads (1/18 of the vlm at full size); the results are the same.
+    """
+
+    config: MixtureConfig
+    experts: tuple[tuple[str, ExpertConfig], ...]
+    dtype: jnp.dtype
+    return_kv: bool
+    outputs: tuple[str, ...]
+    last: bool
+
+    @nn.compact
+    def __call__(self, streams: dict[str, Array], cache: KVCache | None, shared: Shared):
+        config = self.config
+        blocks = {name: Block(config, expert.width, expert.mlp, self.dtype, name=name) for name, expert in self.experts}
+        wanted = [name for name in blocks if not self.last or name in self.outputs]
+
+        normed = {name: block.norm_in(streams[name]) for name, block in blocks.items()}
+        keys, values = zip(*(block.key_value(normed[name]) for name, block in blocks.items()), strict=True)
+        k = apply_rope(jnp.concatenate(keys, axis=1), shared.cos, shared.sin)
+        v = jnp.concatenate(values, axis=1)
+        kv = KVCache(k, v) if self.return_kv else None
+        if not wanted:
+            return streams, kv
+        if cache is not None:
+            k, v = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
+
+        q = jnp.concatenate([blocks[name].query(normed[name]) for name in wanted], axis=1)
+        rows = [_rows(streams, name) for name in wanted]
+        cos, sin, mask = (
+            jnp.concatenate([table[:, row] for row in rows], axis=1) for table in (shared.cos, shared.sin, shared.mask)
+        )
+        attended = attend(apply_rope(q, cos, sin), k, v, mask, config.softcap)
+
+        out, start = dict(streams), 0
+        for name in wanted:
+            size = streams[name].shape[1]
+            out[name] = blocks[name].finish(streams[name], attended[:, start : start + size])
+            start += size
+        return out, kv
+
+
+def _rows(streams: dict[str, Array], name: str) -> slice:
+    """Where the tokens of one stream lie in the joint sequence."""
+    names = list(streams)
+    start = sum(streams[other].shape[1] for other in names[: names.index(name)])
+    return slice(start, start + streams[name].shape[1])
+
+
+class Block(nn.Module):
+    """One expert's part of one layer."""
+
+    config: MixtureConfig
+    width: int
+    mlp_width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.pre_attention_norm = RMSNorm(self.config.norm_eps)
+        self.attn = Attention(self.config, self.width, self.dtype)
+        self.pre_ffw_norm = RMSNorm(self.config.norm_eps)
+        self.mlp = GatedMlp(self.mlp_width, self.dtype)
+
+    def norm_in(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        return self.pre_attention_norm(x).astype(self.dtype)
+
+    def query(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, N, H]."""
+        return self.attn.query(x)
+
+    def key_value(self, x: Array) -> tuple[Array, Array]:
+        """[B, T, D] -> key and value, each [B, T, K, H]."""
+        return self.attn.key_value(x)
+
+    def finish(self, x: Array, attended: Array) -> Array:
+        """Stream [B, T, D] and attention [B, T, N, H] -> next stream [B, T, D]."""
+        x = x + self.attn.out(attended)
+        return x + self.mlp(self.pre_ffw_norm(x).astype(self.dtype))
+
+
+class Attention(nn.Module):
+    """Projections of one expert."""
+
+    config: MixtureConfig
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        n, k, h, d = self.config.heads, self.config.kv_heads, self.config.head_dim, self.width
+        self.q_einsum = Weight((n, d, h), d)
+        self.kv_einsum = Weight((2, k, d, h), d)
+        self.attn_vec_einsum = Weight((n, h, d), n * h)
+
+    def query(self, x: Array) -> Array:
+        q = jnp.einsum("MD,NDH->MNH", linear.fold(x), self.q_einsum().astype(self.dtype))
+        return q.reshape(*x.shape[:2], *q.shape[1:])
+
+    def key_value(self, x: Array) -> tuple[Array, Array]:
+        weight = self.kv_einsum().astype(self.dtype)
+        folded = linear.fold(x)
+        k, v = (jnp.einsum("MD,KDH->MKH", folded, weight[i]) for i in range(2))
+        return k.reshape(*x.shape[:2], *k.shape[1:]), v.reshape(*x.shape[:2], *v.shape[1:])
+
+    def out(self, attended: Array) -> Array:
+        b, t, n, h = attended.shape
+        weight = self.attn_vec_einsum().astype(self.dtype)
+        return jnp.einsum("MNH,NHD->MD", attended.reshape(b * t, n, h), weight).reshape(b, t, self.width)
+
+
+class Weight(nn.Module):
+    """A single f32 array named `w`, uniform in +-1/sqrt(fan_in)."""
+
+    shape: tuple[int, ...]
+    fan_in: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("w", linear.uniform(self.fan_in), self.shape)
+
+
+class GatedMlp(nn.Module):
+    """linear(gelu_tanh(gate x) * up x). [B, T, D] -> [B, T, D]."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        gating = self.param("gating_einsum", linear.uniform(width), (2, width, self.hidden)).astype(self.dtype)
+        down = self.param("linear", linear.uniform(self.hidden), (self.hidden, width)).astype(self.dtype)
+        folded = linear.fold(x)
+        gate = jax.nn.gelu(jnp.einsum("MD,DF->MF", folded, gating[0]), approximate=True)
+        up = jnp.einsum("MD,DF->MF", folded, gating[1])
+        return jnp.einsum("MF,FD->MD", gate * up, down).reshape(x.shape)
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * (1 + scale), in f32. [..., D] -> f32 [..., D]."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * (1.0 + scale).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,0 +1,310 @@
+"""The policy: SigLIP + Gemma mixture + flow matching (open-pi-zero), with an optional depth expert (QDepth-VLA).
+
+Token order in the joint attention, by visibility group and by expert:
+
+    [ image tokens of every view | text ] [ depth ] [ proprio | action ]
+      vlm                                   depth     action
+
+Parameters: img/... (siglip.py), llm/... (gemma.py), and around them, with D = 1024, Dp proprio and A action numbers:
+  proprio_encoder/{kernel [Dp,D], bias}         action_decoder/{kernel [D,A], bias [A]}
+  action_encoder/linear_1/{kernel [A,D], bias}  linear_2/{kernel [2D,D], bias}  linear_3/{kernel [D,D], bias}
+  depth_encoder/linear_1/{kernel [1152,D], bias}  linear_2/{kernel [D,D], bias}
+  depth_decoder/conv_1/{kernel [3,3,D,384], bias}  conv_2/{kernel [3,3,384,160], bias}
+State: codebook f32 [C, E] of the frozen tokenizer, if the loss needs it; else empty.
+
+Every stream is multiplied by the square root of its width on entry, the depth stream too (the rule is open-pi-zero's).
+
+Axis letters: B batch, T query, S key, D width, L text tokens, P patches of one view, Z horizon, A action dim, C codes.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import Array
+
+from qdepth_jax import errors
+from qdepth_jax.models import depth_expert, flow, gemma, linear, objective, policy_config, siglip, visibility
+
+PolicyConfig = policy_config.PolicyConfig
+sized = policy_config.sized
+frozen_table = policy_config.frozen_table
+
+PREFIX = ("image", "text", "depth", "proprio")
+
+
+@struct.dataclass
+class Output:
+    """Of one training forward pass.
+
+    Attributes:
+      velocity: f32 [B, Z, A].
+      depth: f32 [B, P, E] x' of depth_expert.py (or [B, P, R*R] normalised depth); None without depth expert.
+      vision_features: [B, P, D_vision] of the main view, after SigLIP's final norm, before the projector.
+    """
+
+    velocity: Array
+    depth: Array | None
+    vision_features: Array
+
+
+class ActionEncoder(nn.Module):
+    """Noisy actions and time -> tokens: linear (no activation), time concatenated first, linear, SiLU, linear."""
+
+    width: int
+    time_period: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_t: Array, t: Array) -> Array:
+        """x_t f32 [B, Z, A], t f32 [B] -> `dtype` [B, Z, D]."""
+        u = linear.Linear(self.width, self.dtype, name="linear_1")(x_t)
+        time = flow.time_embedding(t, self.width, self.time_period).astype(self.dtype)
+        time = jnp.broadcast_to(time[:, None], u.shape)
+        h = jax.nn.silu(linear.Linear(self.width, self.dtype, name="linear_2")(jnp.concatenate([time, u], axis=-1)))
+        return linear.Linear(self.width, self.dtype, name="linear_3")(h)
+
+
+class Policy(nn.Module):
+    """The network. Methods: `__call__` (training), `prefill` and `denoise` (cached sampling)."""
+
+    config: PolicyConfig
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.img = siglip.Siglip(c.siglip, c.vlm.width, dtype, c.scan, c.remat)
+        self.llm = gemma.Mixture(c.mixture, dtype, c.scan, c.remat)
+        self.proprio_encoder = linear.Linear(c.action.width, dtype)
+        self.action_encoder = ActionEncoder(c.action.width, c.flow.time_period, dtype)
+        self.action_decoder = linear.Linear(c.action_dim, dtype)
+        if c.depth is not None:
+            self.depth_encoder = depth_expert.DepthEncoder(c.depth.expert.width, dtype)
+            self.depth_decoder = depth_expert.DepthDecoder(c.depth, dtype)
+
+    def __call__(self, images: Array, text: Array, proprio: Array, x_t: Array, t: Array) -> Output:
+        """Velocity and depth prediction for one flow time.
+
+        Args:
+          images: f32 [B, views, H, W, 3] in [-1, 1], at SigLIP's size.
+          text: i32 [B, L], right-padded with 0. proprio: f32 [B, steps, Dp].
+          x_t: f32 [B, Z, A]. t: f32 [B].
+        """
+        streams, features = self._prefix(images, text, proprio)
+        action = self._scale(self.action_encoder(x_t, t))
+        streams["action"] = jnp.concatenate([streams["action"], action], axis=1)
+        finals, _ = self.llm(
+            streams,
+            self._positions(visibility.GROUPS),
+            self._mask(text, visibility.GROUPS, visibility.GROUPS),
+            outputs=tuple(name for name in streams if name != "vlm"),
+        )
+        velocity = self.action_decoder(finals["action"][:, proprio.shape[1] :])
+        depth = self.depth_decoder(finals["depth"]) if self.config.depth is not None else None
+        return Output(velocity.astype(jnp.float32), depth, features)
+
+    def prefill(self, images: Array, text: Array, proprio: Array, depth: bool = False):
+        """Everything that does not depend on the flow time.
+
+        Args:
+          depth: also decode the depth prediction.
+
+        Returns:
+          The cache over image, text, depth and proprio tokens; the depth prediction as in `Output` or None.
+        """
+        streams, _ = self._prefix(images, text, proprio)
+        finals, cache = self.llm(
+            streams,
+            self._positions(PREFIX),
+            self._mask(text, PREFIX, PREFIX),
+            return_cache=True,
+            outputs=("depth",) if depth else (),
+        )
+        return cache, self.depth_decoder(finals["depth"]) if depth else None
+
+    def denoise(self, cache: gemma.KVCache, text: Array, x_t: Array, t: Array) -> Array:
+        """One velocity f32 [B, Z, A] with the action stream alone against the cache."""
+        finals, _ = self.llm(
+            {"action": self._scale(self.action_encoder(x_t, t))},
+            self._positions(("action",)),
+            self._mask(text, ("action",), visibility.GROUPS),
+            cache=cache,
+            outputs=("action",),
+        )
+        return self.action_decoder(finals["action"]).astype(jnp.float32)
+
+    def _prefix(self, images: Array, text: Array, proprio: Array) -> tuple[dict[str, Array], Array]:
+        """Streams of all groups but action, and the main view's vision features."""
+        config = self.config
+        if images.shape[1] != len(config.views) or text.shape[1] != config.text_length:
+            raise errors.UserError(
+                f"the policy takes {len(config.views)} views {config.views} and {config.text_length} text tokens, "
+                f"got {images.shape[1]} and {text.shape[1]}"
+            )
+        b, views = images.shape[:2]
+        # Batch stays the major axis, so that its sharding survives the fold.
+        features = self.img(images.reshape(b * views, *images.shape[2:]))
+        tokens = self.img.project(features).reshape(b, -1, config.vlm.width)
+        # Divided here and multiplied below: open-pi-zero scales the merged sequence.
+        tokens = tokens / jnp.asarray(config.vlm.width**0.5, tokens.dtype)
+        words = self.llm.embed(text, trainable=not config.freeze_embedding)
+        words = jnp.where((text != 0)[..., None], words, jnp.zeros((), words.dtype))
+        streams = {"vlm": self._scale(jnp.concatenate([tokens, words], axis=1))}
+        main = features.reshape(b, views, *features.shape[1:])[:, 0]
+        if config.depth is not None:
+            streams["depth"] = self._scale(self.depth_encoder(main))
+        streams["action"] = self._scale(self.proprio_encoder(proprio))
+        return streams, main
+
+    def _scale(self, x: Array) -> Array:
+        """Times sqrt(width), the factor rounded to the activation dtype first."""
+        return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
+
+    def _positions(self, groups: tuple[str, ...]) -> dict[str, Array]:
+        ids = policy_config.position_ids(self.config)
+        parts = {"vlm": ("image", "text"), "depth": ("depth",), "action": ("proprio", "action")}
+        out = {
+            expert: [jnp.asarray(ids[group]) for group in members if group in groups]
+            for expert, members in parts.items()
+        }
+        return {expert: jnp.concatenate(rows)[None] for expert, rows in out.items() if rows}
+
+    def _mask(self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...]) -> Array:
+        table = visibility.resolve(self.config.visibility)
+        return visibility.mask(table, self.config.sizes, text != 0, queries, keys)
+
+
+def prepare_images(config: PolicyConfig, batch: objective.Batch) -> Array:
+    """Batch images -> f32 [B, views, S, S, 3] in [-1, 1].
+
+    uint8 images of another size are resized with Lanczos-3 and antialiasing, aspect ratio not kept, then rounded to whole
+    grey values and clipped to 0..255, as open-pi-zero's offline step does. uint8 x becomes x / 127.5 - 1.
+    """
+    size = config.siglip.image_size
+    views = []
+    for view in config.views:
+        image = batch[f"image_{view}"]
+        x = image.astype(jnp.float32)
+        if image.shape[1:3] != (size, size):
+            shape = (image.shape[0], size, size, 3)
+            x = jax.image.resize(x, shape, jax.image.ResizeMethod.LANCZOS3, antialias=True)
+            x = jnp.clip(jnp.round(x), 0.0, 255.0)
+        views.append((x * (1 / 255) - 0.5) / 0.5)
+    return jnp.stack(views, axis=1)
+
+
+def features(config: PolicyConfig) -> tuple[str, ...]:
+    """Batch keys the loss reads."""
+    keys = [f"image_{view}" for view in config.views] + ["text", "proprio", "action", "position"]
+    if not config.faithful:
+        keys.append("action_mask")
+    if config.depth_labels == "codes":
+        keys += ["depth_tokens", "depth_tokens_mask"]
+    if config.depth_labels == "pixels":
+        keys += ["depth", "depth_scale", "depth_offset"]
+    return tuple(keys)
+
+
+def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
+    """Fresh `{"params", "state"}`. The codebook is a placeholder (standard normal): put the tokenizer's in its place."""
+    size = config.siglip.image_size
+    key_params, key_codes = jax.random.split(key)
+    variables = Policy(config).init(
+        key_params,
+        jnp.zeros((1, len(config.views), size, size, 3)),
+        jnp.zeros((1, config.text_length), jnp.int32),
+        jnp.zeros((1, config.proprio_steps, config.proprio_dim)),
+        jnp.zeros((1, config.horizon, config.action_dim)),
+        jnp.zeros((1,)),
+    )
+    state = {}
+    if config.depth_labels == "codes":
+        state["codebook"] = jax.random.normal(key_codes, (config.depth.codes, config.depth.code_dim))
+    return {"params": variables["params"], "state": state}
+
+
+def loss(config: PolicyConfig, params, state, batch, key: Array, step: Array) -> objective.LossOutput:
+    """flow + lambda(step) * depth. Metrics: loss, flow_loss, and with depth labels depth_loss, lambda, depth_accuracy."""
+    keys = jax.vmap(jax.random.split)(flow.example_keys(key, batch["position"]))
+    action = batch["action"]
+    t = flow.sample_time(keys[:, 0], config.flow)
+    noise = flow.sample_noise(keys[:, 1], action.shape[1:])
+    return loss_at(config, params, state, batch, noise, t, step)
+
+
+def loss_at(config: PolicyConfig, params, state, batch, noise: Array, t: Array, step: Array) -> objective.LossOutput:
+    """The same at given noise f32 [B, Z, A] and time f32 [B]."""
+    action, sigma = batch["action"], config.flow.sigma_min
+    x_t = flow.interpolate(noise, action, t, sigma)
+    out = Policy(config).apply(
+        {"params": params}, prepare_images(config, batch), batch["text"], batch["proprio"], x_t, t
+    )
+    # Actions past the end of an episode repeat the last one; open-pi-zero trains on them, we do not.
+    valid = jnp.ones(action.shape[:2], bool) if config.faithful else batch["action_mask"]
+    flow_loss = flow.loss(out.velocity, flow.target_velocity(noise, action, sigma), valid)
+    metrics = {"flow_loss": flow_loss}
+    total = flow_loss
+    if config.depth_labels is not None:
+        weight = config.depth.loss_weight * config.depth.loss_decay ** jnp.asarray(step, jnp.float32)
+        if config.depth_labels == "codes":
+            logits = depth_expert.code_logits(out.depth, state["codebook"], config.depth.temperature)
+            depth_loss, accuracy = depth_expert.code_loss(logits, batch["depth_tokens"], batch["depth_tokens_mask"])
+            metrics["depth_accuracy"] = accuracy
+        else:
+            depth_loss = depth_expert.pixel_loss(out.depth, *depth_expert.pixel_targets(batch, config.depth))
+        metrics |= {"depth_loss": depth_loss, "lambda": weight}
+        total = flow_loss + weight * depth_loss
+    return objective.LossOutput(total, {"loss": total, **metrics}, state)
+
+
+def make_objective(config: PolicyConfig) -> objective.Objective:
+    """The policy as the training loop sees it."""
+    return objective.Objective(
+        init=lambda key: init(config, key),
+        loss=lambda params, state, batch, key, step: loss(config, params, state, batch, key, step),
+        features=features(config),
+    )
+
+
+def sample_actions(
+    config: PolicyConfig, params, state, batch: objective.Batch, noise: Array, cached: bool = True
+) -> Array:
+    """Euler sampling of an action chunk.
+
+    Args:
+      batch: images, text, proprio.
+      noise: f32 [B, Z, A], x at t = 0.
+      cached: compute everything but the action stream once; False runs the whole network at every step.
+
+    Returns:
+      f32 [B, Z, A], normalised actions.
+    """
+    del state  # Actions need no codebook; the argument keeps the signature of all predictions equal.
+    policy, variables = Policy(config), {"params": params}
+    images, text, proprio = prepare_images(config, batch), batch["text"], batch["proprio"]
+    if not cached:
+        return flow.integrate(
+            lambda x, t: policy.apply(variables, images, text, proprio, x, t).velocity, noise, config.flow
+        )
+    visibility.check_cacheable(visibility.resolve(config.visibility))
+    cache, _ = policy.apply(variables, images, text, proprio, method=Policy.prefill)
+    return flow.integrate(
+        lambda x, t: policy.apply(variables, cache, text, x, t, method=Policy.denoise), noise, config.flow
+    )
+
+
+def predict_depth(config: PolicyConfig, params, state, batch: objective.Batch) -> Array:
+    """Depth from images, text and proprio alone.
+
+    Returns:
+      f32 [B, P, C] code logits for the head `codes`, or f32 [B, P, R*R] normalised depth for `pixels`.
+    """
+    if config.depth is None:
+        raise errors.UserError("predict_depth needs a policy with a depth expert; this one has depth=None")
+    images = prepare_images(config, batch)
+    _, prediction = Policy(config).apply(
+        {"params": params}, images, batch["text"], batch["proprio"], depth=True, method=Policy.prefill
+    )
+    if config.depth.head == "pixels":
+        return prediction
+    return depth_expert.code_logits(prediction, state["codebook"], config.depth.temperature)
