@@ -1,4 +1,4 @@
-"""Normalisation of actions and proprioception: pure functions on a small statistics record that travels with checkpoints.
+"""Normalisation of actions and proprioception: pure functions on a small record that travels with checkpoints.
 
 Kinds:
   bounds  q01..q99 to [-1, 1], clipped (open-pi-zero's default; robust against the outliers of relabelled actions)

@@ -4,7 +4,7 @@ Two parts, both without state:
 
 * the mixture schedule: position p -> (data set, how many samples of it came before). Tijdeman's rule ("chairman
   assignment") keeps every data set within one sample of its exact share at every position. The rule is sequential, so
-  one period of PERIOD positions is tabulated and repeated; shares are rounded to 1 / PERIOD.
+  one period is tabulated and repeated; shares are rounded to 1 / period.
 * per data set and epoch a permutation of its frames: a keyed Feistel network on the next power of four, walked until it
   lands inside (cycle walking). O(1) memory, any size up to 2**62, vectorised. Grain's `index_shuffle` is the same idea
   in C++, limited to 2**31 and called per element; it would bring grain and array_record as dependencies for 30 lines.
@@ -18,8 +18,6 @@ import numpy as np
 
 from qdepth_jax import errors
 
-# 25 data sets: the rule errs by at most 1 - 1/48; rounding to 2**-18 adds 0.02 over 10,000 samples. Half a second.
-PERIOD = 1 << 18
 _ROUNDS = 6
 
 
@@ -29,7 +27,7 @@ class Order:
 
     Attributes:
       sizes: number of sampled frames of each data set.
-      shares: target share of each, sums to 1 (rounded to 1 / PERIOD when used).
+      shares: target share of each, sums to 1 (rounded to 1 / period when used).
       seed: everything random follows from it.
       shuffle: False walks every data set in frame order (validation).
     """
@@ -44,10 +42,11 @@ class Order:
             raise errors.UserError(f"{len(self.sizes)} data sets but {len(self.shares)} weights")
         if min(self.sizes) < 1:
             raise errors.UserError(f"every data set needs a frame to sample, sizes are {self.sizes}")
-        counts = _period_counts(self.shares)
+        counts = _period_counts(self.shares, period_of(len(self.sizes)))
         if min(counts) < 1:
             raise errors.UserError(
-                f"the smallest share {min(self.shares):.2g} is below 1/{PERIOD} of the mix: raise its weight or drop it"
+                f"the smallest share {min(self.shares):.2g} is below 1/{sum(counts)} of the mix: "
+                "raise its weight or drop it"
             )
         object.__setattr__(self, "_counts", np.array(counts, np.int64))
         object.__setattr__(self, "_table", _schedule(counts))
@@ -56,8 +55,9 @@ class Order:
         """i64 [n] -> (data set i32 [n], index into its sampled frames i64 [n])."""
         positions = np.asarray(positions, np.int64)
         dataset, before = self._table
-        which = dataset[positions % PERIOD]
-        sample = positions // PERIOD * self._counts[which] + before[positions % PERIOD]
+        turn, place = np.divmod(positions, len(dataset))
+        which = dataset[place]
+        sample = turn * self._counts[which] + before[place]
         out = np.empty(len(positions), np.int64)
         for number, size in enumerate(self.sizes):
             mine = np.flatnonzero(which == number)
@@ -109,30 +109,40 @@ def _mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def _period_counts(target: Sequence[float]) -> list[int]:
-    """Shares as whole numbers that sum to PERIOD, by largest remainder."""
-    exact = [share * PERIOD for share in target]
+def period_of(datasets: int) -> int:
+    """Length of the tabulated schedule.
+
+    The rule errs by at most 1 - 1/(2D - 2) samples, rounding to 1/period by n/period after n samples: long enough that
+    both stay below one sample over 10,000. 65,536 for up to 4 data sets, 524,288 (one second to tabulate) for 25.
+    """
+    return max(1 << 16, 1 << (20_000 * max(datasets - 1, 1) - 1).bit_length())
+
+
+def _period_counts(target: Sequence[float], period: int) -> list[int]:
+    """Shares as whole numbers that sum to the period, by largest remainder."""
+    exact = [share * period for share in target]
     counts = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: PERIOD - sum(counts)]:
+    for i in by_remainder[: period - sum(counts)]:
         counts[i] += 1
     return counts
 
 
 def _schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """One period: (data set i16 [PERIOD], earlier samples of that data set in the period i32 [PERIOD])."""
+    """One period of T = sum(counts) positions: (data set i16 [T], earlier samples of that data set i32 [T])."""
+    period = sum(counts)
     if len(counts) == 1:
-        return np.zeros(PERIOD, np.int16), np.arange(PERIOD, dtype=np.int32)
-    table = np.empty(PERIOD, np.int16)
+        return np.zeros(period, np.int16), np.arange(period, dtype=np.int32)
+    table = np.empty(period, np.int16)
     # Tijdeman 1980: sample n of a data set with share s may be drawn once s * t exceeds n + slack, and is due when
     # s * t reaches n + 1 - slack; of those that may, take the one that is due first. The error stays below 1 - slack.
     slack = 1 / (2 * len(counts) - 2)
-    share = [count / PERIOD for count in counts]
+    share = [count / period for count in counts]
     drawn = [0] * len(counts)
     waiting = [((slack) / s - 1, i) for i, s in enumerate(share)]
     heapq.heapify(waiting)
     ready: list[tuple[float, int]] = []
-    for t in range(PERIOD):
+    for t in range(period):
         while waiting and waiting[0][0] <= t + 1e-9:
             _, i = heapq.heappop(waiting)
             heapq.heappush(ready, ((drawn[i] + 1 - slack) / share[i], i))
@@ -140,7 +150,7 @@ def _schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         table[t] = i
         drawn[i] += 1
         heapq.heappush(waiting, ((drawn[i] + slack) / share[i] - 1, i))
-    before = np.empty(PERIOD, np.int32)
+    before = np.empty(period, np.int32)
     for i, count in enumerate(counts):
         mine = np.flatnonzero(table == i)
         if len(mine) != count:

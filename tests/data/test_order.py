@@ -48,7 +48,7 @@ def test_mixture_error_is_at_most_one_sample(weights):
 def test_epochs_of_a_mix_visit_each_frame_equally_and_cross_periods():
     sizes = (30, 50)
     mix = order.Order(sizes, order.shares([1, 3], sizes, balance=False), seed=5)
-    which, index = mix.locate(np.arange(order.PERIOD - 400, order.PERIOD + 400))
+    which, index = mix.locate(np.arange(order.period_of(2) - 400, order.period_of(2) + 400))
     for number, size in enumerate(sizes):
         counts = np.bincount(index[which == number], minlength=size)
         assert counts.max() - counts.min() <= 2 and counts.sum() == (which == number).sum()
