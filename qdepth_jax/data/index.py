@@ -97,13 +97,17 @@ class SplitIndex:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """An opened index; `warnings` are what the build found odd, in words."""
+    """An opened index.
+
+    `warnings` are what the build found odd, in words; `left_out` feature -> why it cannot be read through the index.
+    """
 
     dataset: spec.DatasetSpec
     directory: str
     fingerprint: str
     splits: Mapping[str, SplitIndex]
     warnings: tuple[str, ...]
+    left_out: Mapping[str, str]
     shard_bytes: int
 
     def split(self, name: str) -> SplitIndex:
@@ -156,6 +160,21 @@ def open_index(
     return _open(dataset, target)
 
 
+def rebuild(dataset: spec.DatasetSpec, index_dir: str = "", on_shard: Callable[[str, int], None] | None = None) -> None:
+    """Builds an index anew and then puts it in the place of the one that is there (which may be of other data)."""
+    target = default_directory(dataset, index_dir)
+    if os.path.exists(target) and not os.path.exists(os.path.join(target, "index.json")):
+        raise errors.UserError(f"{target} exists but is no index: remove it or choose another place with --index_dir")
+    old = f"{target}.old-{os.getpid()}"
+    _build(dataset, target, on_shard, replace=old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def total_bytes(dataset: spec.DatasetSpec) -> int:
+    """Size of all shards."""
+    return sum(sum(_sizes(dataset, split)) for split in dataset.splits.values())
+
+
 def scan_identity(
     dataset: spec.DatasetSpec, on_shard: Callable[[str, int], None] | None = None
 ) -> tuple[str, dict[str, list[shard_scan.ShardTables]]]:
@@ -189,7 +208,9 @@ def _feature_rows(dataset: spec.DatasetSpec) -> list[list[Any]]:
     return json.loads(json.dumps(rows))
 
 
-def _build(dataset: spec.DatasetSpec, target: str, on_shard: Callable[[str, int], None] | None) -> None:
+def _build(
+    dataset: spec.DatasetSpec, target: str, on_shard: Callable[[str, int], None] | None, replace: str = ""
+) -> None:
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         scratch = tempfile.mkdtemp(prefix=".building-", dir=os.path.dirname(target))
@@ -200,6 +221,8 @@ def _build(dataset: spec.DatasetSpec, target: str, on_shard: Callable[[str, int]
         try:
             _write(dataset, scratch, fingerprint, tables)
             os.chmod(scratch, 0o755)
+            if replace and os.path.exists(target):
+                os.rename(target, replace)
             os.rename(scratch, target)
         except OSError as error:
             # Another process may have finished first: its index is as good as ours, if it is of the same data.
@@ -336,7 +359,9 @@ def _open(dataset: spec.DatasetSpec, directory: str) -> Index:
             )
     splits = {name: SplitIndex(dataset, name, os.path.join(directory, name)) for name in dataset.splits}
     size = sum(shard[1] for shards in found[2].values() for shard in shards)
-    return Index(dataset, directory, content["fingerprint"], splits, tuple(content["warnings"]), size)
+    return Index(
+        dataset, directory, content["fingerprint"], splits, tuple(content["warnings"]), content["left_out"], size
+    )
 
 
 def _sizes(dataset: spec.DatasetSpec, split: spec.Split) -> list[int]:
