@@ -7,10 +7,10 @@ The paper names neither widths nor kernels, only the total: 2.606 B -> 2.924 B t
 311,464,960, the MLP's 2,230,272; a hidden convolution width of 384 gives 4,092,448, in all 317,787,680, which rounds to
 the paper's 0.318 B. That is the evidence for 384.
 
-Logits are the paper's eq. 3, l_ik = -||x_i - c_k||^2 / tau. x is written in affine coordinates of the frozen codebook,
-x = mean(c) + s x' with s^2 = mean_k ||c_k - mean(c)||^2, and tau = temperature * s^2; then
-l_ik = -||x'_i - c'_k||^2 / temperature with c' = (c - mean(c)) / s. The formula is unchanged, but its value does no longer
-depend on where the codebook lies and how large it is: with x' near 0 at the start, cross-entropy starts near ln C.
+Logits are the paper's eq. 3, l_ik = -||x_i - c_k||^2 / tau. x is written in affine coordinates of the frozen
+codebook, x = mean(c) + s x' with s^2 = mean_k ||c_k - mean(c)||^2, and tau = temperature * s^2; then
+l_ik = -||x'_i - c'_k||^2 / temperature with c' = (c - mean(c)) / s. The formula is unchanged, but its value no longer
+depends on where the codebook lies and how large it is: with x' near 0 at the start, cross-entropy starts near ln C.
 
 Axis letters: B batch, P depth tokens, C codes, D width, E code dimension, R depth pixels along one side of a token.
 """

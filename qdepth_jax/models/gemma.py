@@ -5,7 +5,7 @@ rotary positions on split halves). Keys and values of all experts are concatenat
 sees whom. Two oddities of open-pi-zero are kept: every stream is multiplied by sqrt(width) on entry (by the caller, see
 policy.py), and logits are soft-capped in every layer of every expert.
 
-Parameter tree (full size). For `vlm` the names below `layers/vlm` are those of the official PaliGemma files below `layers`:
+Parameter tree (full size). Names below `layers/vlm` are those of the official PaliGemma files below `layers`:
   embedder/input_embedding                  [257216, 2048]
   layers/EXPERT/pre_attention_norm/scale    [18, D]          layers/EXPERT/pre_ffw_norm/scale  [18, D]
   layers/EXPERT/attn/q_einsum/w             [18, 8, D, 256]
@@ -21,6 +21,7 @@ V vocabulary, M = leading axes folded into one.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -220,7 +221,9 @@ class Layer(nn.Module):
             k, v = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
 
         q = jnp.concatenate([blocks[name].query(normed[name]) for name in wanted], axis=1)
-        rows = [_rows(streams, name) for name in wanted]
+        # By the order of `blocks`: a dict that went through a scan comes back with its keys sorted.
+        ends = dict(zip(blocks, itertools.accumulate(streams[name].shape[1] for name in blocks), strict=True))
+        rows = [slice(ends[name] - streams[name].shape[1], ends[name]) for name in wanted]
         cos, sin, mask = (
             jnp.concatenate([table[:, row] for row in rows], axis=1) for table in (shared.cos, shared.sin, shared.mask)
         )
@@ -232,13 +235,6 @@ class Layer(nn.Module):
             out[name] = blocks[name].finish(streams[name], attended[:, start : start + size])
             start += size
         return out, kv
-
-
-def _rows(streams: dict[str, Array], name: str) -> slice:
-    """Where the tokens of one stream lie in the joint sequence."""
-    names = list(streams)
-    start = sum(streams[other].shape[1] for other in names[: names.index(name)])
-    return slice(start, start + streams[name].shape[1])
 
 
 class Block(nn.Module):

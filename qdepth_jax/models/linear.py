@@ -30,7 +30,7 @@ def fold(x: Array) -> Array:
 
 
 class Linear(nn.Module):
-    """y = x @ kernel + bias. x [..., D] -> [..., features] in `dtype`; kernel f32 [D, features], bias f32 [features]."""
+    """x @ kernel + bias. x [..., D] -> `dtype` [..., features]; f32 kernel [D, features], bias [features]."""
 
     features: int
     dtype: jnp.dtype = jnp.float32

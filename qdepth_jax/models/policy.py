@@ -177,19 +177,23 @@ class Policy(nn.Module):
 def prepare_images(config: PolicyConfig, batch: objective.Batch) -> Array:
     """Batch images -> f32 [B, views, S, S, 3] in [-1, 1].
 
-    uint8 images of another size are resized with Lanczos-3 and antialiasing, aspect ratio not kept, then rounded to whole
-    grey values and clipped to 0..255, as open-pi-zero's offline step does. uint8 x becomes x / 127.5 - 1.
+    uint8 images of another size are resized with Lanczos-3 and antialiasing, aspect ratio not kept, then rounded to
+    whole grey values and clipped to 0..255, as open-pi-zero's offline step does; then x / 127.5 - 1.
+    f32 images are taken as they are: in [-1, 1] and at SigLIP's size already.
     """
     size = config.siglip.image_size
     views = []
     for view in config.views:
-        image = batch[f"image_{view}"]
-        x = image.astype(jnp.float32)
-        if image.shape[1:3] != (size, size):
-            shape = (image.shape[0], size, size, 3)
-            x = jax.image.resize(x, shape, jax.image.ResizeMethod.LANCZOS3, antialias=True)
-            x = jnp.clip(jnp.round(x), 0.0, 255.0)
-        views.append((x * (1 / 255) - 0.5) / 0.5)
+        x = batch[f"image_{view}"]
+        if x.dtype == jnp.uint8:
+            resize = x.shape[1:3] != (size, size)
+            x = x.astype(jnp.float32)
+            if resize:
+                shape = (x.shape[0], size, size, 3)
+                x = jax.image.resize(x, shape, jax.image.ResizeMethod.LANCZOS3, antialias=True)
+                x = jnp.clip(jnp.round(x), 0.0, 255.0)
+            x = (x * (1 / 255) - 0.5) / 0.5
+        views.append(x)
     return jnp.stack(views, axis=1)
 
 
@@ -206,7 +210,10 @@ def features(config: PolicyConfig) -> tuple[str, ...]:
 
 
 def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
-    """Fresh `{"params", "state"}`. The codebook is a placeholder (standard normal): put the tokenizer's in its place."""
+    """Fresh `{"params", "state"}`.
+
+    The codebook is a placeholder (standard normal): the tokenizer's must take its place before training.
+    """
     size = config.siglip.image_size
     key_params, key_codes = jax.random.split(key)
     variables = Policy(config).init(
@@ -224,7 +231,10 @@ def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
 
 
 def loss(config: PolicyConfig, params, state, batch, key: Array, step: Array) -> objective.LossOutput:
-    """flow + lambda(step) * depth. Metrics: loss, flow_loss, and with depth labels depth_loss, lambda, depth_accuracy."""
+    """flow + lambda(step) * depth, time and noise drawn from the key and the global example index alone.
+
+    Metrics: loss, flow_loss; with depth labels also depth_loss and lambda; with codes also depth_accuracy.
+    """
     keys = jax.vmap(jax.random.split)(flow.example_keys(key, batch["position"]))
     action = batch["action"]
     t = flow.sample_time(keys[:, 0], config.flow)

@@ -17,7 +17,7 @@ from qdepth_jax.models.siglip import SiglipConfig
 from qdepth_jax.models.visibility import Table
 
 DTYPES = ("float32", "bfloat16")
-DEPTH_POSITIONS = ("image", "own")
+DEPTH_POSITIONS = ("image", "after_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,8 @@ class PositionConfig:
 
     Attributes:
       first: id of the first token of the vlm and of the action expert (open-pi-zero: 1).
-      depth: `image` gives depth token i the id of image token i of the main view (the same place in the picture has the
-        same angle; our choice, the paper is silent); `own` counts first, first + 1, ... which is the same ids as long as
-        the main view comes first.
+      depth: `image` gives depth token i the id of image token i of the main view: the same place in the picture has
+        the same angle (our choice, the paper is silent). `after_text` counts on behind the vlm's last slot.
     """
 
     first: int = 1
@@ -142,14 +141,16 @@ class PolicyConfig:
 
 
 def position_ids(config: PolicyConfig) -> dict[str, np.ndarray]:
-    """Position ids i32 [tokens] of each group: vlm 1..image+text, depth like image, proprio 1..n, action n+1.."""
+    """Position ids i32 [tokens] of each group: vlm 1..image+text, depth 1..P, proprio 1..n, action n+1.."""
     sizes, first = config.sizes, config.positions.first
     vlm = np.arange(first, first + sizes["image"] + sizes["text"], dtype=np.int32)
+    start = first if config.positions.depth == "image" else first + len(vlm)
+    depth = np.arange(start, start + sizes["depth"], dtype=np.int32)
     own = np.arange(first, first + sizes["proprio"] + sizes["action"], dtype=np.int32)
     return {
         "image": vlm[: sizes["image"]],
         "text": vlm[sizes["image"] :],
-        "depth": np.arange(first, first + sizes["depth"], dtype=np.int32),
+        "depth": depth,
         "proprio": own[: sizes["proprio"]],
         "action": own[sizes["proprio"] :],
     }
@@ -158,9 +159,10 @@ def position_ids(config: PolicyConfig) -> dict[str, np.ndarray]:
 def frozen_table(config: PolicyConfig) -> tuple[tuple[str, str], ...]:
     """Which parameters are never trained: (regex over the whole path, part).
 
-    part is `all`, `last_layer` (the last index of axis 0) or `last_layer_value` ([-1, 1], the value half of a kv_einsum).
-    The vlm's last layer feeds others by its keys and values alone. The corrected table freezes what therefore has a zero
-    gradient; `faithful` reproduces open-pi-zero, which freezes v_proj (it has a gradient) instead of q_proj (it has none).
+    part is `all`, `last_layer` (the last index of axis 0) or `last_layer_value` ([-1, 1], the value half of a
+    kv_einsum). The vlm's last layer feeds others by its keys and values alone. The corrected table freezes what
+    therefore has a zero gradient; `faithful` reproduces open-pi-zero, which freezes v_proj (it has a gradient) instead
+    of q_proj (it has none).
     """
     layer = "llm/layers/vlm/"
     rows = [
