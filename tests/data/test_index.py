@@ -1,0 +1,167 @@
+"""The index against TFDS itself on real data, and against every kind of damage on synthetic data."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from libero_writer import make_libero
+
+from qdepth_jax import errors
+from qdepth_jax.data import episode_reader, frame_reader, index, shard_scan, spec, tfrecord
+
+
+@pytest.fixture(scope="module")
+def bridge(bridge_dir, tmp_path_factory):
+    return index.open_index(bridge_dir, str(tmp_path_factory.mktemp("index")))
+
+
+def test_bridge_every_value_equals_tfds(bridge):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = tfds.builder_from_directory(bridge.dataset.directory)
+    skip = {"steps": tfds.decode.SkipDecoding()}
+    for name in ("train", "val"):
+        split, files = bridge.split(name), frame_reader.ShardFiles()
+        columns = [
+            key
+            for key, feature in bridge.dataset.features.items()
+            if feature.per_step and shard_scan.storage(feature) == "column"
+        ]
+        images = [f"steps/observation/image_{i}" for i in range(4)]
+        ids, strings = split.texts("steps/language_instruction")
+        paths, path_table = split.texts("episode_metadata/file_path")
+        config = tfds.ReadConfig(interleave_cycle_length=1)
+        count = frame = 0
+        for number, theirs in enumerate(tfds.as_numpy(builder.as_dataset(name, decoders=skip, read_config=config))):
+            steps, length = theirs["steps"], int(split.episodes["length"][number])
+            assert split.episodes["start"][number] == frame
+            assert path_table[paths[number]].encode() == theirs["episode_metadata"]["file_path"]
+            assert split.column("episode_metadata/episode_id")[number] == theirs["episode_metadata"]["episode_id"]
+            rows = slice(frame, frame + length)
+            for key in columns:
+                value = steps
+                for part in key.split("/")[1:]:
+                    value = value[part]
+                np.testing.assert_array_equal(split.column(key)[rows], value, err_msg=key)
+            for key in images:
+                spans = split.spans(key)[rows]
+                mine = [files.read(split.shard_path(0), offset, size) for offset, size in spans.tolist()]
+                assert mine == list(steps["observation"][key.rsplit("/", 1)[1]])
+            assert [strings[i].encode() for i in ids[rows]] == list(steps["language_instruction"])
+            count, frame = count + 1, frame + length
+        assert (count, frame) == (len(split.episodes), split.frames) == (25, 250)
+    assert list(bridge.left_out) == ["steps/language_embedding"]
+
+
+def test_bridge_decoded_images_equal_tfds_with_the_exact_dct(bridge):
+    tf = pytest.importorskip("tensorflow")
+    split = bridge.split("train")
+    reader = episode_reader.EpisodeReader(split)
+    mine = reader.images("steps/observation/image_0", 3)
+    row, spans = split.episodes[3], split.spans("steps/observation/image_0")
+    data = pathlib.Path(split.shard_path(0)).read_bytes()
+    for step, (offset, size) in enumerate(spans[row["start"] : row["start"] + row["length"]].tolist()):
+        theirs = tf.io.decode_jpeg(data[offset : offset + size], dct_method="INTEGER_ACCURATE").numpy()
+        np.testing.assert_array_equal(mine[step], theirs)
+
+
+def test_fingerprint_follows_content_and_not_the_place(tmp_path):
+    a = index.open_index(make_libero(tmp_path / "a"))
+    b = index.open_index(make_libero(tmp_path / "elsewhere" / "b"), str(tmp_path / "root"))
+    c = index.open_index(make_libero(tmp_path / "c", seed=1))
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    assert a.directory.endswith("qdepth_index") and b.directory.startswith(str(tmp_path / "root"))
+    os.rename(tmp_path / "a", tmp_path / "moved")
+    assert index.open_index(tmp_path / "moved" / "libero_object", build=False).fingerprint == a.fingerprint
+
+
+def test_columns_spans_and_shards_line_up(libero_dir):
+    split = index.open_index(libero_dir).split("train")
+    assert split.episodes["length"].tolist() == [7, 3, 9, 5] and split.episodes["shard"].tolist() == [0, 0, 1, 1]
+    state = split.column("steps/observation/state")[:, 0]
+    expected = np.concatenate([e + np.arange(n) / 100 for e, n in enumerate((7, 3, 9, 5))])
+    np.testing.assert_array_equal(state, expected.astype(np.float32))
+    reader = episode_reader.EpisodeReader(split)
+    assert reader.depth("steps/observation/depth", 2)[:, 0, 0].tolist() == list(range(201, 210))
+    assert split.episode_of(np.array([0, 6, 7, 9, 10, 23])).tolist() == [0, 0, 1, 1, 2, 3]
+    assert "record 0 (episode 2), step 4" in split.where(14)
+
+
+def test_a_stale_shard_length_is_said(libero_dir):
+    path = pathlib.Path(libero_dir) / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["splits"][0]["shardLengths"] = ["2", "7"]
+    path.write_text(json.dumps(info))
+    opened = index.open_index(libero_dir)
+    assert len(opened.split("train").episodes) == 4
+    assert "declares 9 episodes, the shards hold 4" in opened.warnings[0]
+
+
+def _flip(path, at):
+    data = bytearray(pathlib.Path(path).read_bytes())
+    data[at] ^= 4
+    pathlib.Path(path).write_bytes(data)
+
+
+def test_damaged_shard_is_named_and_nothing_is_left(libero_dir):
+    shard = next(pathlib.Path(libero_dir).glob("*train*00001-of*"))
+    _flip(shard, 500)
+    with pytest.raises(ValueError, match=r"00001-of-00002: record 0 at byte 0 .* checksum"):
+        index.open_index(libero_dir)
+    assert not [path for path in pathlib.Path(libero_dir).iterdir() if "index" in path.name or "build" in path.name]
+
+
+def test_missing_feature_and_wrong_count_name_the_record(libero_dir):
+    path = pathlib.Path(libero_dir) / "features.json"
+    features = json.loads(path.read_text())
+    steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    steps["gone"] = steps["action"]
+    path.write_text(json.dumps(features))
+    with pytest.raises(ValueError, match=r"record 0 .*'steps/gone' is missing"):
+        index.open_index(libero_dir)
+    del steps["gone"]
+    steps["action"]["tensor"]["shape"]["dimensions"] = ["6"]
+    path.write_text(json.dumps(features))
+    with pytest.raises(ValueError, match=r"values, .* steps x"):
+        index.open_index(libero_dir)
+
+
+def test_changed_data_is_refused_until_rebuilt(libero_dir):
+    first = index.open_index(libero_dir)
+    shard = next(pathlib.Path(libero_dir).glob("*val*"))
+    payload = next(tfrecord.scan_records(shard)).payload
+    with open(shard, "ab") as file:
+        tfrecord.write_record(file, payload)
+    with pytest.raises(errors.UserError, match="--rebuild"):
+        index.open_index(libero_dir)
+    index.rebuild(spec.read_spec(libero_dir))
+    second = index.open_index(libero_dir)
+    assert second.fingerprint != first.fingerprint and len(second.split("val").episodes) == 2
+
+
+def test_bad_folders_name_the_path_and_what_is_there(tmp_path, libero_dir):
+    with pytest.raises(errors.UserError, match=r"no data set folder .*nope.* holds libero_object"):
+        index.open_index(tmp_path / "nope")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(errors.UserError, match=r"features.json and dataset_info.json missing; it holds nothing"):
+        index.open_index(tmp_path / "empty")
+    next(pathlib.Path(libero_dir).glob("*val*")).unlink()
+    with pytest.raises(errors.UserError, match="1 shards missing"):
+        index.open_index(libero_dir)
+
+
+def test_full_disk_is_a_clear_error(libero_dir, monkeypatch):
+    def full(path, array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index, "_save", full)
+    with pytest.raises(errors.UserError, match="the disk is full"):
+        index.open_index(libero_dir)
+    assert not [path.name for path in pathlib.Path(libero_dir).iterdir() if "build" in path.name]
+
+
+def test_unwritable_place_is_a_clear_error(tmp_path, libero_dir):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(errors.UserError, match="--index_dir"):
+        index.open_index(libero_dir, str(tmp_path / "file" / "index"))
