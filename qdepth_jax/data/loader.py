@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, frame_reader, normalise, order, source, text
+from qdepth_jax.data import data_config, frame_reader, normalise, order, sidecar, source, text
 
 HostBatch = dict[str, np.ndarray]
 Job = Callable[[], None]
@@ -115,6 +115,12 @@ class Loader:
         if len(kinds) > 1:
             raise errors.UserError(f"the data sets of the mix have depth of different kinds {sorted(kinds)}")
         return kinds.pop()
+
+    @property
+    def depth_tokens(self) -> sidecar.Metadata | None:
+        """What the depth tokens are (identity of the tokenizer, grid, codes); None if the mix has none."""
+        found = self.sources[0].depth_tokens
+        return None if found is None else found.metadata
 
     def identity(self) -> dict[str, Any]:
         """Json-able; equal identity and position mean equal samples, so a resume compares it."""

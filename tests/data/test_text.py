@@ -1,0 +1,49 @@
+"""Text tokens by PaliGemma's rules, on the small tokenizer that ships."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from qdepth_jax import errors
+from qdepth_jax.data import text
+
+ROOT = pathlib.Path(__file__).parents[2] / "data" / "text_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return text.TextTokenizer(str(ROOT / "libero.model"))
+
+
+def test_rows_are_bos_text_newline_padding(tokenizer):
+    instructions = (ROOT / "libero_instructions.txt").read_text().splitlines()
+    rows, unknown = tokenizer.encode_table(instructions, 24)
+    newline = tokenizer.encode("")[1]
+    assert rows.shape == (len(instructions), 24) and rows.dtype == np.int32 and not unknown.any()
+    for row, instruction in zip(rows, instructions):
+        length = int((row != text.PAD).sum())
+        assert row[0] == text.BOS and row[length - 1] == newline and not row[length:].any()
+        assert (row == newline).sum() == 1 and row.max() < tokenizer.vocabulary
+        assert tokenizer.decode(row) == instruction + "\n"
+
+
+def test_text_is_taken_as_it_is(tokenizer):
+    for instruction in ("Pick UP  the cup ", "", "Öl in den Topf", "a\tb"):
+        assert tokenizer.decode(tokenizer.encode(instruction)) == instruction + "\n"
+        assert text.UNK not in tokenizer.encode(instruction)
+
+
+def test_too_long_names_instruction_count_and_fix(tokenizer):
+    long = "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate"
+    with pytest.raises(errors.UserError, match=f"21 tokens: '{long}'. Set data.max_text_tokens=21"):
+        tokenizer.encode_table(["open the door", long], 20)
+    assert tokenizer.encode_table([long], 21)[0].all()
+
+
+def test_wrong_files_are_refused(tmp_path):
+    (tmp_path / "x.model").write_bytes(b"no model")
+    with pytest.raises(errors.UserError, match="not a SentencePiece model"):
+        text.TextTokenizer(str(tmp_path / "x.model"))
+    with pytest.raises(errors.UserError, match="no text tokenizer"):
+        text.TextTokenizer(str(tmp_path / "y.model"))
