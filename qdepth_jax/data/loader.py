@@ -74,6 +74,10 @@ class Loader:
             )
             for entry in config.datasets
         ]
+        names = [item.definition.name for item in self.sources]
+        if len(set(names)) < len(names):
+            # Normalisation is kept by name, and a name stands for one embodiment.
+            raise errors.UserError(f"the mix names a data set twice: {names}; merge the copies or keep one")
         self._check_features()
         sizes = tuple(len(item.frames.valid) for item in self.sources)
         shares = order.shares([item.weight for item in self.sources], sizes, config.balance)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -214,6 +215,7 @@ def test_missing_things_are_named_with_the_fix(libero_dir, tmp_path):
         (_config(libero_dir, normalisation="zscore"), ("action",), 4, "zscore"),
         (_config(libero_dir, held_out_every=1), ("action",), 4, "n >= 2"),
         (_config(), ("action",), 4, "datasets is empty"),
+        (_config(libero_dir, libero_dir), ("action",), 4, "names a data set twice"),
         (_config(tmp_path / "gone"), ("action",), 4, "no data set folder"),
     ]
     for config, features, batch, message in cases:
@@ -236,6 +238,36 @@ def test_damaged_image_names_shard_episode_and_step(libero_dir, view):
         ValueError, match=r"libero_object train: shard .*00001-of-00002, record 0 \(episode 2\), step 2"
     ):
         reader.batch(0)
+
+
+def test_prefetch_runs_ahead_by_its_bound_and_no_further(libero_dir, monkeypatch):
+    reader = loader.Loader(_config(libero_dir), ("frame",), 4)
+    made, real = [], reader.batch
+    monkeypatch.setattr(reader, "batch", lambda step: made.append(step) or real(step))
+    ahead = reader.iterate(10, prefetch=3)
+    next(ahead)
+    time.sleep(0.2)
+    assert made == [10, 11, 12]
+    next(ahead)
+    time.sleep(0.2)
+    assert made == [10, 11, 12, 13]
+    ahead.close()
+
+
+def test_an_error_ahead_reaches_the_consumer_at_its_step(libero_dir, monkeypatch):
+    reader = loader.Loader(_config(libero_dir), ("frame",), 4)
+    real = reader.batch
+
+    def batch(step):
+        if step == 2:
+            raise ValueError("step 2 is broken")
+        return real(step)
+
+    monkeypatch.setattr(reader, "batch", batch)
+    ahead = reader.iterate(0, prefetch=4)
+    next(ahead), next(ahead)
+    with pytest.raises(ValueError, match="step 2 is broken"):
+        next(ahead)
 
 
 def test_image_size_resizes_on_the_host(libero_dir):
