@@ -165,3 +165,11 @@ def test_unwritable_place_is_a_clear_error(tmp_path, libero_dir):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(errors.UserError, match="--index_dir"):
         index.open_index(libero_dir, str(tmp_path / "file" / "index"))
+
+
+def test_tfds_still_reads_a_data_set_that_carries_an_index(libero_dir):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    index.open_index(libero_dir)
+    builder = tfds.builder_from_directory(libero_dir)
+    lengths = [len(list(episode["steps"])) for episode in tfds.as_numpy(builder.as_dataset("train"))]
+    assert lengths == [7, 3, 9, 5]
