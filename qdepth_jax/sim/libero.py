@@ -3,8 +3,8 @@
   action f32[7]       OSC_POSE delta: xyz (1 = 0.05 m), axis-angle (1 = 0.5 rad), gripper -1 open / +1 close; 20 Hz
   state f32[8]        end effector xyz (m), its orientation as axis-angle (3), gripper finger positions (2)
   joint_state f32[7]  joint angles (rad)
-  images              the simulator's raw images (stored bottom-up) rotated by 180 degrees: upright, and mirrored left-right
-                      against what a real camera would see. Models trained on the published data expect exactly that.
+  images              the simulator's raw images (stored bottom-up) rotated by 180 degrees: upright, and mirrored
+                      left-right against what a real camera sees. Models trained on the published data expect that.
 
 Physics runs without cameras; `LiberoEnv.render` draws a frame only when somebody asks for one.
 """
@@ -23,6 +23,7 @@ from qdepth_jax.sim import render as render_lib
 
 ACTION_DIM = 7
 SETTLE_STEPS = 10  # idle steps before every episode: objects fall onto the table (openvla and openpi do the same)
+PLACEMENT_ATTEMPTS = 100
 IDLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 # Step caps of the openvla and openpi evaluation scripts, by the suite a variant derives from.
@@ -35,6 +36,10 @@ STEP_CAPS = {
 }
 # In these variants the changed instruction stands in the problem file; the file name still carries the original one.
 INSTRUCTION_IN_PROBLEM_FILE = ("_lan", "_task")
+
+
+class SimulatorFailure(RuntimeError):
+    """The simulator could not go on (diverged, or found no valid placement): neither a success nor a failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,9 @@ def step_cap(suite: str) -> int:
     for name, cap in STEP_CAPS.items():
         if suite == name or suite.startswith(name + "_"):
             return cap
-    raise errors.UserError(f"no official step cap is known for suite {suite!r}; known: {sorted(STEP_CAPS)} and variants")
+    raise errors.UserError(
+        f"no official step cap is known for suite {suite!r}; known: {sorted(STEP_CAPS)} and variants"
+    )
 
 
 def list_tasks(suite: str) -> list[LiberoTask]:
@@ -94,7 +101,7 @@ def list_tasks(suite: str) -> list[LiberoTask]:
 
 
 def evaluation_states(task: LiberoTask) -> np.ndarray:
-    """The benchmark's 50 fixed evaluation starts of a task: f64 [N, D] simulator states. Never used for demonstrations."""
+    """The benchmark's 50 fixed evaluation starts of a task, f64 [N, D]. Never used for demonstrations."""
     benchmark, _, _ = _import_libero()
     with contextlib.redirect_stdout(io.StringIO()):
         tasks = benchmark.get_benchmark(task.suite)(task_order_index=0)
@@ -102,7 +109,7 @@ def evaluation_states(task: LiberoTask) -> np.ndarray:
 
 
 class LiberoEnv:
-    """One task. `observation` after reset or step is the privileged robosuite dict; `proprio` is what a policy may see."""
+    """One task. `observation` is the privileged robosuite dict; `proprio` and `render` are what a policy may see."""
 
     def __init__(self, task: LiberoTask, image_size: int = 128, supersample: int = 2):
         _, _, env_wrapper = _import_libero()
@@ -149,21 +156,22 @@ class LiberoEnv:
         self.model.body_quat[:] = self._body_quat
         self.sim.forward()
         self.domain.seed(seed)  # numpy's global generator, from which the placement samplers draw
-        for attempt in range(100):
+        for _ in range(PLACEMENT_ATTEMPTS):
             with contextlib.suppress(robosuite_errors.RandomizationError):
                 self.domain.reset()
                 break
         else:
-            raise RuntimeError(f"{self.task.name}: no valid placement in {attempt + 1} attempts with seed {seed}")
-        state = self.sim.get_state().flatten() if initial_state is None else initial_state
+            raise SimulatorFailure(f"no valid placement in {PLACEMENT_ATTEMPTS} attempts with seed {seed}")
+        # A drawn state goes through float32: what is stored is exactly what was simulated.
+        drawn = initial_state is None
+        state = self.sim.get_state().flatten().astype(np.float32) if drawn else np.asarray(initial_state)
         if len(state) != self.model.nq + self.model.nv + 1:
             raise ValueError(
                 f"{self.task.name}: initial state has {len(state)} numbers, the scene needs "
                 f"{self.model.nq + self.model.nv + 1}; it belongs to another task or simulator version"
             )
-        # Through float32 in both cases: what is stored is exactly what was simulated.
-        self.initial_state = np.asarray(state, np.float32)
-        self.set_sim_state(self.initial_state.astype(np.float64))
+        self.initial_state = state.astype(np.float32)
+        self.set_sim_state(state.astype(np.float64))
         for _ in range(SETTLE_STEPS):
             self.step(IDLE_ACTION)
 
@@ -172,7 +180,16 @@ class LiberoEnv:
         action = np.asarray(action, np.float32)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"LIBERO needs {ACTION_DIM} finite action numbers, got {action!r}")
-        self.observation, _, _, _ = self.domain.step(action.astype(np.float64))
+        from mujoco import FatalError, mjtWarning
+
+        try:
+            self.observation, _, _, _ = self.domain.step(action.astype(np.float64))
+        except (FatalError, ArithmeticError) as error:
+            raise SimulatorFailure(f"{type(error).__name__}: {error}") from error
+        # MuJoCo answers a diverged state with a warning and a silent return to the start pose.
+        for kind in (mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC):
+            if self.data.warning[int(kind)].number:
+                raise SimulatorFailure(f"the physics diverged ({kind.name}) at time {self.data.time:.2f} s")
         return self.success()
 
     def success(self) -> bool:
@@ -225,7 +242,7 @@ class LiberoEnv:
 
 
 def published_view(upright: np.ndarray) -> np.ndarray:
-    """An upright view [H, W, ...] as the published data stores it: bottom-up image rotated by 180 degrees = mirrored."""
+    """An upright view [H, W, ...] as the published data stores it: a bottom-up image rotated by 180 degrees."""
     return np.ascontiguousarray(upright[:, ::-1])
 
 

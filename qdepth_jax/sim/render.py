@@ -1,8 +1,9 @@
 """RGB and true metric depth of a MuJoCo scene from one GL pass.
 
 Three things make the depth buffer lie, and all are switched off here:
-  * multisampling: a resolved depth sample at an object's edge lies between the two surfaces, up to metres away from either;
-    so `offsamples = 0`, and smooth RGB comes from rendering larger and averaging blocks (depth takes the nearest sample);
+  * multisampling: a resolved depth sample at an object's edge lies between the two surfaces, up to metres away from
+    either; so `offsamples = 0`, and smooth RGB comes from rendering larger and averaging blocks (depth takes the
+    nearest sample);
   * sites (transparent markers such as the gripper axis) and collision geoms, which are drawn into depth: both hidden.
 """
 
@@ -71,13 +72,15 @@ class SceneRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)
-        self._option = visible_geometry(mujoco)
+        self._option, self._option_with_sites = visible_geometry(mujoco), visible_geometry(mujoco, sites=True)
         self._rect = mujoco.MjrRect(0, 0, columns, rows)
         self._rgb = np.empty((rows, columns, 3), np.uint8)
         self._z = np.empty((rows, columns), np.float32)
 
-    def sample(self, data, camera: str) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, data, camera: str, sites: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """All samples of one view, upright as the camera sees it, before averaging.
+
+        With sites=True the depth holds them too, so take it from another call.
 
         Returns rgb u8 [h, w, 3] and depth f32 [h, w] in metres along the optical axis; h, w = size times supersample.
         """
@@ -88,9 +91,7 @@ class SceneRenderer:
         if view.fixedcamid < 0:
             known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, k) for k in range(model.ncam)]
             raise ValueError(f"the scene has no camera {camera!r}; it has {known}")
-        mujoco.mjv_updateScene(
-            model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
-        )
+        mujoco.mjv_updateScene(model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
         self._gl.make_current()
         mujoco.mjr_render(self._rect, self._scene, self._context)
         mujoco.mjr_readPixels(self._rgb, self._z, self._rect, self._context)
@@ -100,12 +101,12 @@ class SceneRenderer:
         depth = near / (1.0 - (1.0 - self._z[::-1]) * (1.0 - near / far))
         return self._rgb[::-1].copy(), depth.astype(np.float32)
 
-    def render(self, data, camera: str) -> tuple[np.ndarray, np.ndarray]:
+    def render(self, data, camera: str, sites: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """One view, upright. Returns rgb u8 [H, W, 3] and depth f32 [H, W] in metres.
 
         Depth of a pixel is that of its nearest sample: always a real surface, never a mean of two.
         """
-        rgb, depth = self.sample(data, camera)
+        rgb, depth = self.sample(data, camera, sites)
         h, w, k = self._height, self._width, self._factor
         rgb = rgb.reshape(h, k, w, k, 3).mean(axis=(1, 3), dtype=np.float32)
         depth = depth.reshape(h, k, w, k).min(axis=(1, 3))
@@ -116,15 +117,16 @@ class SceneRenderer:
         self._gl.free()
 
 
-def visible_geometry(mujoco):
-    """MjvOption that hides collision geoms (group 0) and every site, so that depth shows only what RGB shows."""
+def visible_geometry(mujoco, sites: bool = False):
+    """MjvOption that hides collision geoms (group 0) and, unless asked for, every site."""
     option = mujoco.MjvOption()
     option.geomgroup[0] = 0
-    option.sitegroup[:] = 0
+    if not sites:
+        option.sitegroup[:] = 0
     return option
 
 
 def millimetres(depth: np.ndarray) -> np.ndarray:
-    """Metric depth f32 in metres to u16 millimetres; 0 (invalid) where it is not finite, not positive or above 65.535 m."""
+    """Metres f32 to millimetres u16; 0 (invalid) where not finite, below half a millimetre or above 65.535 m."""
     scaled = np.rint(np.nan_to_num(depth.astype(np.float64) * 1000.0, nan=0.0, posinf=0.0, neginf=0.0))
     return np.where((scaled >= 1) & (scaled <= 65535), scaled, 0).astype(np.uint16)

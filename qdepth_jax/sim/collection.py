@@ -1,0 +1,264 @@
+"""Collects demonstrations over processes, resumably, and assembles the RLDS data set.
+
+Attempt k of a task uses seed `base seed + k`; the first successful attempts in that order are the demonstrations, so
+the result does not depend on the number of processes or on interruptions. Attempts are handed out in blocks (building
+an environment takes seconds). Every finished attempt leaves a file in the work folder: a second run reads it instead
+of simulating.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import tqdm
+
+from qdepth_jax import errors
+from qdepth_jax.data import write_rlds
+from qdepth_jax.sim import demos, libero
+
+BLOCK = 10  # attempts a process makes in one environment
+METAWORLD = "metaworld"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to collect. episodes and val_episodes count successes per task; max_attempts bounds the tries per task."""
+
+    suite: str
+    tasks: tuple[int, ...]
+    episodes: int
+    val_episodes: int
+    max_attempts: int
+    seed: int
+    max_steps: int | None  # None = the official cap of the suite
+    encoding: demos.Encoding
+
+    @property
+    def wanted(self) -> int:
+        return self.episodes + self.val_episodes
+
+    def identity(self) -> dict:
+        """What must not change between runs that share a work folder. Counts may grow, tasks may be added."""
+        return {
+            "suite": self.suite,
+            "seed": self.seed,
+            "max_steps": self.max_steps,
+            **dataclasses.asdict(self.encoding),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    number: int
+    seed: int
+    outcome: str
+    steps: int
+    note: str = ""
+
+
+def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Attempt]], dict[int, str]]:
+    """Runs attempts until every task has its episodes or used up its attempts.
+
+    Returns the attempts of each task in order, and for the tasks that the expert cannot do the reason instead.
+    """
+    check_identity(plan, work)
+    attempts: dict[int, list[Attempt]] = {task: finished_attempts(work, task) for task in plan.tasks}
+    impossible: dict[int, str] = {}
+    next_block = dict.fromkeys(plan.tasks, 0)
+    # Fresh interpreters: a forked GL context or simulator is not usable.
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    total = plan.wanted * len(plan.tasks)
+    with pool, tqdm.tqdm(total=total, desc=plan.suite, unit="episode", disable=not sys.stderr.isatty()) as bar:
+        running: dict[concurrent.futures.Future, int] = {}
+
+        def submit(task: int) -> None:
+            """Keeps as many blocks of the task under way as could still be needed."""
+            have = len(accepted(attempts[task], plan.wanted))
+            under_way = sum(t == task for t in running.values())
+            while under_way * BLOCK < plan.wanted - have and next_block[task] * BLOCK < plan.max_attempts:
+                first = next_block[task] * BLOCK
+                numbers = range(first, min(first + BLOCK, plan.max_attempts))
+                next_block[task] += 1
+                running[pool.submit(run_block, plan, str(work), task, numbers)] = task
+                under_way += 1
+
+        for task in plan.tasks:
+            submit(task)
+        while running:
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                reason = future.result()
+                if reason:
+                    impossible[task] = reason
+                    continue
+                attempts[task] = finished_attempts(work, task)
+                have = [len(accepted(a, plan.wanted)) for a in attempts.values()]
+                bar.update(sum(have) - bar.n)
+                if bar.disable:
+                    print(f"{plan.suite}: {sum(have)} of {total} episodes", file=sys.stderr, flush=True)
+                submit(task)
+    return attempts, impossible
+
+
+def run_block(plan: Plan, work: str, task: int, numbers: range) -> str:
+    """One process's share: attempts in one environment. Returns why the expert cannot do the task, or ''."""
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
+    present = {a.number: a for a in finished_attempts(Path(work), task)}
+    env, successes = None, 0
+    for number in numbers:
+        if successes >= plan.wanted:
+            break
+        if number not in present:
+            if env is None:
+                env, reason = make_env(plan, task)
+                if reason:
+                    env.close()
+                    return reason
+            present[number] = run_attempt(plan, env, Path(work), task, number)
+        successes += present[number].outcome == demos.SUCCESS
+    if env is not None:
+        env.close()
+    return ""
+
+
+def make_env(plan: Plan, task: int):
+    """(environment, reason why its expert cannot do the task or '')."""
+    if plan.suite == METAWORLD:
+        from qdepth_jax.sim import metaworld
+
+        return metaworld.MetaWorldEnv(task, plan.encoding.image_size, plan.encoding.supersample), ""
+    from qdepth_jax.sim import expert
+
+    listed = libero.list_tasks(plan.suite)
+    env = libero.LiberoEnv(listed[task], plan.encoding.image_size, plan.encoding.supersample)
+    return env, "; ".join(expert.unsupported(env))
+
+
+def run_attempt(plan: Plan, env, work: Path, task: int, number: int) -> Attempt:
+    """One attempt; its outcome, and its episode if it succeeded, are on disk when this returns."""
+    seed = plan.seed + number
+    folder = work / f"task_{task:03d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    steps, note = 0, ""
+    try:
+        if plan.suite == METAWORLD:
+            outcome, track = demos.run_metaworld_expert(env, seed, plan.max_steps)
+            encode = demos.encode_metaworld
+        else:
+            outcome, track = demos.run_libero_expert(env, seed, plan.max_steps)
+            encode = demos.encode_libero
+        steps = len(track["action"])
+        if outcome == demos.SUCCESS:
+            episode_id = f"{plan.suite}/task_{task:03d}/seed_{seed}"
+            write_whole(folder / f"{number:05d}.episode", encode(env, seed, track, plan.encoding, episode_id))
+    except libero.SimulatorFailure as error:
+        outcome, note = demos.CRASHED, f"{type(error).__name__}: {error}"
+    attempt = Attempt(number, seed, outcome, steps, note)
+    write_whole(folder / f"{number:05d}.json", json.dumps(dataclasses.asdict(attempt)).encode())
+    return attempt
+
+
+def accepted(attempts: list[Attempt], wanted: int) -> list[Attempt]:
+    """The first successes in order of attempt, at most `wanted`."""
+    return [a for a in attempts if a.outcome == demos.SUCCESS][:wanted]
+
+
+def finished_attempts(work: Path, task: int) -> list[Attempt]:
+    """Attempts on disk, in order, up to the first that is missing inside its block (a block may end early)."""
+    files = sorted((work / f"task_{task:03d}").glob("*.json"))
+    return [Attempt(**json.loads(path.read_bytes())) for path in files]
+
+
+def report(plan: Plan, attempts: dict[int, list[Attempt]], impossible: dict[int, str], names: list[str]) -> dict:
+    """Prints one line per task and returns the figures for the summary."""
+    tasks = {}
+    for task in plan.tasks:
+        if task in impossible:
+            print(f"{task:3d} {names[task]}: not collected, {impossible[task]}")
+            continue
+        counts = Counter(a.outcome for a in attempts[task])
+        kept = accepted(attempts[task], plan.wanted)
+        steps = [a.steps for a in kept]
+        tasks[task] = {
+            "name": names[task],
+            "kept": len(kept),
+            "attempts": len(attempts[task]),
+            **{name: counts[name] for name in (demos.SUCCESS, demos.FAILED, demos.OVERLONG, demos.CRASHED)},
+            "mean_steps": round(sum(steps) / len(steps), 1) if steps else None,
+        }
+        short = f"  SHORT OF {plan.wanted}" if len(kept) < plan.wanted else ""
+        print(
+            f"{task:3d} {names[task]}: expert {counts[demos.SUCCESS]}/{len(attempts[task])} "
+            f"(failed {counts[demos.FAILED]}, over the step cap {counts[demos.OVERLONG]}, crashed "
+            f"{counts[demos.CRASHED]}), kept {len(kept)}, mean steps {tasks[task]['mean_steps']}{short}"
+        )
+    return tasks
+
+
+def assemble(
+    plan: Plan, attempts: dict[int, list[Attempt]], work: Path, directory: Path, per_shard: int, version: str
+) -> dict[str, write_rlds.Split]:
+    """Writes the data set from the work folder. The last val_episodes of each task form split `val`.
+
+    Episodes of the tasks alternate, so that a percentage slice of a split holds every task.
+    """
+    name = directory.parent.name
+    chosen: dict[str, list[tuple[int, int, Path]]] = {"train": [], "val": []}
+    for task, tried in attempts.items():
+        for rank, attempt in enumerate(accepted(tried, plan.wanted)):
+            split = "train" if rank < plan.episodes else "val"
+            path = work / f"task_{task:03d}" / f"{attempt.number:05d}.episode"
+            chosen[split].append((rank, task, path))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "dataset_info.json").unlink(missing_ok=True)  # not whole until it is back
+    splits = {}
+    for split, items in chosen.items():
+        paths = [path for _, _, path in sorted(items)]
+        if not paths:
+            continue
+        shards = [paths[k : k + per_shard] for k in range(0, len(paths), per_shard)]
+        splits[split] = write_rlds.write_split(directory, name, split, shards, Path.read_bytes)
+    wanted = {
+        write_rlds.shard_name(name, s.name, k, len(s.shard_lengths))
+        for s in splits.values()
+        for k in range(len(s.shard_lengths))
+    }
+    for stale in directory.glob(f"{name}-*.tfrecord-*"):
+        if stale.name not in wanted:
+            stale.unlink()
+    size = plan.encoding.image_size
+    tree = demos.metaworld_features(size) if plan.suite == METAWORLD else demos.libero_features(size)
+    description = (
+        f"Demonstrations of {plan.suite} by a scripted expert, rendered with true metric depth of the main view.\n"
+        "Depth: u16 PNG in millimetres, 0 = invalid. Images and actions follow the published RLDS conventions."
+    )
+    write_rlds.write_metadata(directory, name, version, tree, list(splits.values()), description)
+    return splits
+
+
+def check_identity(plan: Plan, work: Path) -> None:
+    """A work folder belongs to one suite, seed and encoding; anything else would mix data silently."""
+    path = work / "identity.json"
+    if path.is_file():
+        present = json.loads(path.read_bytes())
+        if present != plan.identity():
+            raise errors.UserError(
+                f"{work} holds attempts made with {present}, this run asks for {plan.identity()}: "
+                "choose another --work_dir, or delete that folder"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(plan.identity()).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file is there with all of its content, or not at all."""
+    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,121 @@
+"""Collects demonstrations from a simulator into an RLDS data set.
+
+  python tools/collect_demos.py --suite=libero_object --tasks=0,1,2,3 --episodes=3 --val_episodes=1 --output_dir=data
+  python tools/collect_demos.py --suite=metaworld --tasks=reach-v3,door-open-v3 --episodes=10 --output_dir=demos
+
+Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90, their LIBERO-PRO variants (a scripted expert
+acts; tasks whose goal it cannot serve are reported), and metaworld (its own scripted policies act). Placements are
+random by seed and never the benchmark's evaluation states. Failed attempts and those over the step cap are counted,
+not kept. Interrupt and run again: finished attempts are kept in the work folder. The last line of stdout is JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+_SUITE = flags.DEFINE_string("suite", None, "libero_spatial, libero_object, ..., or metaworld", required=True)
+_TASKS = flags.DEFINE_list("tasks", ["all"], "task numbers or names, or 'all'")
+_EPISODES = flags.DEFINE_integer("episodes", 50, "successful episodes per task in split train", lower_bound=1)
+_VAL = flags.DEFINE_integer("val_episodes", 0, "successful episodes per task in split val", lower_bound=0)
+_MAX_ATTEMPTS = flags.DEFINE_integer("max_attempts", None, "attempts per task; default: 3 times the episodes, plus 10")
+_MAX_STEPS = flags.DEFINE_integer("max_steps", None, "longest episode to keep; default: the suite's official step cap")
+_OUTPUT = flags.DEFINE_string("output_dir", None, "the data set goes to OUTPUT_DIR/NAME/VERSION", required=True)
+_NAME = flags.DEFINE_string("name", None, "name of the data set; default: the suite")
+_VERSION = flags.DEFINE_string("version", "1.0.0", "version of the data set")
+_WORK = flags.DEFINE_string(
+    "work_dir", None, "finished attempts; default: OUTPUT_DIR/.work/NAME (safe to delete after)"
+)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "parallel simulators (about 1.5 GB of memory each)", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 1000, "seed of the first attempt of every task", lower_bound=0)
+_SIZE = flags.DEFINE_integer("image_size", 256, "pixels, square", lower_bound=16)
+_QUALITY = flags.DEFINE_integer("jpeg_quality", 95, "JPEG quality", lower_bound=1, upper_bound=100)
+_SUPERSAMPLE = flags.DEFINE_integer("supersample", 2, "RGB samples per pixel and axis", lower_bound=1)
+_PER_SHARD = flags.DEFINE_integer("episodes_per_shard", 32, "episodes per TFRecord shard", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    from qdepth_jax import errors
+
+    try:
+        if len(argv) > 1:
+            raise errors.UserError(f"unexpected arguments {argv[1:]}: everything is a --flag=value")
+        print(json.dumps(run()))
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def run() -> dict:
+    """Collects and assembles; returns the summary."""
+    from qdepth_jax import errors
+    from qdepth_jax.sim import collection, demos
+
+    names = task_names(_SUITE.value)
+    name = _NAME.value or _SUITE.value
+    directory = Path(_OUTPUT.value) / name / _VERSION.value
+    work = Path(_WORK.value) if _WORK.value else Path(_OUTPUT.value) / ".work" / name
+    if directory.exists() and any(directory.iterdir()) and not (work / "identity.json").is_file():
+        raise errors.UserError(
+            f"{directory} is not empty and {work} does not hold the attempts it came from: "
+            "choose another --output_dir, --name or --version, or delete it"
+        )
+    wanted = _EPISODES.value + _VAL.value
+    plan = collection.Plan(
+        suite=_SUITE.value,
+        tasks=tuple(choose(_TASKS.value, names)),
+        episodes=_EPISODES.value,
+        val_episodes=_VAL.value,
+        max_attempts=_MAX_ATTEMPTS.value or 3 * wanted + 10,
+        seed=_SEED.value,
+        max_steps=_MAX_STEPS.value,
+        encoding=demos.Encoding(_SIZE.value, _QUALITY.value, _SUPERSAMPLE.value),
+    )
+    attempts, impossible = collection.collect(plan, work, _PROCESSES.value)
+    tasks = collection.report(plan, attempts, impossible, names)
+    if not any(task["kept"] for task in tasks.values()):
+        raise errors.UserError(f"no successful episode of {_SUITE.value} tasks {list(plan.tasks)}: nothing to write")
+    done = {task: tried for task, tried in attempts.items() if task in tasks}
+    splits = collection.assemble(plan, done, work, directory, _PER_SHARD.value, _VERSION.value)
+    return {
+        "dataset": str(directory),
+        "episodes": {s.name: sum(s.shard_lengths) for s in splits.values()},
+        "bytes": sum(s.num_bytes for s in splits.values()),
+        "frames": sum(a.steps for tried in done.values() for a in collection.accepted(tried, wanted)),
+        "expert_success": {t["name"]: f"{t['success']}/{t['attempts']}" for t in tasks.values()},
+        "short": [t["name"] for t in tasks.values() if t["kept"] < wanted],
+        "not_collected": {names[task]: reason for task, reason in impossible.items()},
+        "work_dir": str(work),
+    }
+
+
+def task_names(suite: str) -> list[str]:
+    if suite == "metaworld":
+        from qdepth_jax.sim import metaworld
+
+        return metaworld.list_tasks()
+    from qdepth_jax.sim import libero
+
+    return [task.name for task in libero.list_tasks(suite)]
+
+
+def choose(asked: list[str], names: list[str]) -> list[int]:
+    """Task numbers or names to task numbers."""
+    from qdepth_jax import errors
+
+    if asked == ["all"]:
+        return list(range(len(names)))
+    chosen = []
+    for item in asked:
+        number = int(item) if item.isdecimal() else names.index(item) if item in names else -1
+        if not 0 <= number < len(names):
+            listed = ", ".join(f"{k} {name}" for k, name in enumerate(names))
+            raise errors.UserError(f"no task {item!r} in this suite; tasks: {listed}")
+        if number not in chosen:
+            chosen.append(number)
+    return chosen
+
+
+if __name__ == "__main__":
+    app.run(main)
