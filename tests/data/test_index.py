@@ -9,7 +9,7 @@ import pytest
 from libero_writer import make_libero
 
 from qdepth_jax import errors
-from qdepth_jax.data import episode_reader, frame_reader, index, shard_scan, spec, tfrecord
+from qdepth_jax.data import episode_reader, example, frame_reader, index, shard_scan, spec, tfrecord
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +173,35 @@ def test_tfds_still_reads_a_data_set_that_carries_an_index(libero_dir):
     builder = tfds.builder_from_directory(libero_dir)
     lengths = [len(list(episode["steps"])) for episode in tfds.as_numpy(builder.as_dataset("train"))]
     assert lengths == [7, 3, 9, 5]
+
+
+def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_dir):
+    """Damage below the checksum (a broken writer): scanning ends in a ValueError or in tables that fit together."""
+    dataset = spec.read_spec(libero_dir)
+    path = pathlib.Path(dataset.shard_path(dataset.splits["val"].shards[0]))
+    good = next(tfrecord.scan_records(path)).payload
+    # Without the pixels, so that mutations hit structure: keep names, counts and numbers, shrink the images.
+    features = {
+        name: [b"\xff\xd8" + bytes(8)] * len(value) if "image" in name or "depth" in name
+        else [good[a : a + n] for a, n in value.tolist()] if kind == "bytes" else value
+        for name, (kind, value) in example.scan(good).items()
+    }  # fmt: skip
+    small, rng, refused = example.encode(features), np.random.default_rng(0), 0
+    for _ in range(1500):
+        bad = bytearray(small)
+        for _ in range(int(rng.integers(1, 3))):
+            bad[rng.integers(len(bad))] = rng.integers(256)
+        with open(path, "wb") as file:
+            tfrecord.write_record(file, bytes(bad))
+        try:
+            tables = shard_scan.scan_shard(dataset, "val", 0)
+        except ValueError as error:
+            assert "record 0" in str(error)
+            refused += 1
+            continue
+        length = int(tables.episodes["length"].sum())
+        for name, table in (tables.columns | tables.spans).items():
+            assert len(table) == (length if dataset.feature(name).per_step else 1)
+        for table in tables.spans.values():
+            assert (table["offset"] + table["size"] <= path.stat().st_size).all()
+    assert 300 < refused < 1500
