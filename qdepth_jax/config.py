@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from qdepth_jax import errors
+from qdepth_jax.data import data_config
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class OptimConfig:
       warmup_steps: linear, from min_learning_rate.
       cycle_steps: length of the cosine; 0 = total_steps of the run.
       clip_norm: global L2 norm of the trained gradients.
-      frozen: (path regex, "all" | "last_layer") rows beside those of the model itself.
+      frozen: (path regex, kind) rows (optim.FROZEN_KINDS) beside those of the model itself.
       scale: (path regex, factor) rows on the learning rate, first match wins, 1 where none matches.
       ema_decay: decay of the averaged parameters; 0 = keep none.
     """
@@ -86,17 +87,28 @@ class MeshConfig:
 
 
 def default() -> ml_collections.ConfigDict:
-    """The sections every experiment has. `model` and `data` are set by the experiment with `section(...)`."""
+    """The sections every experiment has. `model` is set by the experiment with `section(...)`."""
     config = ml_collections.ConfigDict()
     config.name = "unnamed"
     config.seed = 0
     config.model_kind = "policy"  # module of qdepth_jax.models that offers Config and make_objective
     config.tokenizer = ""  # workdir of a trained depth tokenizer: the policy takes its codebook
     config.init_from = ""  # workdir of an earlier stage: parameters are taken from its last checkpoint
+    config.eval_split = ""  # split of the held-out episodes; empty = data.held_out_every decides
     config.train = section(TrainConfig())
     config.optim = section(OptimConfig())
     config.mesh = section(MeshConfig())
+    config.data = section(data_config.DataConfig())
+    del config.data["datasets"]  # the sources are named sections of their own: --config.datasets.NAME.path=...
+    config.datasets = ml_collections.ConfigDict()
     return config
+
+
+def dataset(path: str, **fields: Any) -> ml_collections.ConfigDict:
+    """A source of the mix, for `config.datasets.NAME = dataset(...)`; see data_config.DatasetConfig."""
+    source = section(data_config.DatasetConfig(path=path, **fields))
+    del source["name"]  # the section's own name
+    return source
 
 
 def section(instance: Any) -> ml_collections.ConfigDict:
@@ -141,7 +153,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
+        rest = [a for a in args if a is not type(None)]
+        is_str = isinstance(value, str)
+        return _convert(next((a for a in rest if (a is str) == is_str), rest[0]), value, path)
     if dataclasses.is_dataclass(hint):
         if dataclasses.is_dataclass(value):
             return value

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from qdepth_jax import config as config_lib
 from qdepth_jax import errors, sharding
 
-FROZEN_KINDS = ("all", "last_layer")
+FROZEN_KINDS = ("all", "last_layer", "last_layer_value")
 FrozenTable = tuple[tuple[str, str], ...]
 
 
@@ -66,20 +67,26 @@ def make(config: config_lib.OptimConfig, total_steps: int, frozen: FrozenTable =
 
 
 def frozen_kind(path: str, frozen: FrozenTable) -> str | None:
-    """ "all", "last_layer" or None for a parameter path; full match, first row wins."""
+    """A kind of FROZEN_KINDS or None for a parameter path; full match, first row wins."""
     return next((kind for pattern, kind in frozen if re.fullmatch(pattern, path)), None)
 
 
 def mask_gradients(grads: Any, frozen: FrozenTable) -> Any:
-    """Zero the gradient of frozen leaves; `last_layer` zeroes the last index of axis 0 of a scanned stack."""
+    """Zero the gradient of frozen parts: see `zero_part`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, g: zero_part(g, frozen_kind(sharding.path_of(key_path), frozen)), grads
+    )
 
-    def mask(key_path, g):
-        kind = frozen_kind(sharding.path_of(key_path), frozen)
-        if kind == "all":
-            return jnp.zeros_like(g)
-        return g.at[-1].set(0.0) if kind == "last_layer" else g
 
-    return jax.tree_util.tree_map_with_path(mask, grads)
+def zero_part(x: Array, kind: str | None) -> Array:
+    """Zero `all`, the `last_layer` of a scanned stack ([-1]), or of a kv_einsum its `last_layer_value` ([-1, 1])."""
+    if kind == "all":
+        return jnp.zeros_like(x)
+    if kind == "last_layer":
+        return x.at[-1].set(0.0)
+    if kind == "last_layer_value":
+        return x.at[-1, 1].set(0.0)
+    return x
 
 
 def _labels(params: Any, frozen: FrozenTable) -> Any:
@@ -90,11 +97,11 @@ def _labels(params: Any, frozen: FrozenTable) -> Any:
 
 
 def _scale(updates: Any, rows: tuple[tuple[str, float], ...], frozen: FrozenTable) -> Any:
-    """Learning-rate factors; and no weight decay on a frozen last layer (its update is zeroed as a whole)."""
+    """Learning-rate factors; and frozen parts get no weight decay either."""
 
     def scale(key_path, u):
         path = sharding.path_of(key_path)
         u = u * next((factor for pattern, factor in rows if re.fullmatch(pattern, path)), 1.0)
-        return u.at[-1].set(0.0) if frozen_kind(path, frozen) == "last_layer" else u
+        return zero_part(u, frozen_kind(path, frozen))
 
     return jax.tree_util.tree_map_with_path(scale, updates)

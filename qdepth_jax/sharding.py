@@ -81,6 +81,7 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple[tuple[str, P], ...] 
         if leaf.ndim < len(spec):
             problems.append(f"{path} has shape {leaf.shape}, fewer dimensions than its rule {spec}")
             return NamedSharding(mesh, P())
+        spec = P(*(None,) * (leaf.ndim - len(spec)), *spec) if spec else spec
         for dim, axes in enumerate(spec):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             ways = math.prod(mesh.shape[a] for a in axes)
@@ -109,5 +110,34 @@ def table(mesh: Mesh, abstract: Any, rules: tuple[tuple[str, P], ...] = ()) -> s
     return "\n".join([*lines, f"total MiB per device: {total / 2**20:.3f}"])
 
 
-# The table. Filled from the parameter trees documented in models/policy.py and models/tokenizer.py.
-RULES: tuple[tuple[str, P], ...] = ()
+# The table. Specs name the LAST dimensions of a leaf (letters at the right); the layer axis of a stack is never split.
+# D width, F mlp, N heads, K kv heads, H head dim, V vocabulary, A action or proprio dim.
+RULES: tuple[tuple[str, P], ...] = (
+    # SigLIP (models/siglip.py). 1152 = 128 * 9, so fsdp may grow to 128; further devices go to `replica`.
+    (r"img/embedding/kernel$", P(None, None, None, "fsdp")),  # patch, patch, 3, D
+    (r"img/pos_embedding$", P(None, None, "fsdp")),  # 1, P, D
+    (r"img/.*/(query|key|value)/kernel$", P("fsdp", "tensor", None)),  # D, N, H
+    (r"img/.*/out/kernel$", P("tensor", None, "fsdp")),  # N, H, D
+    (r"img/.*/Dense_0/kernel$", P("fsdp", "tensor")),  # D, F
+    (r"img/.*/Dense_1/kernel$", P("tensor", "fsdp")),  # F, D
+    (r"img/head/kernel$", P("fsdp", "tensor")),  # D_vision, D
+    # Gemma mixture, every expert (models/gemma.py). The kv head is one: it cannot be split over `tensor`.
+    (r"llm/embedder/input_embedding$", P("tensor", "fsdp")),  # V, D
+    (r"llm/.*/attn/q_einsum/w$", P("tensor", "fsdp", None)),  # N, D, H
+    (r"llm/.*/attn/kv_einsum/w$", P(None, None, "fsdp", None)),  # 2, K, D, H
+    (r"llm/.*/attn/attn_vec_einsum/w$", P("tensor", None, "fsdp")),  # N, H, D
+    (r"llm/.*/mlp/gating_einsum$", P(None, "fsdp", "tensor")),  # 2, D, F
+    (r"llm/.*/mlp/linear$", P("tensor", "fsdp")),  # F, D
+    # Encoders and decoders around the mixture (models/policy.py).
+    (r"(action_encoder/linear_1|proprio_encoder)/kernel$", P(None, "fsdp")),  # A, D
+    (r"action_encoder/linear_[23]/kernel$", P("fsdp", None)),  # D or 2D, D
+    (r"action_decoder/kernel$", P("fsdp", None)),  # D, A
+    (r"depth_encoder/linear_[12]/kernel$", P("fsdp", None)),  # D, D
+    (r"depth_decoder/conv_[12]/kernel$", P(None, None, "fsdp", None)),  # 3, 3, D, channels
+    # Replicated on purpose: the tokenizer is a few MB and its 3x3 kernels are read whole by every device; norms,
+    # biases, codebooks and counters are small.
+    (r"(params|mu|nu|ema)/(encoder|decoder|codebook)", P()),
+    (r"state/(codebook|count|sum|updates)$", P()),
+    (r"(bias|scale)$", P()),
+    (r"(^|/)(step|count)$", P()),
+)

@@ -1,0 +1,43 @@
+"""What every command does alike: messages instead of tracebacks for bad input, and the experiment flag."""
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from qdepth_jax import errors
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """`app.run(main)`; a UserError, a bad flag or a bad --config becomes a message on stderr and exit code 2."""
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            return main(argv) or 0
+        except errors.UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def define_config() -> flags.FlagHolder:
+    """--config=experiments/NAME.py[:args], with --config.a.b=value for any field."""
+    from ml_collections import config_flags
+
+    # Experiments import each other (`from experiments import libero`), wherever the command is started from.
+    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)
+    return config_flags.DEFINE_config_file("config", None, "experiments/NAME.py[:args]", lock_config=True)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        # config_flags raises whatever the experiment file or the override raised; its text already says what.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,297 @@
+"""From an experiment's ConfigDict to everything the training loop needs: model, optimiser, data, mesh, earlier stages.
+
+The only place that knows which model kinds exist and how a policy depends on a depth tokenizer.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from qdepth_jax import checkpoint, errors, optim, sharding, train_loop, train_step
+from qdepth_jax import config as config_lib
+from qdepth_jax.data import data_config, loader, text
+from qdepth_jax.models import policy, tokenizer
+
+KINDS = {"policy": policy.PolicyConfig, "tokenizer": tokenizer.TokenizerConfig}
+MAKE_OBJECTIVE = {"policy": policy.make_objective, "tokenizer": tokenizer.make_objective}
+SECTIONS = ("model",)
+
+
+def check_keys(config: ml_collections.ConfigDict) -> None:
+    """Every top-level key is known, every section builds.
+
+    Raises:
+      UserError: naming the unknown key and the nearest known one.
+    """
+    known = (*config_lib.default().keys(), *SECTIONS)
+    for key in config:
+        if key not in known:
+            raise errors.UserError(f"unknown config key {key}{config_lib.suggest(key, known)}")
+    for name, cls in (
+        ("train", config_lib.TrainConfig),
+        ("optim", config_lib.OptimConfig),
+        ("mesh", config_lib.MeshConfig),
+    ):
+        config_lib.build(cls, config[name], name)
+    data_section(config)
+    model_config(config)
+
+
+def model_config(config: ml_collections.ConfigDict) -> Any:
+    """The frozen dataclass of the experiment's model.
+
+    Raises:
+      UserError: unknown model_kind, unknown key, or sizes that do not fit.
+    """
+    if config.model_kind not in KINDS:
+        raise errors.UserError(f"model_kind={config.model_kind!r} is unknown: use one of {sorted(KINDS)}")
+    return config_lib.build(KINDS[config.model_kind], config.model, "model")
+
+
+def data_section(config: ml_collections.ConfigDict) -> data_config.DataConfig:
+    """DataConfig of the training split; the sources of the mix are `config.datasets`, by name.
+
+    Raises:
+      UserError: a field that the model determines (views, horizon, text length) says something else in `data`.
+    """
+    data = config_lib.build(data_config.DataConfig, config.data, "data")
+    sources = tuple(
+        config_lib.build(data_config.DatasetConfig, {**source.to_dict(), "name": name}, f"datasets.{name}")
+        for name, source in config.datasets.items()
+    )
+    if config.model_kind == "policy":
+        model = model_config(config)
+        for field, value in (
+            ("views", model.views),
+            ("horizon", model.horizon),
+            ("max_text_tokens", model.text_length),
+        ):
+            default = getattr(data_config.DataConfig(), field)
+            if getattr(data, field) not in (default, value):
+                raise errors.UserError(
+                    f"data.{field}={getattr(data, field)!r} but the model has {value!r}: set the model's field alone, "
+                    f"data.{field} follows it"
+                )
+            data = dataclasses.replace(data, **{field: value})
+    return dataclasses.replace(data, datasets=sources)
+
+
+def held_out_section(config: ml_collections.ConfigDict, data: data_config.DataConfig) -> data_config.DataConfig | None:
+    """DataConfig of the held-out episodes, or None when the experiment sets none aside."""
+    if config.eval_split:
+        return dataclasses.replace(data, split=config.eval_split, held_out_every=0, max_frames_per_episode=0)
+    if data.held_out_every:
+        return dataclasses.replace(data, held_out=True, max_frames_per_episode=0)
+    return None
+
+
+def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
+    """Builds the Run of an experiment; opens the data, loads nothing onto devices yet.
+
+    Raises:
+      UserError: anything in configuration, data or earlier stages that does not fit, each with the fix.
+    """
+    check_keys(config)
+    train = config_lib.build(config_lib.TrainConfig, config.train, "train")
+    optim_config = config_lib.build(config_lib.OptimConfig, config.optim, "optim")
+    mesh = sharding.make_mesh(config_lib.build(config_lib.MeshConfig, config.mesh, "mesh"))
+    model = model_config(config)
+    objective = MAKE_OBJECTIVE[config.model_kind](model)
+    frozen = (*(policy.frozen_table(model) if config.model_kind == "policy" else ()), *optim_config.frozen)
+
+    codes, data = None, data_section(config)
+    if config.model_kind == "policy" and model.depth_labels == "codes":
+        codes = load_codebook(config.tokenizer, model)
+        data = with_tokens(data, config.tokenizer)
+    batches = loader.Loader(
+        data,
+        (*objective.features, "position") if "position" not in objective.features else objective.features,
+        train.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    _check_fit(config, model, batches, codes)
+    held_out, eval_batches = held_out_section(config, data), None
+    if train.eval_every:
+        if held_out is None:
+            raise errors.UserError(
+                "train.eval_every is set but nothing is held out: set eval_split (e.g. 'val') or data.held_out_every, "
+                "or train.eval_every=0"
+            )
+        eval_loader = loader.Loader(
+            held_out,
+            batches.features,
+            train.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            normalisers=batches.normalisers,
+        )
+        eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731
+
+    def initialise(state: train_step.TrainState) -> train_step.TrainState:
+        if codes is not None:
+            placed = state.state["codebook"].sharding
+            state = state.replace(state=state.state | {"codebook": jax.device_put(codes["codebook"], placed)})
+        if config.init_from:
+            state = take_parameters(state, config.init_from)
+        return state
+
+    return train_loop.Run(
+        objective=objective,
+        tx=optim.make(optim_config, train.total_steps, frozen),
+        frozen=frozen,
+        learning_rate=optim.schedule(optim_config, train.total_steps),
+        mesh=mesh,
+        config=config_lib.to_json(config),
+        train=train,
+        ema_decay=optim_config.ema_decay,
+        seed=config.seed,
+        batches=lambda start: batches.iterate(start, train.prefetch),
+        eval_batches=eval_batches,
+        initialise=initialise,
+        meta={"data": batches.identity(), "tokenizer": codes["identity"] if codes else ""},
+    )
+
+
+def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | None) -> None:
+    """Depth kinds, token identity and vocabulary: what only data and model together can tell."""
+    depth_range = None
+    if config.model_kind == "tokenizer":
+        depth_range = model.range
+    elif model.depth_labels == "pixels":
+        depth_range = model.depth.range
+    if depth_range is not None and depth_range.kind != batches.depth_kind:
+        raise errors.UserError(
+            f"the model's depth range is {depth_range.kind!r} (near {depth_range.near}, far {depth_range.far}), the "
+            f"data has {batches.depth_kind!r} depth: set model{'.depth' if config.model_kind == 'policy' else ''}.range"
+        )
+    if codes is not None:
+        for source in batches.sources:
+            found = source.depth_tokens.metadata.identity
+            if found != codes["identity"]:
+                raise errors.UserError(
+                    f"depth tokens of {source.definition.name} come from tokenizer {found}, but {config.tokenizer!r} "
+                    f"is {codes['identity']}: run tools/tokenize_depth.py with this tokenizer"
+                )
+    if config.model_kind == "policy":
+        action, proprio = batches.sources[0].frames.action, batches.sources[0].frames.proprio
+        for name, want, got in (
+            ("action_dim", model.action_dim, action.shape[1]),
+            ("proprio_dim", model.proprio_dim, proprio.shape[1]),
+        ):
+            if want != got:
+                raise errors.UserError(
+                    f"model.{name}={want}, but {batches.sources[0].definition.name} has {got}: set it"
+                )
+        vocabulary = text.TextTokenizer(batches.config.text_tokenizer).vocabulary
+        if vocabulary > model.vocabulary:
+            raise errors.UserError(
+                f"text tokenizer {batches.config.text_tokenizer!r} has {vocabulary} pieces, model.vocabulary is "
+                f"{model.vocabulary}: raise it"
+            )
+
+
+# ---- earlier stages ----
+
+
+def load_model(workdir: str, average: bool = True) -> tuple[str, Any, dict[str, Any], dict[str, Any]]:
+    """A trained model on this process's first device.
+
+    Args:
+      workdir: of its training run.
+      average: take averaged parameters where kept.
+
+    Returns:
+      (model_kind, model config, {"params", "state"}, meta).
+    """
+    meta = checkpoint.read_meta(workdir)
+    saved = ml_collections.ConfigDict(meta["config"])
+    model = model_config(saved)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(MAKE_OBJECTIVE[saved.model_kind](model).init, jax.random.key(0))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    variables, meta = checkpoint.restore_model(workdir, target, average)
+    return saved.model_kind, model, variables, meta
+
+
+def load_tokenizer(workdir: str) -> tuple[tokenizer.TokenizerConfig, dict[str, Any], dict[str, Any]]:
+    """A trained depth tokenizer: (config, {"params", "state"}, meta).
+
+    Raises:
+      UserError: the workdir is not one of a tokenizer.
+    """
+    if not workdir:
+        raise errors.UserError(
+            "a policy with depth tokens needs a depth tokenizer: train one (experiments/tokenizer.py), run "
+            "tools/tokenize_depth.py, and pass --config.tokenizer=ITS_WORKDIR"
+        )
+    kind, model, variables, meta = load_model(workdir)
+    if kind != "tokenizer":
+        raise errors.UserError(f"{workdir!r} holds a {kind}, not a depth tokenizer: set --config.tokenizer")
+    return model, variables, meta
+
+
+def load_codebook(workdir: str, model: policy.PolicyConfig) -> dict[str, Any]:
+    """{"codebook" f32 [C, D], "identity"} of a trained tokenizer, checked against the policy's depth expert.
+
+    Raises:
+      UserError: grid, number of codes or their size differ.
+    """
+    found, variables, _ = load_tokenizer(workdir)
+    want = (model.depth.grid, model.depth.codes, model.depth.code_dim)
+    have = (found.grid, found.num_codes, found.feature_dim)
+    if want != have:
+        raise errors.UserError(
+            f"the tokenizer in {workdir!r} has (grid, codes, code_dim) = {have}, the policy's depth expert {want}: set "
+            "model.depth.grid, model.depth.codes and model.depth.code_dim, or train another tokenizer"
+        )
+    codes = tokenizer.codes_of(found, variables["params"], variables["state"])
+    return {
+        "codebook": jax.device_get(codes),
+        "identity": tokenizer.identity(found, variables["params"], variables["state"]),
+    }
+
+
+def token_dir(workdir: str, dataset: str) -> str:
+    """Where tools/tokenize_depth.py puts the tokens of a data set: beside the tokenizer that made them."""
+    return str(pathlib.Path(workdir) / "tokens" / dataset)
+
+
+def with_tokens(data: data_config.DataConfig, workdir: str) -> data_config.DataConfig:
+    """Sources without an explicit token sidecar read the one beside the tokenizer."""
+    sources = tuple(
+        s if s.depth_tokens else dataclasses.replace(s, depth_tokens=token_dir(workdir, s.name)) for s in data.datasets
+    )
+    return dataclasses.replace(data, datasets=sources)
+
+
+def take_parameters(state: train_step.TrainState, workdir: str) -> train_step.TrainState:
+    """Parameters of an earlier stage into a fresh state, leaf by leaf where path and shape agree; the rest stays fresh.
+
+    Which leaves stayed fresh is printed: a depth expert added to a baseline, another proprio size.
+    """
+    _, _, variables, meta = load_model(workdir)
+    earlier = {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(variables["params"])}
+    fresh = []
+
+    def take(key_path, leaf):
+        path = sharding.path_of(key_path)
+        source = earlier.pop(path, None)
+        if source is None or source.shape != leaf.shape:
+            fresh.append(f"{path} {leaf.shape}" + (f" (there {source.shape})" if source is not None else ""))
+            return leaf
+        return jax.device_put(source, leaf.sharding)
+
+    params = jax.tree_util.tree_map_with_path(take, state.params)
+    if len(fresh) == len(jax.tree.leaves(params)):
+        raise errors.UserError(f"init_from={workdir!r} shares no parameter with this model")
+    train_loop.say(
+        f"parameters from {workdir} step {meta['step']}; fresh: {fresh or 'none'}; unused: {list(earlier) or 'none'}"
+    )
+    ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
+    return state.replace(params=params, ema=ema)
