@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.data import text
+from qdepth_jax.data import index, text
 
 ROOT = pathlib.Path(__file__).parents[2] / "data" / "text_tokenizer"
 
@@ -47,3 +47,13 @@ def test_wrong_files_are_refused(tmp_path):
         text.TextTokenizer(str(tmp_path / "x.model"))
     with pytest.raises(errors.UserError, match="no text tokenizer"):
         text.TextTokenizer(str(tmp_path / "y.model"))
+
+
+@pytest.mark.parametrize("name", ["libero_object", "libero_spatial"])
+def test_instructions_of_the_shipped_sample_are_known(tokenizer, name, tmp_path):
+    opened = index.open_index(ROOT.parent / name, str(tmp_path))
+    trained_on = set((ROOT / "libero_instructions.txt").read_text().splitlines())
+    for split in opened.splits.values():
+        _, instructions = split.texts("steps/language_instruction")
+        assert instructions and set(instructions) <= trained_on
+        assert not tokenizer.encode_table(instructions, 24)[1].any()
