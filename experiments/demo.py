@@ -19,7 +19,7 @@ from qdepth_jax.models import depth_expert, gemma, policy, siglip, tokenizer
 
 DATA = pathlib.Path(__file__).resolve().parent.parent / "data"
 SUITES = ("libero_object", "libero_spatial")
-RANGE = depth.DepthRange("metric", 0.3, 6.0)
+RANGE = depth.DepthRange("metric", 0.25, 3.25)  # the sample's depth lies between 0.31 and 3.06 m
 GRID, CODES, CODE_DIM = 8, 256, 32
 
 
@@ -48,6 +48,8 @@ def _tokenizer(config: ml_collections.ConfigDict) -> None:
             code_dim=CODE_DIM,
             widths=(32, 64, 96),
             blocks=1,
+            start_step=60,
+            decay=0.95,  # few steps: codes must follow the encoder faster than the default 0.99 does
             range=RANGE,
         )
     )

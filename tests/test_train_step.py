@@ -101,7 +101,9 @@ def test_ema_is_the_running_average():
 
 
 def test_tokenizer_codebook_statistics_are_global():
-    config = tokenizer.TokenizerConfig(depth_size=32, grid=4, num_codes=64, code_dim=8, widths=(16, 16), blocks=1)
+    config = tokenizer.TokenizerConfig(
+        depth_size=32, grid=4, num_codes=64, code_dim=8, widths=(16, 16), blocks=1, start_step=0
+    )
     objective = tokenizer.make_objective(config)
     raw = np.random.default_rng(0).integers(500, 3500, (8, 32, 32)).astype(np.uint16)
     batch = {

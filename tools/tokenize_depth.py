@@ -110,25 +110,13 @@ class Measure:
     BATCH = 32
 
     def __init__(self, config, variables):
-        import functools
-
-        import jax
-
         from qdepth_jax.eval import depth_metrics
         from qdepth_jax.models import tokenizer
 
         self._config, self._variables, self._metrics = config, variables, depth_metrics
         self._tokens, self._floor = depth_metrics.DepthSums(), depth_metrics.DepthSums()
         self._usage, self._frames, self._masked = 0, 0, 0
-
-        @functools.partial(jax.jit)
-        def run(variables, raw, scale, offset):
-            params, state = variables["params"], variables["state"]
-            x, valid = tokenizer.preprocess(config, raw, scale, offset)
-            codes = tokenizer.encode(config, params, state, x, valid)
-            return codes, tokenizer.decode(config, params, state, codes), x, valid
-
-        self._run = run
+        self._run = tokenizer.compiled_roundtrip(config)
 
     def encode(self, raw, scale: float, offset: float):
         """u16 [T, P] codes of u16 [T, H, W] raw depth; adds to the figures."""

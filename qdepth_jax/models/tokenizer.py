@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +42,8 @@ class TokenizerConfig:
       quantiser: "ema" | "plain" | "fsq", see models/codebook.py.
       beta: weight of the commitment term.
       decay: EMA decay of codes.
+      start_step: (`ema`) before this step the decoder sees unquantised features; then the codebook starts from data.
+        Quantising an untrained encoder from step 0 can lock all features onto one code.
       range: which depth the ends of [-1, 1] mean.
       dtype: activation dtype of the convolutions; features, codes and losses are float32.
     """
@@ -54,6 +57,7 @@ class TokenizerConfig:
     quantiser: str = "ema"
     beta: float = 0.25
     decay: float = 0.99
+    start_step: int = 200
     range: depth_lib.DepthRange = depth_lib.DepthRange()
     dtype: str = "float32"
 
@@ -200,6 +204,19 @@ def decode(config: TokenizerConfig, params: Any, state: Any, index: Array) -> Ar
     return jnp.clip(Decoder(config).apply({"params": params["decoder"]}, z), -1.0, 1.0)
 
 
+def compiled_roundtrip(config: TokenizerConfig) -> Callable[..., tuple[Array, Array, Array, Array]]:
+    """A jitted (variables, raw, scale, offset) -> (codes i32 [B, P], x_hat, x f32 [B, R, R], valid bool [B, R, R])."""
+
+    @jax.jit
+    def run(variables, raw, scale, offset):
+        params, state = variables["params"], variables["state"]
+        x, valid = preprocess(config, raw, scale, offset)
+        codes = encode(config, params, state, x, valid)
+        return codes, decode(config, params, state, codes), x, valid
+
+    return run
+
+
 def make_objective(config: TokenizerConfig) -> objective.Objective:
     """VQ-VAE loss (QDepth-VLA eq. 2): reconstruction + [codebook term] + beta * commitment, over valid pixels only."""
 
@@ -212,23 +229,22 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
             quantised, index = codebook.fsq_quantise(z, codebook.fsq_levels(config.num_codes))
         else:
             step_key = jax.random.fold_in(key, step)
+            started = jnp.ones((), bool)
             if config.quantiser == "ema":
-                state = codebook.start_from_data(state, jax.lax.stop_gradient(flat), step_key)
+                started = jnp.asarray(step) >= config.start_step
+                before, still = state, jax.lax.stop_gradient(flat)
+                state = codebook.start_from_data(state, still, step_key)
             codes = codes_of(config, params, state)
             index = codebook.nearest(z, codes)
             hard = codes[index]
-            commitment = jnp.mean(jnp.square(z - jax.lax.stop_gradient(hard)))
+            commitment = jnp.where(started, jnp.mean(jnp.square(z - jax.lax.stop_gradient(hard))), 0.0)
             if config.quantiser == "ema":
-                state = codebook.ema_update(
-                    state,
-                    jax.lax.stop_gradient(flat),
-                    index.reshape(-1),
-                    jax.random.fold_in(step_key, 1),
-                    config.decay,
-                )
+                update_key = jax.random.fold_in(step_key, 1)
+                state = codebook.ema_update(state, still, index.reshape(-1), update_key, config.decay)
+                state = jax.tree.map(lambda new, old: jnp.where(started, new, old), state, before)
             else:
                 codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - hard))
-            quantised = codebook.straight_through(z, hard)
+            quantised = jnp.where(started, codebook.straight_through(z, hard), z)
         x_hat = Decoder(config).apply({"params": params["decoder"]}, quantised)
         error = jnp.where(valid, x_hat - x, 0.0)
         # Mean per example, then over examples: splitting a batch into micro-batches changes nothing.

@@ -18,6 +18,7 @@ TINY = tokenizer.TokenizerConfig(
     code_dim=8,
     widths=(16, 16),
     blocks=1,
+    start_step=10,
     range=depth.DepthRange("metric", 0.0, 4.0),
 )
 

@@ -1,0 +1,130 @@
+"""Every experiment file: full size by eval_shape, and one real train step at a shrunk size."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import numpy as np
+import pytest
+import synthetic
+
+from qdepth_jax import config as config_lib
+from qdepth_jax import experiment, optim, sharding, train_step
+from qdepth_jax.models import policy, tokenizer
+
+VARIANTS = ("baseline", "no_depth_loss", "pixel_depth", "proprio_sees_depth", "separate_text_image", "future_depth")
+FILES = (
+    ("bridge", None),
+    ("fractal", None),
+    ("libero", "object"),
+    ("libero", "90"),
+    ("libero", "all"),
+    ("demo", "policy"),
+    ("demo", "tokenizer"),
+    ("tokenizer", "libero"),
+    ("tokenizer", "bridge"),
+    ("tokenizer", "fractal"),
+    *((name, "bridge") for name in VARIANTS),
+    *((name, "demo") for name in VARIANTS),
+)
+BASE = 3_238_100_727  # open-pi-zero on bridge, by its own count
+ADDED = 317_787_680  # depth expert, its encoder and decoder
+PARAMETERS = {"bridge": BASE + ADDED, "fractal": BASE + 1024 + ADDED, "baseline:bridge": BASE}
+
+
+def load(name, argument):
+    module = importlib.import_module(f"experiments.{name}")
+    return module.get_config(argument) if argument else module.get_config()
+
+
+@pytest.mark.parametrize(("name", "argument"), FILES)
+def test_full_size_is_valid_and_shards(name, argument):
+    config = load(name, argument)
+    experiment.check_keys(config)
+    model = experiment.model_config(config)
+    objective = experiment.MAKE_OBJECTIVE[config.model_kind](model)
+    frozen = policy.frozen_table(model) if config.model_kind == "policy" else ()
+    tx = optim.make(config_lib.build(config_lib.OptimConfig, config.optim, "optim"), config.train.total_steps, frozen)
+    state = jax.eval_shape(lambda key: train_step.init_state(key, objective, tx, True), jax.random.key(0))
+    sharding.state_shardings(sharding.make_mesh(config_lib.MeshConfig(1, 4, 2)), state)
+    expected = PARAMETERS.get(name) or PARAMETERS.get(f"{name}:{argument}")
+    if expected:
+        assert sum(x.size for x in jax.tree.leaves(state.params)) == expected
+
+
+def shrink(config):
+    """The experiment's model at the size of the test model, with every switch of the experiment kept."""
+    full = experiment.model_config(config)
+    if config.model_kind == "tokenizer":
+        return dataclasses.replace(full, depth_size=32, grid=4, num_codes=64, code_dim=8, widths=(8, 8), blocks=1)
+    tiny = policy.sized("tiny")
+    keep = (
+        "views",
+        "horizon",
+        "proprio_dim",
+        "visibility",
+        "freeze_embedding",
+        "faithful",
+        "softcap",
+        "positions",
+        "flow",
+    )
+    depth = full.depth and dataclasses.replace(
+        tiny.depth, head=full.depth.head, loss_weight=full.depth.loss_weight, loss_decay=full.depth.loss_decay
+    )
+    switches = {name: getattr(full, name) for name in keep}
+    return dataclasses.replace(tiny, depth=depth, layers=2, dtype=full.dtype, remat=full.remat, **switches)
+
+
+# One file of each kind of difference; recipes that differ only in data share a program with these.
+STEPS = [("bridge", None), ("demo", "policy"), ("tokenizer", "libero"), *((name, "bridge") for name in VARIANTS)]
+
+
+@pytest.mark.parametrize(("name", "argument"), STEPS)
+def test_one_step_at_shrunk_size(name, argument):
+    config = load(name, argument)
+    model = shrink(config)
+    objective = experiment.MAKE_OBJECTIVE[config.model_kind](model)
+    everything = synthetic.policy_batch(model if config.model_kind == "policy" else policy.sized("tiny"), 4)
+    batch = {k: everything[k] for k in (*objective.features, "position")}
+    tx = optim.make(config_lib.OptimConfig(learning_rate=1e-3, warmup_steps=0), 10)
+    step = functools.partial(
+        train_step.train_step, objective=objective, tx=tx, frozen=(), micro_batches=1, ema_decay=0.0
+    )
+    start = jax.jit(lambda key: train_step.init_state(key, objective, tx, False))(jax.random.key(0))
+    end, metrics = jax.jit(step)(start, batch, jax.random.key(0))
+    metrics = {k: float(v) for k, v in metrics.items()}
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+    assert metrics["grad_norm"] > 0
+    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(end.params))]
+    assert sum(moved) > 0.7 * len(moved)
+    if config.model_kind == "policy":
+        assert ("depth_loss" in metrics) == (name not in ("baseline", "no_depth_loss"))
+
+
+def test_variants_differ_from_their_recipe_in_one_thing():
+    base = config_lib.to_json(load("bridge", None))
+    expected = {
+        "baseline": {"model.depth"},
+        "no_depth_loss": {"model.depth.loss_weight"},
+        "pixel_depth": {"model.depth.head"},
+        "proprio_sees_depth": {"model.visibility"},
+        "separate_text_image": {"model.visibility"},
+        "future_depth": {"data.depth_offset"},
+    }
+    for name in VARIANTS:
+        found = config_lib.differences(base, config_lib.to_json(load(name, "bridge")))
+        assert {line.split(":")[0] for line in found} == expected[name] | {"name"}
+
+
+def test_the_demo_tokenizer_and_policy_share_their_codebook():
+    tokens = experiment.model_config(load("demo", "tokenizer"))
+    model = experiment.model_config(load("demo", "policy"))
+    assert isinstance(tokens, tokenizer.TokenizerConfig)
+    assert (tokens.grid, tokens.num_codes, tokens.feature_dim) == (
+        model.depth.grid,
+        model.depth.codes,
+        model.depth.code_dim,
+    )
+    assert tokens.range == model.depth.range
