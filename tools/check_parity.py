@@ -2,8 +2,8 @@
 
   python tools/check_parity.py FIXTURE.npz
 
-The file says everything itself: sizes and conventions in its `config`, weights, inputs and reference outputs. Layout known
-so far: open-pi-zero (arrays `w/<state-dict key>`).
+The file says everything itself: sizes and conventions in its `config`, weights, inputs and reference outputs.
+Layout known so far: open-pi-zero (arrays `w/<state-dict key>`).
 Exit code 0: within tolerance; 1: not; 2: the file cannot be used. The last line of stdout is JSON.
 """
 
@@ -185,9 +185,10 @@ def compare_open_pi_zero(arrays: dict, absolute: float, relative: float) -> list
 def gradient_rows(config, arrays: dict, gradient: dict, relative: float) -> list[dict]:
     """Compares the L2 norm of d loss / d weight for every source key.
 
-    A key that the file lacks got no gradient there, so ours must be exactly zero. The two exceptions have a gradient in the
-    maths and none in the original when the file was made with its frozen set: the text embedding and v_proj of the vlm's
-    last layer; for those an absent key is no statement. A reference of exactly 0 (q_proj of that layer) must be 0 in ours.
+    A key that the file lacks got no gradient there, so ours must be exactly zero. The two exceptions have a gradient in
+    the maths and none in the original where a file was made with its frozen set: the text embedding and v_proj of the
+    vlm's last layer; for those an absent key says nothing. A reference of exactly 0 (q_proj of that layer) must be 0 in
+    ours.
     """
     import numpy as np
 

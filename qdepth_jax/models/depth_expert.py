@@ -115,7 +115,7 @@ class Conv3x3(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         fan_in = 9 * x.shape[-1]
-        init = linear.uniform(fan_in, self.scale)
+        init = linear.fan_in_uniform(fan_in, self.scale)
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", init, (self.features,)).astype(self.dtype)
         y = jax.lax.conv_general_dilated(

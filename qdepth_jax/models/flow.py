@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qdepth_jax import errors
@@ -116,6 +117,6 @@ def integrate(velocity: Callable[[Array, Array], Array], noise: Array, config: F
 def time_embedding(t: Array, width: int, period: float) -> Array:
     """[sin(t f), cos(t f)], f_k = period^(-k / (width/2 - 1)), raw t. t f32 [B] -> f32 [B, width]."""
     half = width // 2
-    frequencies = period ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    frequencies = (period ** (-np.arange(half) / (half - 1))).astype(np.float32)
     angles = t[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

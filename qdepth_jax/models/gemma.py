@@ -26,6 +26,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax import Array
@@ -66,24 +67,27 @@ class KVCache:
 
 @struct.dataclass
 class Shared:
-    """What every layer sees. cos, sin f32 [1 or B, T, H/2]; mask bool [B, T, S]."""
+    """What every layer sees. cos, sin f32 [T, H/2]; mask bool [B, T, S]."""
 
     cos: Array
     sin: Array
     mask: Array
 
 
-def rope_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Angles position * theta^(-2i/H), i < H/2. positions i32 [B, T] -> cos, sin f32 [B, T, H/2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_table(positions: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Angles position * theta^(-2i/H), i < H/2. positions i32 [T] -> cos, sin f32 [T, H/2].
+
+    Positions are facts of the config, so the table is a NumPy constant. Angles are f32, as in open-pi-zero's f32 path.
+    """
+    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = positions.astype(np.float32)[:, None] * frequencies[None]
+    return np.cos(angles), np.sin(angles)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [1 or B, T, H/2]; f32 inside, dtype of x out."""
+    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [T, H/2]; f32 inside, dtype of x out."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = cos[None, :, None], sin[None, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
@@ -132,7 +136,7 @@ class Mixture(nn.Module):
     def __call__(
         self,
         streams: Mapping[str, Array],
-        positions: Mapping[str, Array],
+        positions: Mapping[str, np.ndarray],
         mask: Array,
         *,
         cache: KVCache | None = None,
@@ -143,7 +147,7 @@ class Mixture(nn.Module):
 
         Args:
           streams: expert -> `dtype` [B, T_e, D_e], already scaled. Any subset of the experts.
-          positions: expert -> i32 [1 or B, T_e].
+          positions: expert -> i32 [T_e].
           mask: bool [B, T, S]; rows are the streams' tokens in expert order; columns the cached ones, then the rows'.
           cache: keys and values of earlier tokens.
           return_cache: also return the keys and values of these tokens.
@@ -155,7 +159,7 @@ class Mixture(nn.Module):
         config = self.config
         experts = tuple((name, expert) for name, expert in config.experts if name in streams)
         tables = [rope_table(positions[name], config.head_dim, expert.rope_theta) for name, expert in experts]
-        cos, sin = (jnp.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
+        cos, sin = (jnp.asarray(np.concatenate(parts)) for parts in zip(*tables, strict=True))
         streams = {name: streams[name].astype(self.dtype) for name, _ in experts}
         streams, kv = stack.run_layers(
             self,
@@ -184,7 +188,8 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("input_embedding", nn.initializers.normal(self.width**-0.5), (self.vocabulary, self.width))
+        init = linear.normal_like(self.width**-0.5)
+        return self.param("input_embedding", init, (self.vocabulary, self.width))
 
 
 class Layer(nn.Module):
@@ -224,9 +229,8 @@ class Layer(nn.Module):
         # By the order of `blocks`: a dict that went through a scan comes back with its keys sorted.
         ends = dict(zip(blocks, itertools.accumulate(streams[name].shape[1] for name in blocks), strict=True))
         rows = [slice(ends[name] - streams[name].shape[1], ends[name]) for name in wanted]
-        cos, sin, mask = (
-            jnp.concatenate([table[:, row] for row in rows], axis=1) for table in (shared.cos, shared.sin, shared.mask)
-        )
+        cos, sin = (jnp.concatenate([table[row] for row in rows]) for table in (shared.cos, shared.sin))
+        mask = jnp.concatenate([shared.mask[:, row] for row in rows], axis=1)
         attended = attend(apply_rope(q, cos, sin), k, v, mask, config.softcap)
 
         out, start = dict(streams), 0
@@ -306,7 +310,7 @@ class Weight(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("w", linear.uniform(self.fan_in), self.shape)
+        return self.param("w", linear.fan_in_uniform(self.fan_in), self.shape)
 
 
 class GatedMlp(nn.Module):
@@ -318,8 +322,8 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        gating = self.param("gating_einsum", linear.uniform(width), (2, width, self.hidden)).astype(self.dtype)
-        down = self.param("linear", linear.uniform(self.hidden), (self.hidden, width)).astype(self.dtype)
+        gating = self.param("gating_einsum", linear.fan_in_uniform(width), (2, width, self.hidden)).astype(self.dtype)
+        down = self.param("linear", linear.fan_in_uniform(self.hidden), (self.hidden, width)).astype(self.dtype)
         folded = linear.fold(x)
         gate = jax.nn.gelu(jnp.einsum("MD,DF->MF", folded, gating[0]), approximate=True)
         up = jnp.einsum("MD,DF->MF", folded, gating[1])

@@ -19,12 +19,13 @@ Axis letters: B batch, T query, S key, D width, L text tokens, P patches of one 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax import Array
 
 from qdepth_jax import errors
-from qdepth_jax.models import depth_expert, flow, gemma, linear, objective, policy_config, siglip, visibility
+from qdepth_jax.models import depth_expert, flow, gemma, images, linear, objective, policy_config, siglip, visibility
 
 PolicyConfig = policy_config.PolicyConfig
 sized = policy_config.sized
@@ -160,14 +161,11 @@ class Policy(nn.Module):
         """Times sqrt(width), the factor rounded to the activation dtype first."""
         return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
 
-    def _positions(self, groups: tuple[str, ...]) -> dict[str, Array]:
+    def _positions(self, groups: tuple[str, ...]) -> dict[str, np.ndarray]:
         ids = policy_config.position_ids(self.config)
         parts = {"vlm": ("image", "text"), "depth": ("depth",), "action": ("proprio", "action")}
-        out = {
-            expert: [jnp.asarray(ids[group]) for group in members if group in groups]
-            for expert, members in parts.items()
-        }
-        return {expert: jnp.concatenate(rows)[None] for expert, rows in out.items() if rows}
+        out = {expert: [ids[group] for group in members if group in groups] for expert, members in parts.items()}
+        return {expert: np.concatenate(rows) for expert, rows in out.items() if rows}
 
     def _mask(self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...]) -> Array:
         table = visibility.resolve(self.config.visibility)
@@ -175,25 +173,8 @@ class Policy(nn.Module):
 
 
 def prepare_images(config: PolicyConfig, batch: objective.Batch) -> Array:
-    """Batch images -> f32 [B, views, S, S, 3] in [-1, 1].
-
-    uint8 images of another size are resized with Lanczos-3 and antialiasing, aspect ratio not kept, then rounded to
-    whole grey values and clipped to 0..255, as open-pi-zero's offline step does; then x / 127.5 - 1.
-    f32 images are taken as they are: in [-1, 1] and at SigLIP's size already.
-    """
-    size = config.siglip.image_size
-    views = []
-    for view in config.views:
-        x = batch[f"image_{view}"]
-        if x.dtype == jnp.uint8:
-            resize = x.shape[1:3] != (size, size)
-            x = x.astype(jnp.float32)
-            if resize:
-                shape = (x.shape[0], size, size, 3)
-                x = jax.image.resize(x, shape, jax.image.ResizeMethod.LANCZOS3, antialias=True)
-                x = jnp.clip(jnp.round(x), 0.0, 255.0)
-            x = (x * (1 / 255) - 0.5) / 0.5
-        views.append(x)
+    """Batch images (see images.prepare) -> f32 [B, views, S, S, 3] in [-1, 1]."""
+    views = [images.prepare(batch[f"image_{view}"], config.siglip.image_size) for view in config.views]
     return jnp.stack(views, axis=1)
 
 
@@ -212,7 +193,7 @@ def features(config: PolicyConfig) -> tuple[str, ...]:
 def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
     """Fresh `{"params", "state"}`.
 
-    The codebook is a placeholder (standard normal): the tokenizer's must take its place before training.
+    The codebook is a placeholder (random, unit variance): the tokenizer's must take its place before training.
     """
     size = config.siglip.image_size
     key_params, key_codes = jax.random.split(key)
@@ -226,7 +207,7 @@ def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
     )
     state = {}
     if config.depth_labels == "codes":
-        state["codebook"] = jax.random.normal(key_codes, (config.depth.codes, config.depth.code_dim))
+        state["codebook"] = linear.normal_like(1.0)(key_codes, (config.depth.codes, config.depth.code_dim))
     return {"params": variables["params"], "state": state}
 
 
@@ -291,13 +272,13 @@ def sample_actions(
     """
     del state  # Actions need no codebook; the argument keeps the signature of all predictions equal.
     policy, variables = Policy(config), {"params": params}
-    images, text, proprio = prepare_images(config, batch), batch["text"], batch["proprio"]
+    views, text, proprio = prepare_images(config, batch), batch["text"], batch["proprio"]
     if not cached:
         return flow.integrate(
-            lambda x, t: policy.apply(variables, images, text, proprio, x, t).velocity, noise, config.flow
+            lambda x, t: policy.apply(variables, views, text, proprio, x, t).velocity, noise, config.flow
         )
     visibility.check_cacheable(visibility.resolve(config.visibility))
-    cache, _ = policy.apply(variables, images, text, proprio, method=Policy.prefill)
+    cache, _ = policy.apply(variables, views, text, proprio, method=Policy.prefill)
     return flow.integrate(
         lambda x, t: policy.apply(variables, cache, text, x, t, method=Policy.denoise), noise, config.flow
     )
@@ -311,9 +292,13 @@ def predict_depth(config: PolicyConfig, params, state, batch: objective.Batch) -
     """
     if config.depth is None:
         raise errors.UserError("predict_depth needs a policy with a depth expert; this one has depth=None")
-    images = prepare_images(config, batch)
     _, prediction = Policy(config).apply(
-        {"params": params}, images, batch["text"], batch["proprio"], depth=True, method=Policy.prefill
+        {"params": params},
+        prepare_images(config, batch),
+        batch["text"],
+        batch["proprio"],
+        depth=True,
+        method=Policy.prefill,
     )
     if config.depth.head == "pixels":
         return prediction

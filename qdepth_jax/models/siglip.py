@@ -60,7 +60,7 @@ class SiglipConfig:
 class Siglip(nn.Module):
     """Images -> features. `project` maps features to the language model's width.
 
-    f32 parameters, activations in `dtype`, norms and softmax in f32.
+    f32 parameters, activations in `dtype`, norms and softmax in f32. Fresh kernels are Xavier-uniform (big_vision).
     """
 
     config: SiglipConfig
@@ -72,7 +72,7 @@ class Siglip(nn.Module):
     def setup(self):
         self.embedding = PatchEmbedding(self.config.patch, self.config.width, self.dtype)
         shape = (1, self.config.tokens, self.config.width)
-        self.pos_embedding = self.param("pos_embedding", nn.initializers.normal(self.config.width**-0.5), shape)
+        self.pos_embedding = self.param("pos_embedding", linear.normal_like(self.config.width**-0.5), shape)
         self.Transformer = Encoder(self.config, self.dtype, self.scan, self.remat)
         self.head = linear.Linear(self.projection, self.dtype)
 
@@ -100,7 +100,7 @@ class PatchEmbedding(nn.Module):
     def __call__(self, images: Array) -> Array:
         b, h, w, c = images.shape
         p = self.patch
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, c, self.width)).astype(self.dtype)
+        kernel = self.param("kernel", linear.normal_like((p * p * c) ** -0.5), (p, p, c, self.width)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * c)
         x = patches @ kernel.reshape(p * p * c, self.width) + bias[None]
@@ -159,16 +159,17 @@ class SelfAttention(nn.Module):
         b, p, d = x.shape
         h = d // self.heads
         folded = linear.fold(x)
+        init = linear.xavier_uniform(d, d)
 
         def project(name: str) -> Array:
-            y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=_XAVIER, name=name)(folded)
+            y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, name=name)(folded)
             return y.reshape(b, p, self.heads, h).transpose(0, 2, 1, 3)
 
         q, k, v = project("query"), project("key"), project("value")
         logits = jnp.einsum("BNPH,BNSH->BNPS", q, k, preferred_element_type=jnp.float32) * h**-0.5
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         out = jnp.einsum("BNPS,BNSH->BNPH", weights, v).transpose(0, 2, 1, 3).reshape(b * p, self.heads, h)
-        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=_XAVIER, name="out")(out)
+        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(out)
         return y.reshape(b, p, d)
 
 
@@ -180,14 +181,11 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_XAVIER, name="Dense_0")(linear.fold(x))
+        init = linear.xavier_uniform(x.shape[-1], self.hidden)
+        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="Dense_0")(linear.fold(x))
         h = jax.nn.gelu(h, approximate=True)
-        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=_XAVIER, name="Dense_1")(h)
+        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="Dense_1")(h)
         return y.reshape(x.shape)
-
-
-# big_vision's own initialisers; only used when no pretrained tower is loaded.
-_XAVIER = nn.initializers.xavier_uniform()
 
 
 def _layer_norm(name: str) -> nn.LayerNorm:

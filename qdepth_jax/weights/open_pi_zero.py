@@ -1,8 +1,8 @@
 """Parameters of the PyTorch code base open-pi-zero to ours and back, by one table.
 
-Source: commit c3df7fb of github.com/allenzren/open-pi-zero, state dict `model` of its checkpoints, [out, in] linears,
-[out, in, kh, kw] convolutions. `mixtures.proprio` and `mixtures.action` are one module saved twice; a file may hold either
-or both, and both must then be equal. Text embedding rows: 257,216.
+Source: commit c3df7fb of github.com/allenzren/open-pi-zero, state dict `model` of its checkpoints: linears [out, in],
+convolutions [out, in, kh, kw]. `mixtures.proprio` and `mixtures.action` are one module saved twice; a file may hold
+either or both, and both must then be equal. Text embedding rows: 257,216.
 
 Each source key must match exactly one row; all problems of a file are reported together.
 """
