@@ -21,6 +21,8 @@ FINGER_SPAN = 0.078  # widest object the gripper takes (m)
 POSITION_GAIN = 14.0  # action units per metre of error; 1 unit = 0.05 m
 ROTATION_GAIN = 3.0  # action units per radian of error; 1 unit = 0.5 rad
 MAX_ROTATION = 0.5  # action units
+PALM_REACH = (-0.10, -0.05, 0.05, 0.10)  # along the finger axis (m): the palm is wider than the open fingers
+PALM_HEIGHT = 0.05  # of its underside above the fingertips (m)
 MAX_TILT = 0.12  # rad of rotation left to do at most when the descent begins
 MAX_RETRIES = 4
 SURFACE_EXTENT = 1.5  # anything wider than this (m) is table or floor, not an obstacle
@@ -41,10 +43,10 @@ class Phase:
 PHASES = (
     Phase("approach", OPEN, 1.7, 0.025, 60),
     Phase("descend", OPEN, 1.0, 0.010, 30),
-    Phase("grasp", CLOSE, 0.6, 0.0, 8),
+    Phase("grasp", CLOSE, 0.6, 0.0, 16),
     Phase("lift", CLOSE, 1.5, 0.06, 40),
     Phase("carry", CLOSE, 1.5, 0.025, 80),
-    Phase("lower", CLOSE, 1.0, 0.016, 40),
+    Phase("lower", CLOSE, 1.0, 0.016, 60),
     Phase("release", OPEN, 0.0, 0.0, 8),
     Phase("retreat", OPEN, 1.0, 0.0, 14),
 )
@@ -124,6 +126,7 @@ class PickPlace:
         # Come in above whatever stands around the object.
         self._hover = max(self._top, obstacles.height_near(grasp.point[:2], 0.12)) + 0.06
         self._held = np.zeros(3)  # hand minus object when the lift began
+        self._opening = 0.0  # distance between the fingers one step ago (m)
         self._phase, self._age = 0, 0
 
     def act(self) -> np.ndarray:
@@ -137,6 +140,10 @@ class PickPlace:
         arrived = phase.tolerance > 0 and np.linalg.norm(end - hand) < phase.tolerance
         if phase.name == "approach":
             arrived = arrived and np.linalg.norm(self._turn_left()) < MAX_TILT
+        opening = float(np.ptp(seen["robot0_gripper_qpos"]))
+        if phase.name == "grasp":  # over when the fingers stopped, on the object or on each other
+            arrived = self._age > 4 and abs(opening - self._opening) < 4e-4
+        self._opening = opening
         self._age += 1
         # Holding, the object keeps its place below the hand; a growing gap means it slipped out or was never caught.
         lost = phase.name in ("lift", "carry", "lower") and hand[2] - item[2] > self._held[2] + 0.03
@@ -159,16 +166,18 @@ class PickPlace:
         if name == "approach":
             return np.array([*self._point[:2], self._hover])
         if name == "descend":
-            # A funnel: the hand arrives with momentum and must not come down beside the grasp.
+            # A funnel: the hand arrives with momentum and must not come down beside the grasp. It closes with time,
+            # because at full reach the arm cannot take away the last centimetres up here.
             off = np.linalg.norm(self._point[:2] - hand[:2])
-            height = np.clip(self._point[2] + 6.0 * (off - 0.006), self._point[2], self._hover)
+            limit = max(0.0, self._hover - self._point[2]) * max(0.0, 1.0 - self._age / 15)
+            height = self._point[2] + np.clip(6.0 * (off - 0.006), 0.0, limit)
             return np.array([*self._point[:2], height])
         if name == "grasp":
             return self._point
         goal = self._goal_point()
         held = hand - item  # how the object hangs in the gripper
         place = goal[2] + (0.06 if self._into_basket else 0.012) + (self._start[2] - self._bottom) + self._held[2]
-        cruise = max(place + (0.07 if self._into_basket else 0.06), self._hover - 0.02)
+        cruise = max(place + (0.07 if self._into_basket else 0.06), self._hover - 0.02, self._point[2] + 0.10)
         if name == "lift":
             return np.array([*self._point[:2], cruise])
         if name == "carry":
@@ -213,10 +222,10 @@ def rim_grasp(points: np.ndarray, obstacles: "Obstacles", home_yaw: float, tried
         outward = np.array([np.cos(yaw), np.sin(yaw)])
         rim = centre + (radius - 0.006) * outward
         finger_room = obstacles.clearance(centre + (radius + 0.035) * outward, height - 0.01)
-        hand_room = min(obstacles.clearance(rim + s * outward, height + 0.055) for s in (-0.1, -0.05, 0.05, 0.1))
+        palm_room = min(obstacles.clearance(rim + s * outward, height + PALM_HEIGHT) for s in PALM_REACH)
         twist = abs((turn + np.pi / 2) % np.pi - np.pi / 2)
         again = sum(abs(np.angle(np.exp(1j * (old - yaw)))) < 0.2 for old in tried)
-        cost = -8 * min(finger_room, 0.04) - 8 * min(hand_room, 0.04) + 0.03 * twist + 0.3 * again
+        cost = -8 * min(finger_room, 0.04) - 8 * min(palm_room, 0.04) + 0.03 * twist + 0.3 * again
         if best is None or cost < best[0]:
             best = (cost, yaw, rim)
     return Grasp(best[1], np.array([*best[2], height]))
@@ -237,10 +246,11 @@ def span_grasp(points: np.ndarray, obstacles: "Obstacles", home_yaw: float, trie
         a, b = ring[:, :2] @ across, ring[:, :2] @ along
         width = a.max() - a.min()
         middle = across * (a.max() + a.min()) / 2 + along * (b.max() + b.min()) / 2
-        room = min(obstacles.clearance(middle + s * across, height - 0.01) for s in (-0.05, 0.05))
+        finger_room = min(obstacles.clearance(middle + s * across, height - 0.01) for s in (-0.05, 0.05))
+        palm_room = min(obstacles.clearance(middle + s * across, height + PALM_HEIGHT) for s in PALM_REACH)
         again = sum(abs(np.angle(np.exp(2j * (old - yaw)))) < 0.2 for old in tried)
-        cost = max(width, 0.03) + 10 * (width > FINGER_SPAN) + 0.004 * abs(turn) - 0.5 * min(room, 0.03)
-        cost += 0.01 * again
+        cost = max(width, 0.03) + 10 * (width > FINGER_SPAN) + 0.004 * abs(turn) - 0.5 * min(finger_room, 0.03)
+        cost += 0.01 * again - 1.0 * min(palm_room, 0.04)
         if best is None or cost < best[0]:
             best = (cost, yaw, middle)
     return Grasp(best[1], np.array([*best[2], height]))

@@ -49,11 +49,13 @@ class MetaWorldEnv:
         self._image_size, self._supersample, self._renderer = image_size, supersample, None
         self._env = self._make(seed=0)
         self._env._freeze_rand_vec = False  # a goal-observable class keeps its first goal for ever otherwise
+        self._env.seeded_rand_vec = True  # draw goals from the environment's generator, not from numpy's global one
 
     def reset(self, seed: int) -> None:
         """New episode. The same seed gives the same episode."""
         self._env.seed(seed)
-        self._observation, _ = self._env.reset(seed=seed)
+        self._observation, _ = self._env.reset()
+        self.set_sim_state(self.sim_state())  # the goal's marker moves only now
         self._policy = self._make_policy()
 
     def step(self, action: np.ndarray) -> bool:
@@ -89,7 +91,8 @@ class MetaWorldEnv:
         """'image' u8 [H, W, 3] and 'depth' f32 [H, W] in metres of the present state."""
         if self._renderer is None:
             size = self._image_size
-            self._renderer = render_lib.SceneRenderer(self._env.model, size, size, self._supersample)
+            # Collision geoms are in a group that is not drawn anyway; group 0 holds the objects.
+            self._renderer = render_lib.SceneRenderer(self._env.model, size, size, self._supersample, hidden_groups=())
         rgb, _ = self._renderer.render(self._env.data, CAMERA, sites=True)
         _, depth = self._renderer.render(self._env.data, CAMERA)
         return {"image": rgb[::-1, ::-1].copy(), "depth": depth[::-1, ::-1].copy()}

@@ -8,6 +8,7 @@ Three things make the depth buffer lie, and all are switched off here:
 """
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,11 @@ GL_PACKAGES = "libosmesa6 libegl1 libegl-mesa0 libgl1-mesa-dri libgles2 libopeng
 
 def choose_gl_backend() -> str:
     """Sets MUJOCO_GL before MuJoCo is imported: the user's choice, else egl beside a GPU, else osmesa. Returns it."""
+    if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ:
+        raise errors.UserError(
+            "mujoco was imported before its GL backend was chosen: set MUJOCO_GL=osmesa (CPU) or egl (GPU), "
+            "or import mujoco after qdepth_jax.sim"
+        )
     default = "egl" if Path("/dev/nvidia0").exists() else "osmesa"
     backend = os.environ.setdefault("MUJOCO_GL", default)
     os.environ.setdefault("PYOPENGL_PLATFORM", backend)
@@ -50,8 +56,11 @@ class SceneRenderer:
     A context belongs to one model and one thread; make a new one after a hard reset of the environment.
     """
 
-    def __init__(self, model, height: int, width: int, supersample: int = 2):
-        """model: mujoco.MjModel. RGB is averaged over supersample x supersample samples per pixel."""
+    def __init__(self, model, height: int, width: int, supersample: int = 2, hidden_groups: tuple[int, ...] = (0,)):
+        """model: mujoco.MjModel. RGB is averaged over supersample x supersample samples per pixel.
+
+        hidden_groups: geom groups of the scene that hold collision geometry; 0 in robosuite and so in LIBERO.
+        """
         if min(height, width, supersample) < 1:
             raise ValueError(f"render size {height}x{width}, supersample {supersample}: all must be >= 1")
         mujoco = self._mujoco = import_mujoco()
@@ -72,7 +81,8 @@ class SceneRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)
-        self._option, self._option_with_sites = visible_geometry(mujoco), visible_geometry(mujoco, sites=True)
+        self._option = visible_geometry(mujoco, hidden_groups)
+        self._option_with_sites = visible_geometry(mujoco, hidden_groups, sites=True)
         self._rect = mujoco.MjrRect(0, 0, columns, rows)
         self._rgb = np.empty((rows, columns, 3), np.uint8)
         self._z = np.empty((rows, columns), np.float32)
@@ -117,10 +127,11 @@ class SceneRenderer:
         self._gl.free()
 
 
-def visible_geometry(mujoco, sites: bool = False):
-    """MjvOption that hides collision geoms (group 0) and, unless asked for, every site."""
+def visible_geometry(mujoco, hidden_groups: tuple[int, ...] = (0,), sites: bool = False):
+    """MjvOption that hides the given geom groups and, unless asked for, every site."""
     option = mujoco.MjvOption()
-    option.geomgroup[0] = 0
+    for group in hidden_groups:
+        option.geomgroup[group] = 0
     if not sites:
         option.sitegroup[:] = 0
     return option

@@ -1,8 +1,9 @@
 """Closed-loop episodes in LIBERO: any policy that maps an observation to a chunk of actions.
 
 Protocol of the published evaluations: the benchmark's fixed start states, ten idle steps, the suite's step cap, success
-by the benchmark's own check. Physics runs without cameras; a frame is drawn only when the policy plans, once per executed
-part of a chunk. An episode that the simulator could not finish is a crash, counted apart from failures and successes.
+by the benchmark's own check. Physics runs without cameras; a frame is drawn only when the policy plans, once per
+executed part of a chunk. An episode that the simulator could not finish is a crash, counted apart from failures and
+successes.
 """
 
 import contextlib
