@@ -1,0 +1,26 @@
+"""Resizing on the device is JAX's own antialiased Lanczos-3, rounded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qdepth_jax.models import images
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 30, 3), (1, 9, 12, 3)])
+def test_resize_is_lanczos3(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    expected = jax.image.resize(jnp.asarray(image, jnp.float32), (1, 14, 14, 3), "lanczos3", antialias=True)
+    ours = images.resize(jnp.asarray(image), 14)
+    assert np.abs(np.asarray(ours) - np.clip(np.round(expected), 0, 255)).max() <= 1  # a tie may round either way
+    assert (np.asarray(ours) == np.clip(np.round(expected), 0, 255)).mean() > 0.99
+    assert (np.asarray(ours) == np.round(ours)).all()
+
+
+def test_range_and_pass_through():
+    image = jnp.array([0, 255], jnp.uint8).repeat(6).reshape(1, 2, 2, 3)
+    np.testing.assert_allclose(images.prepare(image, 2).ravel()[:1], -1.0, atol=1e-6)
+    np.testing.assert_allclose(images.prepare(image, 2).ravel()[-1:], 1.0, atol=1e-6)
+    floats = jnp.full((1, 2, 2, 3), 0.25)
+    np.testing.assert_array_equal(images.prepare(floats, 2), floats)
