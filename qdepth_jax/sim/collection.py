@@ -7,6 +7,7 @@ of simulating.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import json
 import multiprocessing
@@ -93,7 +94,13 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
-                reason = future.result()
+                try:
+                    reason = future.result()
+                except concurrent.futures.process.BrokenProcessPool as error:
+                    raise errors.UserError(
+                        f"a simulator process was killed ({error}); each needs about 1.5 GB of memory: use fewer than "
+                        f"--processes={processes}. Finished attempts are in {work}: the same command continues"
+                    ) from error
                 if reason:
                     impossible[task] = reason
                     continue

@@ -162,6 +162,9 @@ class LiberoEnv:
                 break
         else:
             raise SimulatorFailure(f"no valid placement in {PLACEMENT_ATTEMPTS} attempts with seed {seed}")
+        # The gripper's own memory of where its fingers were sent survives a reset otherwise.
+        gripper = self.domain.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)
         # A drawn state goes through float32: what is stored is exactly what was simulated.
         drawn = initial_state is None
         state = self.sim.get_state().flatten().astype(np.float32) if drawn else np.asarray(initial_state)

@@ -63,7 +63,8 @@ def run_tasks(
       video_dir: mp4 files (RGB beside depth) of the first videos_per_task episodes of each task go here.
 
     Raises:
-      UserError: more episodes than evaluation states. ValueError: the policy's chunk is no [Z >= execute, 7] of numbers.
+      UserError: more episodes than evaluation states.
+      ValueError: the policy's chunk is no [Z >= execute, 7] of finite numbers.
     """
     results = []
     with tqdm.tqdm(total=episodes * len(tasks), unit="episode", disable=not sys.stderr.isatty()) as bar:
