@@ -45,6 +45,11 @@ demo: $(VENV)/.core
 	$(BIN)/python tools/report.py --tokenizer=$(RUN)/tokenizer --policy=qdepth=$(RUN)/policy \
 	  --policy=baseline=$(RUN)/baseline --output=$(RUN)/report
 
+# The demo policy is trained for minutes from random weights: expect it to reach towards things, not to solve tasks.
+demo-sim: demo $(VENV)/.sim
+	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_object --tasks=1,2 --episodes=2
+	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_spatial --tasks=0,3 --episodes=2
+
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 

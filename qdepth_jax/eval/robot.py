@@ -1,0 +1,68 @@
+"""A trained policy as one function from a robot's observation to actions in the robot's own units."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import ml_collections
+import numpy as np
+
+from qdepth_jax import errors, experiment
+from qdepth_jax.data import normalise, text
+from qdepth_jax.models import flow, policy
+
+Observation = dict[str, np.ndarray | str]
+
+
+def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observation], np.ndarray]:
+    """The policy of a training run for one LIBERO suite, with that suite's normalisation.
+
+    Args:
+      workdir: of the training run.
+      suite: data set whose statistics are used; LIBERO-PRO variants use those of their base suite.
+      seed: of the flow noise; every call draws anew.
+
+    Returns:
+      observation {image, wrist_image u8 [H, W, 3], state f32 [8], instruction str} -> f32 [Z, 7], gripper -1 open, +1
+      close.
+
+    Raises:
+      UserError: no policy there, or none that was trained on this suite.
+    """
+    kind, config, variables, meta = experiment.load_model(workdir)
+    if kind != "policy":
+        raise errors.UserError(f"{workdir!r} holds a {kind}, not a policy")
+    stored = meta["data"]["normalisation"]
+    base = next((name for name in stored if re.fullmatch(f"{name}(_.*)?", suite)), None)
+    if base is None:
+        raise errors.UserError(f"the policy in {workdir!r} was trained on {sorted(stored)}, not on {suite!r}")
+    action, proprio = (normalise.Normaliser.from_json(stored[base][key]) for key in ("action", "proprio"))
+    data = experiment.data_section(ml_collections.ConfigDict(meta["config"]))
+    tokenizer = text.TextTokenizer(data.text_tokenizer)
+    cameras = {"main": "image", "wrist": "wrist_image"}
+
+    @jax.jit
+    def predict(variables, batch, key):
+        noise = flow.sample_noise(jax.random.split(key, 1), (config.horizon, config.action_dim))
+        return policy.sample_actions(config, variables["params"], variables["state"], batch, noise)
+
+    calls = iter(range(2**31))
+
+    def act(observation: Observation) -> np.ndarray:
+        ids, _ = tokenizer.encode_table([observation["instruction"]], data.max_text_tokens)
+        batch = {f"image_{view}": np.asarray(observation[cameras[view]])[None] for view in config.views}
+        batch |= {
+            "text": ids,
+            "proprio": normalise.normalise(np.asarray(observation["state"], np.float32)[None], proprio)[:, None],
+        }
+        key = jax.random.fold_in(jax.random.key(seed), next(calls))
+        chunk = np.asarray(predict(variables, batch, key))[0]
+        return to_libero(normalise.unnormalise(chunk, action))
+
+    return act
+
+
+def to_libero(actions: np.ndarray) -> np.ndarray:
+    """Standardised actions f32 [Z, 7] (gripper 1 open, 0 closed) to LIBERO's (gripper -1 open, +1 close)."""
+    gripper = np.where(actions[:, 6:] > 0.5, -1.0, 1.0)
+    return np.concatenate([np.clip(actions[:, :6], -1.0, 1.0), gripper], axis=1).astype(np.float32)
