@@ -94,7 +94,7 @@ class MetaWorldEnv:
             # Collision geoms are in a group that is not drawn anyway; group 0 holds the objects.
             self._renderer = render_lib.SceneRenderer(self._env.model, size, size, self._supersample, hidden_groups=())
         rgb, _ = self._renderer.render(self._env.data, CAMERA, sites=True)
-        _, depth = self._renderer.render(self._env.data, CAMERA)
+        _, depth = self._renderer.render(self._env.data, CAMERA, effects=False)
         return {"image": rgb[::-1, ::-1].copy(), "depth": depth[::-1, ::-1].copy()}
 
     def close(self) -> None:

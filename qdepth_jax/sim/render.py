@@ -87,10 +87,11 @@ class SceneRenderer:
         self._rgb = np.empty((rows, columns, 3), np.uint8)
         self._z = np.empty((rows, columns), np.float32)
 
-    def sample(self, data, camera: str, sites: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, data, camera: str, sites: bool = False, effects: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """All samples of one view, upright as the camera sees it, before averaging.
 
-        With sites=True the depth holds them too, so take it from another call.
+        With sites=True the depth holds them too: take it from another call, with
+        effects=False (no shadows or reflections, which depth does not show) several times faster.
 
         Returns rgb u8 [h, w, 3] and depth f32 [h, w] in metres along the optical axis; h, w = size times supersample.
         """
@@ -102,6 +103,8 @@ class SceneRenderer:
             known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, k) for k in range(model.ncam)]
             raise ValueError(f"the scene has no camera {camera!r}; it has {known}")
         mujoco.mjv_updateScene(model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._scene.flags[flag] = effects
         self._gl.make_current()
         mujoco.mjr_render(self._rect, self._scene, self._context)
         mujoco.mjr_readPixels(self._rgb, self._z, self._rect, self._context)
@@ -111,12 +114,12 @@ class SceneRenderer:
         depth = near / (1.0 - (1.0 - self._z[::-1]) * (1.0 - near / far))
         return self._rgb[::-1].copy(), depth.astype(np.float32)
 
-    def render(self, data, camera: str, sites: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def render(self, data, camera: str, sites: bool = False, effects: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """One view, upright. Returns rgb u8 [H, W, 3] and depth f32 [H, W] in metres.
 
         Depth of a pixel is that of its nearest sample: always a real surface, never a mean of two.
         """
-        rgb, depth = self.sample(data, camera, sites)
+        rgb, depth = self.sample(data, camera, sites, effects)
         h, w, k = self._height, self._width, self._factor
         rgb = rgb.reshape(h, k, w, k, 3).mean(axis=(1, 3), dtype=np.float32)
         depth = depth.reshape(h, k, w, k).min(axis=(1, 3))
