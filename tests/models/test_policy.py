@@ -1,0 +1,218 @@
+"""The policy as a whole: one model in many guises gives one result, and the objective keeps its promises."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+from qdepth_jax import errors
+from qdepth_jax.models import depth_expert, policy
+from qdepth_jax.models.siglip import SiglipConfig
+
+TINY = policy.sized("tiny", views=("main", "wrist"))
+KEY = jax.random.key(7)
+
+
+@functools.cache
+def variables(config=TINY):
+    """Fresh parameters with norms and biases that matter."""
+    fresh = jax.jit(lambda: policy.init(config, jax.random.key(0)))()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), fresh["params"])
+    return params, fresh["state"]
+
+
+@functools.cache
+def batch(config=TINY, size=4):
+    with jax.ensure_compile_time_eval():  # the first caller may be under a trace
+        return synthetic.policy_batch(config, size, image_size=40)
+
+
+def loss_and_gradient(config):
+    params, state = variables()
+
+    def loss(p):
+        out = policy.loss(config, p, state, batch(), KEY, jnp.int32(3))
+        return out.loss, out.metrics
+
+    return jax.value_and_grad(loss, has_aux=True), params
+
+
+@functools.cache
+def reference():
+    function, params = loss_and_gradient(TINY)
+    return jax.jit(function)(params)
+
+
+def close(ours, theirs, tolerance):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.mark.parametrize("changes", [{"scan": False}, {"remat": "full"}, {"scan": False, "remat": "dots"}], ids=str)
+def test_scan_unrolled_and_remat_agree(changes):
+    """Loss and every gradient; and the programs really are different ones."""
+    config = dataclasses.replace(TINY, **changes)
+    function, params = loss_and_gradient(config)
+    text = str(jax.make_jaxpr(function)(params))
+    assert ("scan" in text) == config.scan
+    assert ("remat" in text or "checkpoint" in text) == (config.remat != "none")
+    close(jax.jit(function)(params), reference(), 2e-6)
+
+
+def test_metrics_are_named_and_add_up():
+    (loss, metrics), _ = reference()
+    assert set(metrics) == {"loss", "flow_loss", "depth_loss", "depth_accuracy", "lambda"}
+    assert float(metrics["lambda"]) == pytest.approx(0.01 * 0.9999**3, rel=1e-6)
+    assert float(loss) == pytest.approx(
+        float(metrics["flow_loss"] + metrics["lambda"] * metrics["depth_loss"]), rel=1e-6
+    )
+
+
+def test_frozen_parts_have_no_gradient():
+    """The corrected table freezes nothing that could learn; the faithful one freezes v_proj, which could."""
+    _, gradient = reference()
+    vlm = gradient["llm"]["layers"]["vlm"]
+    assert not gradient["llm"]["embedder"]["input_embedding"].any()
+    for leaf in (
+        vlm["attn"]["q_einsum"]["w"],
+        vlm["attn"]["attn_vec_einsum"]["w"],
+        vlm["mlp"]["gating_einsum"],
+        vlm["mlp"]["linear"],
+        vlm["pre_ffw_norm"]["scale"],
+    ):
+        assert not leaf[-1].any() and leaf[:-1].any()
+    assert vlm["attn"]["kv_einsum"]["w"][-1, 1].any()
+    paths = dict(policy.frozen_table(TINY))
+    assert paths["llm/layers/vlm/attn/q_einsum/w"] == "last_layer" and "llm/layers/vlm/attn/kv_einsum/w" not in paths
+    faithful = dict(policy.frozen_table(dataclasses.replace(TINY, faithful=True)))
+    assert faithful["llm/layers/vlm/attn/kv_einsum/w"] == "last_layer_value"
+    assert "llm/layers/vlm/attn/q_einsum/w" not in faithful
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_cached_sampling_is_uncached_sampling(scan):
+    config = dataclasses.replace(TINY, scan=scan)
+    params, state = variables()
+    noise = jax.random.normal(KEY, (4, config.horizon, config.action_dim))
+    cached, uncached = (
+        jax.jit(lambda n, c=c: policy.sample_actions(config, params, state, batch(), n, cached=c))(noise)
+        for c in (True, False)
+    )
+    assert (np.abs(cached) < 1).mean() > 0.3  # not everything sits on the clamp
+    np.testing.assert_allclose(cached, uncached, atol=1e-5)
+
+
+def test_predicted_depth_is_that_of_training():
+    params, state = variables()
+    logits = jax.jit(lambda: policy.predict_depth(TINY, params, state, batch()))()
+    inputs = (policy.prepare_images(TINY, batch()), batch()["text"], batch()["proprio"])
+    noise = jnp.zeros((4, TINY.horizon, TINY.action_dim))
+    out = jax.jit(policy.Policy(TINY).apply)({"params": params}, *inputs, noise, jnp.zeros(4))
+    expected = depth_expert.code_logits(out.depth, state["codebook"], TINY.depth.temperature)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_baseline_is_the_same_network_without_depth():
+    """With the depth columns of the table empty, the depth expert cannot matter, whatever its weights."""
+    params, state = variables()
+    blind = policy.visibility.with_rows(policy.visibility.TABLES["r1"], action=("image", "text", "proprio", "action"))
+    noise = jax.random.normal(KEY, (4, TINY.horizon, TINY.action_dim))
+    with_depth = dataclasses.replace(TINY, visibility=blind)
+    without = dataclasses.replace(TINY, depth=None)
+    outs = [policy.sample_actions(c, params, state, batch(), noise) for c in (with_depth, without, TINY)]
+    np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
+    assert np.abs(outs[2] - outs[1]).max() > 1e-3
+
+
+def test_loss_is_a_mean_of_independent_examples():
+    """Halves of the batch average to the whole, in any order: nothing depends on micro-batches or devices."""
+    params, state = variables()
+    loss = jax.jit(lambda b: policy.loss(TINY, params, state, b, KEY, jnp.int32(0)).metrics)
+    parts = [jax.tree.map(lambda x, rows=rows: x[jnp.array(rows)], batch()) for rows in ([3, 0], [2, 1])]
+    whole, halves = loss(batch()), [loss(part) for part in parts]
+    for name in ("loss", "flow_loss", "depth_loss", "depth_accuracy"):
+        assert float(whole[name]) == pytest.approx(float((halves[0][name] + halves[1][name]) / 2), rel=1e-5), name
+
+
+def test_padded_actions_count_only_when_faithful():
+    params, state = variables()
+    changed = dict(batch())
+    changed["action"] = jnp.where(batch()["action_mask"][..., None], batch()["action"], 5.0)
+    assert not batch()["action_mask"].all()
+    t, noise = jnp.full(4, 0.5), jnp.zeros(batch()["action"].shape)
+
+    def flow_loss(config, b):
+        # The network sees padded actions too, so compare at a velocity that cannot depend on them: the mask alone.
+        return policy.loss_at(config, params, state, b, noise, t, 0).metrics["flow_loss"]
+
+    faithful = dataclasses.replace(TINY, faithful=True)
+    assert "action_mask" in policy.features(TINY) and "action_mask" not in policy.features(faithful)
+    corrected, copied = flow_loss(TINY, changed), flow_loss(faithful, changed)
+    assert copied > 3 * corrected
+
+
+@pytest.mark.parametrize("head", ["pixels", "none", "weight 0"])
+def test_depth_variants(head):
+    changes = {"pixels": {"head": "pixels"}, "weight 0": {"loss_weight": 0.0}}
+    depth = None if head == "none" else dataclasses.replace(TINY.depth, **changes[head])
+    config = dataclasses.replace(TINY, depth=depth)
+    objective = policy.make_objective(config)
+    fresh = jax.jit(objective.init)(jax.random.key(0))
+    assert fresh["state"] == {}
+    asked = {name: batch()[name] for name in objective.features}
+    assert ("depth" in asked) == (head == "pixels") and "depth_tokens" not in asked
+    out = jax.jit(objective.loss)(fresh["params"], fresh["state"], asked, KEY, jnp.int32(0))
+    assert np.isfinite(out.loss)
+    assert ("depth_loss" in out.metrics) == (head == "pixels")
+
+
+def test_bfloat16_activations_stay_close_and_parameters_stay_float32():
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    function, params = loss_and_gradient(config)
+    (loss, _), gradient = jax.jit(function)(params)
+    assert {x.dtype for x in jax.tree.leaves((params, gradient))} == {jnp.dtype("float32")}
+    assert loss.dtype == jnp.float32
+    assert float(loss) == pytest.approx(float(reference()[0][0]), rel=0.03)
+    assert float(loss) != float(reference()[0][0])
+    assert "bf16" in str(jax.make_jaxpr(function)(params))
+
+
+def test_full_size_shapes():
+    shapes = jax.eval_shape(lambda: policy.init(policy.sized("full"), jax.random.key(0)))
+    params = shapes["params"]
+    assert params["llm"]["layers"]["vlm"]["attn"]["kv_einsum"]["w"].shape == (18, 2, 1, 2048, 256)
+    assert params["llm"]["layers"]["depth"]["mlp"]["gating_einsum"].shape == (18, 2, 1024, 4096)
+    query = params["img"]["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]["query"]
+    assert query["kernel"].shape == (27, 1152, 16, 72)
+    assert params["depth_decoder"]["conv_2"]["kernel"].shape == (3, 3, 384, 160)
+    assert shapes["state"]["codebook"].shape == (256, 160)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"siglip": SiglipConfig(42, 14, 24, 2, 2, 32)}, r"2x2 = 4 tokens, but the main view has 3x3 = 9 .*grid=3"),
+        ({"remat": "all"}, "remat policy 'all' is unknown"),
+        ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+        ({"views": ("main", "main")}, "none twice"),
+        ({"kv_heads": 3}, "heads 4 is no multiple of kv_heads 3"),
+        ({"visibility": "r9"}, "'r9' is unknown"),
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(errors.UserError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_wrong_inputs_name_the_numbers():
+    wrong = {**batch(), "text": batch()["text"][:, :3]}
+    params, state = variables()
+    with pytest.raises(errors.UserError, match=r"2 views .* 5 text tokens, got 2 and 3"):
+        policy.predict_depth(TINY, params, state, wrong)
+    with pytest.raises(errors.UserError, match="depth=None"):
+        policy.predict_depth(dataclasses.replace(TINY, depth=None), params, state, batch())
