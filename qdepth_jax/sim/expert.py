@@ -124,7 +124,7 @@ class PickPlace:
         self._point = grasp.point
         self._rotation = gripper_down(grasp.yaw, self._home_yaw)
         # Come in above whatever stands around the object.
-        self._hover = max(self._top, obstacles.height_near(grasp.point[:2], 0.12)) + 0.06
+        self._hover = max(self._top, obstacles.height_near(grasp.point[:2], 0.07)) + 0.05
         self._held = np.zeros(3)  # hand minus object when the lift began
         self._opening = 0.0  # distance between the fingers one step ago (m)
         self._phase, self._age = 0, 0
@@ -225,7 +225,7 @@ def rim_grasp(points: np.ndarray, obstacles: "Obstacles", home_yaw: float, tried
         palm_room = min(obstacles.clearance(rim + s * outward, height + PALM_HEIGHT) for s in PALM_REACH)
         twist = abs((turn + np.pi / 2) % np.pi - np.pi / 2)
         again = sum(abs(np.angle(np.exp(1j * (old - yaw)))) < 0.2 for old in tried)
-        cost = -8 * min(finger_room, 0.04) - 8 * min(palm_room, 0.04) + 0.03 * twist + 0.3 * again
+        cost = -8 * min(finger_room, 0.04) - 8 * min(palm_room, 0.04) + 0.03 * twist + 0.3 * again + 1.0 * rim[0]
         if best is None or cost < best[0]:
             best = (cost, yaw, rim)
     return Grasp(best[1], np.array([*best[2], height]))
@@ -257,14 +257,14 @@ def span_grasp(points: np.ndarray, obstacles: "Obstacles", home_yaw: float, trie
 
 
 class Obstacles:
-    """Collision points of every object and fixture but one."""
+    """Collision geoms of every object and fixture but one, each as the box around it: a cabinet with an open drawer is
+    many boxes, and the drawer's inside is free."""
 
     def __init__(self, env: libero.LiberoEnv, without: str):
         domain = env.domain
         names = [n for n in (*domain.objects_dict, *domain.fixtures_dict) if n != without]
-        clouds = [collision_points(env, name) for name in names]
-        extents = [np.ptp(c[:, :2], axis=0).max() if len(c) else np.inf for c in clouds]
-        self._clouds = [c for c, extent in zip(clouds, extents) if extent < SURFACE_EXTENT]
+        clouds = [geom for name in names for geom in collision_geoms(env, name)]
+        self._clouds = [cloud for cloud in clouds if np.ptp(cloud[:, :2], axis=0).max() < SURFACE_EXTENT]
 
     def clearance(self, xy: np.ndarray, above: float) -> float:
         """Distance (m, at most 1) to the nearest footprint box of whatever reaches higher than `above`."""
@@ -287,7 +287,12 @@ class Obstacles:
 
 
 def collision_points(env: libero.LiberoEnv, name: str) -> np.ndarray:
-    """Vertices f64 [N, 3] of the collision geometry of an object or fixture in world coordinates (m)."""
+    """Vertices f64 [N, 3] of all collision geometry of an object or fixture in world coordinates (m)."""
+    return np.concatenate(collision_geoms(env, name))
+
+
+def collision_geoms(env: libero.LiberoEnv, name: str) -> list[np.ndarray]:
+    """Vertices f64 [N, 3] of each collision geom of an object or fixture in world coordinates (m)."""
     from mujoco import mjtGeom
 
     domain, model, data = env.domain, env.model, env.data
@@ -296,7 +301,7 @@ def collision_points(env: libero.LiberoEnv, name: str) -> np.ndarray:
     inside = np.zeros(model.nbody, bool)
     for body in range(root, model.nbody):  # MuJoCo numbers parents before children
         inside[body] = body == root or inside[model.body_parentid[body]]
-    found = [np.zeros((0, 3))]
+    found = []
     for geom in np.flatnonzero(inside[model.geom_bodyid]):
         if model.geom_contype[geom] == 0 and model.geom_conaffinity[geom] == 0:
             continue
@@ -316,7 +321,7 @@ def collision_points(env: libero.LiberoEnv, name: str) -> np.ndarray:
         else:
             vertices = corners * size[0]
         found.append(vertices @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
-    return np.concatenate(found)
+    return found
 
 
 def gripper_down(yaw: float, home_yaw: float) -> np.ndarray:
