@@ -1,5 +1,7 @@
 """The visibility table: as data, as a mask, and as exactly zero gradients of the real model, token by token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,12 @@ def test_only_tables_whose_prefix_does_not_see_actions_can_be_cached():
 CONFIG = dict(layers=3, views=("main",), text_length=4, proprio_steps=2, horizon=2, scan=False)
 
 
+@functools.cache
+def fresh_params():
+    """Of the model with a depth expert; the one without ignores the rest."""
+    return jax.jit(lambda k: policy.init(policy.sized("tiny", **CONFIG), k)["params"])(jax.random.key(0))
+
+
 @pytest.mark.parametrize("table", ["r1", "r2", "proprio_sees_depth", "no_depth"])
 def test_gradients_are_zero_exactly_where_the_table_is(table):
     """J[l, t, s]: how the value that layer l + 1 computes for token t depends on the input state of token s.
@@ -90,7 +98,7 @@ def test_gradients_are_zero_exactly_where_the_table_is(table):
     config = policy.sized("tiny", **CONFIG, **changes)
     batch = synthetic.policy_batch(config, 1)
     batch["text"] = jnp.array([[5, 6, 7, 0]])  # the last one is padding
-    params = jax.jit(lambda k: policy.init(config, k)["params"])(jax.random.key(0))
+    params = fresh_params()
     sizes = config.sizes
     widths = {"image": 32, "text": 32, "depth": 16, "proprio": 16, "action": 16}
     groups = [group for group in visibility.GROUPS if sizes[group]]
