@@ -39,6 +39,7 @@ EXTRAS = {
     "serve": ["websockets>=13", "msgpack>=1.1"],
     "test": [
         "pytest>=8.3",
+        "pytest-xdist>=3.6",  # compilation is single-threaded: two workers use two cores
         "pytest-timeout>=2.3",  # a hung process test fails instead of blocking
         "hypothesis>=6.115",  # property tests of the parsers
         "ruff>=0.8",

@@ -69,8 +69,8 @@ def _policy(config: ml_collections.ConfigDict) -> None:
     config.model = config_lib.section(
         policy.sized(
             "demo",
-            siglip=siglip.SiglipConfig(image_size=128, patch=16, width=128, depth=3, heads=4, mlp=384),
-            vlm=gemma.ExpertConfig(width=128, mlp=384),
+            siglip=siglip.SiglipConfig(image_size=128, patch=16, width=128, depth=3, heads=4, mlp=256),
+            vlm=gemma.ExpertConfig(width=96, mlp=256),
             action=small,
             depth=depth_expert.DepthConfig(
                 expert=small, grid=GRID, codes=CODES, code_dim=CODE_DIM, conv_width=96, pixels_per_token=16,
@@ -78,7 +78,6 @@ def _policy(config: ml_collections.ConfigDict) -> None:
             ),
             layers=3,
             text_length=24,
-            views=("main", "wrist"),
             proprio_dim=8,
             horizon=16,
             scan=False,
@@ -89,8 +88,8 @@ def _policy(config: ml_collections.ConfigDict) -> None:
     config.data.text_tokenizer = str(DATA / "text_tokenizer" / "libero.model")
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 50
-    config.train.batch_size = 32
-    config.train.total_steps = 600
+    config.train.batch_size = 24
+    config.train.total_steps = 500
     config.train.eval_every = 100
     config.train.eval_batches = 8
-    config.train.checkpoint_every = 300
+    config.train.checkpoint_every = 250

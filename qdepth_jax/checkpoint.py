@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from qdepth_jax import errors, train_step
 
@@ -33,7 +34,10 @@ def open_manager(workdir: str, keep: int = 1, read_only: bool = False) -> ocp.Ch
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
     )
-    return ocp.CheckpointManager(path, options=options)
+    # Named up front, so that a reader can ask what a checkpoint holds before it restores anything.
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "state", "ema", "train")}
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, state: train_step.TrainState, meta: dict[str, Any], step: int) -> None:
@@ -85,8 +89,8 @@ def restore_model(workdir: str, target: dict[str, Any], average: bool = True) ->
     """
     with open_manager(workdir, read_only=True) as manager:
         step = last_step(manager, workdir)
-        kept = set(manager.item_metadata(step).keys())
-        source = "ema" if average and "ema" in kept else "params"
+        kept_average = (epath.Path(manager.directory) / str(step) / "ema").exists()
+        source = "ema" if average and kept_average else "params"
         items = {source: ocp.args.StandardRestore(target["params"]), "meta": ocp.args.JsonRestore()}
         if jax.tree.leaves(target["state"]):
             items["state"] = ocp.args.StandardRestore(target["state"])

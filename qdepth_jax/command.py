@@ -1,5 +1,6 @@
 """What every command does alike: messages instead of tracebacks for bad input, and the experiment flag."""
 
+import logging
 import pathlib
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """`app.run(main)`; a UserError, a bad flag or a bad --config becomes a message on stderr and exit code 2."""
 
     def guarded(argv: list[str]) -> int:
+        # Orbax tells its normal course at warning level through absl; ours and JAX's messages come by other loggers.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         try:
             return main(argv) or 0
         except errors.UserError as error:
