@@ -2,10 +2,13 @@
 
   python -m qdepth_jax.train --config=experiments/NAME.py[:args] --workdir=DIR [--config.a.b=value]
 
-Writes WORKDIR/config.json, metrics.jsonl, checkpoints/. The last line of stdout is JSON of the final metrics.
+Writes WORKDIR/config.json, command.txt, metrics.jsonl and checkpoints/. The last line of stdout is JSON of the final
+metrics.
 """
 
 import json
+import shlex
+import sys
 
 from absl import flags
 
@@ -22,7 +25,10 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}: flags are --config, --workdir, --config.a.b=value")
-    metrics = train_loop.run_training(experiment.assemble(_CONFIG.value), _WORKDIR.value)
+    run = experiment.assemble(_CONFIG.value)
+    metrics = train_loop.run_training(
+        run, _WORKDIR.value, command=shlex.join(["python", "-m", "qdepth_jax.train", *sys.argv[1:]])
+    )
     print(json.dumps(metrics, sort_keys=True))
 
 

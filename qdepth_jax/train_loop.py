@@ -56,8 +56,10 @@ def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainSta
     return target, placed
 
 
-def run_training(run: Run, workdir: str) -> dict[str, float]:
+def run_training(run: Run, workdir: str, command: str = "") -> dict[str, float]:
     """Train until total_steps; resumes when `workdir` holds a checkpoint. Returns the last metrics row.
+
+    `command` is what the user typed: one line per start in WORKDIR/command.txt.
 
     Order inside an iteration, and why: the step is dispatched first; then the metrics of the step before are read (the
     device stays busy); then validation; the checkpoint comes last and only after its own metrics were read and found
@@ -69,6 +71,9 @@ def run_training(run: Run, workdir: str) -> dict[str, float]:
     target, placed = abstract_state(run)
     checkpoint.check_disk(workdir, target, c.keep_checkpoints)
     checkpoint.check_same_experiment(workdir, run.config)
+    if command:
+        with (pathlib.Path(workdir) / "command.txt").open("a") as file:
+            file.write(command + "\n")
     key = jax.random.key(run.seed)
 
     with jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:

@@ -7,8 +7,9 @@ report.html.
 """
 
 import json
-import os
 import pathlib
+import shlex
+import sys
 
 from absl import flags
 
@@ -211,17 +212,18 @@ def chunk_pictures(results):
 
 
 def commands(tokenizer_dir, runs):
-    """The commands that lead to this report."""
-    lines = [f"python -m qdepth_jax.train --config=EXPERIMENT --workdir={tokenizer_dir}  # config below"]
-    lines.append(f"python tools/tokenize_depth.py --tokenizer={tokenizer_dir}")
-    lines += [
-        f"python -m qdepth_jax.train --config=EXPERIMENT --workdir={w}  # config of {n} below" for n, w in runs.items()
-    ]
-    policies = " ".join(f"--policy={n}={w}" for n, w in runs.items())
-    lines.append(
-        f"python tools/report.py --tokenizer={tokenizer_dir} {policies} --output={os.path.relpath(_OUTPUT.value)}"
-    )
-    return lines
+    """The commands that lead to this report, as they were typed (the last start of each run)."""
+    lines = [last_command(tokenizer_dir), f"python tools/tokenize_depth.py --tokenizer={tokenizer_dir}"]
+    lines += [last_command(workdir) for workdir in runs.values()]
+    return [*lines, shlex.join(["python", *sys.argv])]
+
+
+def last_command(workdir):
+    """Last line of WORKDIR/command.txt, or what is known without it."""
+    path = pathlib.Path(workdir) / "command.txt"
+    if not path.exists():
+        return f"# {workdir} was not started by `python -m qdepth_jax.train`; its config is below"
+    return path.read_text().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def embed(figure: plt.Figure) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def curves(runs: dict[str, list[dict]], keys: list[str], log: bool = True) -> str:
-    """One panel per metric, one line per run, validation dashed.
+def curves(runs: dict[str, list[dict]], keys: list[str]) -> str:
+    """One panel per metric, one line per run, validation dashed; losses and errors on a logarithmic scale.
 
     Args:
       runs: name -> rows of metrics.jsonl.
@@ -39,7 +39,7 @@ def curves(runs: dict[str, list[dict]], keys: list[str], log: bool = True) -> st
                     axis.plot(*zip(*points), style, color=f"C{i}", label=label, linewidth=1)
         axis.set_title(key)
         axis.set_xlabel("step")
-        if log and all(row.get(key, 1) > 0 for rows in runs.values() for row in rows):
+        if key.endswith(("loss", "rmse")):
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
