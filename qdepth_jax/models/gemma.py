@@ -31,7 +31,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from qdepth_jax.models import linear, stack
+from qdepth_jax.models import attention, linear, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +90,6 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     cos, sin = cos[None, :, None], sin[None, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def attend(q: Array, k: Array, v: Array, mask: Array, softcap: float) -> Array:
-    """Soft-capped attention, softmax in f32.
-
-    Args:
-      q: [B, T, N, H], rotated. k, v: [B, S, K, H]. mask: bool [B, T, S]; a row without any key averages all values.
-      softcap: logits become softcap * tanh(logits / softcap); 0 switches it off.
-
-    Returns:
-      [B, T, N, H].
-    """
-    b, t, n, h = q.shape
-    s, kv_heads = k.shape[1:3]
-    # Heads join the query axis, so that each kv head is one matrix product (one kv head: [B, N*T, H] x [B, S, H]).
-    q = (q * h**-0.5).transpose(0, 2, 1, 3).reshape(b, kv_heads, -1, h)
-    logits = jnp.einsum("BKMH,BSKH->BKMS", q, k, preferred_element_type=jnp.float32)
-    if softcap:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None], logits.reshape(b, n, t, s), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, kv_heads, -1, s)
-    out = jnp.einsum("BKMS,BSKH->BKMH", weights, v)
-    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
 class Mixture(nn.Module):
@@ -231,7 +208,7 @@ class Layer(nn.Module):
         rows = [slice(ends[name] - streams[name].shape[1], ends[name]) for name in wanted]
         cos, sin = (jnp.concatenate([table[row] for row in rows]) for table in (shared.cos, shared.sin))
         mask = jnp.concatenate([shared.mask[:, row] for row in rows], axis=1)
-        attended = attend(apply_rope(q, cos, sin), k, v, mask, config.softcap)
+        attended = attention.attend(apply_rope(q, cos, sin), k, v, mask, config.softcap)
 
         out, start = dict(streams), 0
         for name in wanted:

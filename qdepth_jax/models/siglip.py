@@ -12,7 +12,7 @@ Parameter tree (full size; depth 27, width 1152, 16 heads of 72, mlp 4304):
   Transformer/encoder_norm/{scale,bias} [1152]
   head/{kernel [1152,2048], bias [2048]}                  the projector, a method of its own
 
-Axis letters: B batch, P patches (tokens), S key patches, N heads, H head dim, D width, M = B*P folded.
+Axis letters: B batch, P patches (tokens), N heads, H head dim, D width, M = B*P folded.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax import Array
 
 from qdepth_jax import errors
-from qdepth_jax.models import linear, stack
+from qdepth_jax.models import attention, linear, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +163,12 @@ class SelfAttention(nn.Module):
 
         def project(name: str) -> Array:
             y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, name=name)(folded)
-            return y.reshape(b, p, self.heads, h).transpose(0, 2, 1, 3)
+            return y.reshape(b, p, self.heads, h)
 
-        q, k, v = project("query"), project("key"), project("value")
-        logits = jnp.einsum("BNPH,BNSH->BNPS", q, k, preferred_element_type=jnp.float32) * h**-0.5
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        out = jnp.einsum("BNPS,BNSH->BNPH", weights, v).transpose(0, 2, 1, 3).reshape(b * p, self.heads, h)
-        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(out)
+        out = attention.attend(project("query"), project("key"), project("value"), mask=None)
+        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(
+            out.reshape(b * p, self.heads, h)
+        )
         return y.reshape(b, p, d)
 
 
