@@ -46,7 +46,7 @@ def _tokenizer(config: ml_collections.ConfigDict) -> None:
             grid=GRID,
             num_codes=CODES,
             code_dim=CODE_DIM,
-            widths=(32, 64, 96),
+            widths=(24, 48, 96),
             blocks=1,
             start_step=60,
             decay=0.95,  # few steps: codes must follow the encoder faster than the default 0.99 does
@@ -54,13 +54,13 @@ def _tokenizer(config: ml_collections.ConfigDict) -> None:
         )
     )
     config.data.skip_unlabelled = False
-    config.optim.learning_rate = 2e-3
+    config.optim.learning_rate = 4e-3
     config.optim.warmup_steps = 30
-    config.train.batch_size = 32
-    config.train.total_steps = 500
-    config.train.eval_every = 100
-    config.train.eval_batches = 8
-    config.train.checkpoint_every = 250
+    config.train.batch_size = 16
+    config.train.total_steps = 700
+    config.train.eval_every = 140
+    config.train.eval_batches = 16
+    config.train.checkpoint_every = 350
 
 
 def _policy(config: ml_collections.ConfigDict) -> None:
@@ -90,6 +90,6 @@ def _policy(config: ml_collections.ConfigDict) -> None:
     config.optim.warmup_steps = 50
     config.train.batch_size = 24
     config.train.total_steps = 500
-    config.train.eval_every = 100
-    config.train.eval_batches = 8
+    config.train.eval_every = 125
+    config.train.eval_batches = 12
     config.train.checkpoint_every = 250

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
             for i in range(c.blocks):
                 h = ResidualBlock(c.widths[level], dtype, name=f"block_{level}_{i}")(h)
             if level > 0:
-                h = nn.Conv(4 * c.widths[level - 1], (3, 3), dtype=dtype, name=f"up_{level}")(h)
+                h = nn.Conv(4 * c.widths[level - 1], (1, 1), dtype=dtype, name=f"up_{level}")(h)
                 h = _depth_to_space(h, 2)
         h = nn.Conv(STEM * STEM, (3, 3), dtype=dtype, name="to_depth")(nn.silu(h))
         return _depth_to_space(h, STEM)[..., 0].astype(jnp.float32)
