@@ -104,7 +104,7 @@ def test_a_workdir_of_another_experiment_is_refused(uninterrupted):
     finally:
         FLAGS.pop()
     assert process.returncode == 2
-    assert "optim.learning_rate: 0.002 there, 0.5 here" in err
+    assert "optim.learning_rate: 0.004 there, 0.5 here" in err
     assert (workdir / "config.json").read_bytes() == before
 
 
