@@ -4,11 +4,19 @@ import importlib.util
 import json
 import os
 import pathlib
+import sys
 
+import jax
 import numpy as np
 import pytest
 
+from qdepth_jax.models import policy
+from qdepth_jax.weights import open_pi_zero
+
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "models"))
+import policy_by_hand  # noqa: E402
+
 SHARED = pathlib.Path(os.environ.get("QDEPTH_SHARED", ROOT.parent / "shared"))
 GOLDEN = SHARED / "fixtures" / "open_pi_zero_tiny.npz"
 
@@ -21,6 +29,14 @@ def tool(name):
 
 
 check_parity = tool("check_parity")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +81,66 @@ def test_gradient_rules(arrays):
     assert value(config, {}, {frozen: one}, 1e-4) == []
     unknown = value(config, {"grad_norm/new.weight": np.float32(1)}, {}, 1e-4)
     assert unknown[0]["error"] == float("inf")
+
+
+def test_another_model_from_an_independent_implementation(tmp_path, capsys):
+    """Other sizes, seed, padding, batch, head groups, window and steps than the golden vector; made by NumPy loops."""
+    c = {
+        "vlm_width": 24, "vlm_mlp": 20, "expert_width": 12, "expert_mlp": 16, "depth": 2, "num_heads": 4,
+        "num_kv_heads": 2, "head_dim": 6, "vision_width": 18, "vision_mlp": 14, "vision_depth": 1, "vision_heads": 3,
+        "image_size": 24, "patch_size": 8, "num_image_tokens": 9, "max_text_tokens": 3, "vocab_size": 31,
+        "image_token_id": 30, "pad_token_id": 0, "horizon": 3, "cond_steps": 2, "action_dim": 5, "proprio_dim": 8,
+        "num_inference_steps": 3, "final_action_clip": 0.8, "flow_sig_min": 0.01, "time_max_period": 50.0,
+        "expert_rope_theta": 300.0, "vlm_rope_theta": 1000.0, "attn_softclamp": 4.0, "rms_norm_eps": 1e-5,
+        "adaptive": None,
+    }  # fmt: skip
+    rng = np.random.default_rng(11)
+    text = rng.integers(1, 30, (4, 3))
+    text[1, 1:], text[2, 2:] = 0, 0
+    arrays = {
+        "config": np.array(json.dumps(c)),
+        "input_ids": np.concatenate([np.full((4, 9), 30), text], axis=1).astype(np.int32),
+        "pixel_values": rng.uniform(-1, 1, (4, 24, 24, 3)),
+        "proprio": rng.normal(size=(4, 2, 8)),
+        "actions": rng.uniform(-1, 1, (4, 3, 5)),
+        "t": rng.uniform(0, 1, 4),
+        "noise": rng.normal(size=(4, 3, 5)),
+        "infer_noise": rng.normal(size=(4, 3, 5)),
+    }
+    config, _ = check_parity.policy_from(arrays)
+    shapes = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
+    weights = open_pi_zero.save(jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape), shapes), copies=("action",))
+
+    def forward(i, x_t, t):
+        image, words, state = arrays["pixel_values"][i][None], text[i], arrays["proprio"][i]
+        return policy_by_hand.forward(weights, config, image, words, state, x_t, t)[:2]
+
+    velocity, features, sampled = [], [], []
+    for i in range(4):
+        t, noise, action = arrays["t"][i], arrays["noise"][i], arrays["actions"][i]
+        v, f = forward(i, (1 - 0.99 * t) * noise + t * action, t)
+        velocity.append(v)
+        features.append(f)
+        x = arrays["infer_noise"][i]
+        for step in range(3):
+            x = x + forward(i, x, step / 3)[0] / 3
+        sampled.append(np.clip(x, -0.8, 0.8))
+    target = arrays["actions"] - 0.99 * arrays["noise"]
+    arrays |= {
+        "velocity": np.stack(velocity),
+        "vision_features": np.stack(features),
+        "infer_actions": np.stack(sampled),
+        "loss": np.mean((np.stack(velocity) - target) ** 2),
+    }
+    arrays |= {f"w/{name}": array for name, array in weights.items()}
+    arrays = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
+    np.savez(tmp_path / "other.npz", **arrays)
+    check_parity.flags.FLAGS.mark_as_parsed()
+    assert _main(tmp_path / "other.npz") == 0
+    assert "no gradient norms" in capsys.readouterr().out
+    arrays["velocity"] = arrays["velocity"] + 1e-4
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    assert _main(tmp_path / "wrong.npz") == 1
 
 
 def _main(*arguments):
