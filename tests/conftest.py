@@ -12,6 +12,9 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tiny models spend their time in the compiler: without optimisation passes a third of it. What must hold of optimised
+# programs (bit-equal resume, the demo) runs in processes of its own, without this.
+jax.config.update("jax_disable_most_optimizations", True)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # experiments/ and tools/ are not part of the installed package

@@ -42,6 +42,8 @@ class TokenizerConfig:
       quantiser: "ema" | "plain" | "fsq", see models/codebook.py.
       beta: weight of the commitment term.
       decay: EMA decay of codes.
+      l2_weight: of the squared error beside the absolute one. Absolute error keeps edges sharp, squared error is what
+        RMSE measures: errors at edges are few and large.
       start_step: (`ema`) before this step the decoder sees unquantised features; then the codebook starts from data.
         Quantising an untrained encoder from step 0 can lock all features onto one code.
       range: which depth the ends of [-1, 1] mean.
@@ -57,6 +59,7 @@ class TokenizerConfig:
     quantiser: str = "ema"
     beta: float = 0.25
     decay: float = 0.99
+    l2_weight: float = 10.0
     start_step: int = 200
     range: depth_lib.DepthRange = depth_lib.DepthRange()
     dtype: str = "float32"
@@ -251,7 +254,7 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         pixels = jnp.maximum(jnp.sum(valid, axis=(1, 2)), 1)
         l1 = jnp.mean(jnp.sum(jnp.abs(error), axis=(1, 2)) / pixels)
         l2 = jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2)) / pixels)
-        total = l1 + l2 + codebook_loss + config.beta * commitment
+        total = l1 + config.l2_weight * l2 + codebook_loss + config.beta * commitment
         used, perplexity = codebook.usage(index, config.num_codes)
         half_range = 0.5 * abs(config.range.far - config.range.near)
         metrics = {
