@@ -108,6 +108,18 @@ def test_a_workdir_of_another_experiment_is_refused(uninterrupted):
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_a_policy_refuses_a_tokenizer_of_another_grid(uninterrupted, tmp_path):
+    _, _, workdir = uninterrupted
+    done = subprocess.run(
+        [sys.executable, "-m", "qdepth_jax.train", "--config=experiments/demo.py", f"--workdir={tmp_path / 'p'}",
+         f"--config.tokenizer={workdir}"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "(grid, codes, code_dim) = (4, 64, 8), the policy's depth expert (8, 256, 32)" in done.stderr
+    assert not (tmp_path / "p").exists()
+
+
 def test_metrics_file_keeps_what_the_checkpoint_holds(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = metrics.MetricsFile(path, 0)
