@@ -16,6 +16,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     def guarded(argv: list[str]) -> int:
         # Orbax tells its normal course at warning level through absl; ours and JAX's messages come by other loggers.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("jax").setLevel(logging.WARNING)  # "no TPU found" is no news on a CPU
         try:
             return main(argv) or 0
         except errors.UserError as error:

@@ -77,8 +77,16 @@ def shrink(config):
     return dataclasses.replace(tiny, depth=depth, layers=2, dtype=full.dtype, remat=full.remat, **switches)
 
 
-# One file of each kind of difference; recipes that differ only in data share a program with these.
-STEPS = [("bridge", None), ("demo", "policy"), ("tokenizer", "libero"), *((name, "bridge") for name in VARIANTS)]
+# Every file once; other arguments of a file differ in data and length only.
+STEPS = [
+    ("bridge", None),
+    ("fractal", None),
+    ("libero", "object"),
+    ("demo", "policy"),
+    ("demo", "tokenizer"),
+    ("tokenizer", "libero"),
+    *((name, "bridge") for name in VARIANTS),
+]
 
 
 @pytest.mark.parametrize(("name", "argument"), STEPS)
