@@ -57,10 +57,10 @@ def _tokenizer(config: ml_collections.ConfigDict) -> None:
     config.optim.learning_rate = 4e-3
     config.optim.warmup_steps = 30
     config.train.batch_size = 16
-    config.train.total_steps = 700
-    config.train.eval_every = 140
+    config.train.total_steps = 660
+    config.train.eval_every = 132
     config.train.eval_batches = 16
-    config.train.checkpoint_every = 350
+    config.train.checkpoint_every = 330
 
 
 def _policy(config: ml_collections.ConfigDict) -> None:
@@ -89,7 +89,7 @@ def _policy(config: ml_collections.ConfigDict) -> None:
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 50
     config.train.batch_size = 24
-    config.train.total_steps = 500
-    config.train.eval_every = 125
+    config.train.total_steps = 360
+    config.train.eval_every = 90
     config.train.eval_batches = 12
-    config.train.checkpoint_every = 250
+    config.train.checkpoint_every = 180
