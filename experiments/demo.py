@@ -89,7 +89,7 @@ def _policy(config: ml_collections.ConfigDict) -> None:
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 50
     config.train.batch_size = 24
-    config.train.total_steps = 360
-    config.train.eval_every = 90
+    config.train.total_steps = 400
+    config.train.eval_every = 100
     config.train.eval_batches = 12
-    config.train.checkpoint_every = 180
+    config.train.checkpoint_every = 200
