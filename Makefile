@@ -7,7 +7,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo demo-sim test test-slow lint clean
+.PHONY: help demo demo-sim test test-slow test-bridge lint clean
 
 help:
 	@echo "make demo      train tokenizer, policy and baseline on the sample data, write $(RUN)/report/report.html"
@@ -51,10 +51,14 @@ demo-sim: demo $(VENV)/.sim
 	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_spatial --tasks=0,3 --episodes=2
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=15
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Real BridgeData through every command (needs the sample beside the checkout; skips without it).
+test-bridge: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow tests/test_bridge.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -28,3 +28,10 @@ def bridge_dir() -> str:
     if not path.is_dir():
         pytest.skip(f"no Bridge sample at {path}; QDEPTH_SHARED names the folder that holds data/")
     return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of one module serve no other; kept, they slow every later test and fill gigabytes."""
+    yield
+    jax.clear_caches()

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from qdepth_jax import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -36,6 +38,7 @@ def command(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_bridge_from_shard_to_step(bridge_dir, tmp_path):
     index, depth = tmp_path / "index", tmp_path / "depth"
     tokenizer, policy = tmp_path / "tokenizer", tmp_path / "policy"
