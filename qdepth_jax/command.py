@@ -38,10 +38,28 @@ def define_config() -> flags.FlagHolder:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    missing = _missing_experiment(argv)
+    if missing:
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(2)
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         # config_flags raises whatever the experiment file or the override raised; its text already says what.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {message}", file=sys.stderr)
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        # ... and wraps it in a traceback; of our own messages only the message is for the user.
+        print("error: " + message.rpartition("errors.UserError: ")[2].strip(), file=sys.stderr)
         sys.exit(2)
+
+
+def _missing_experiment(argv: list[str]) -> str:
+    """A message if --config names a file that is not there (config_flags would answer later, with a traceback)."""
+    for flag, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name == "config" and flag.startswith("-"):
+            path = pathlib.Path((value if equals else following).split(":")[0])
+            if not path.is_file():
+                near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+                there = f"; {path.parent} holds {', '.join(near)}" if near else ""
+                return f"--config={value or following}: there is no experiment file {str(path)!r}{there}"
+    return ""

@@ -80,7 +80,8 @@ def test_kill_nine_and_resume_is_bit_equal(uninterrupted, tmp_path, kill_at):
     process = start(tmp_path, index)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "resumed" in err
+    if kill_at > 10:  # the save at 10 waits for the one at 5: only then is a checkpoint sure to be complete
+        assert "resumed" in err
     assert losses(tmp_path) == expected
 
 

@@ -66,7 +66,7 @@ class TextTokenizer:
             raise errors.UserError(
                 f"{over} of {len(rows)} instructions exceed data.max_text_tokens={max_tokens}; the longest has "
                 f"{len(rows[longest])} tokens: {instructions[longest]!r}. "
-                f"Set model.text_length={len(rows[longest])} or more (data.max_text_tokens follows it)."
+                f"Set data.max_text_tokens={len(rows[longest])} or more (of a policy: model.text_length)."
             )
         table = np.zeros((len(rows), max_tokens), np.int32)
         for number, row in enumerate(rows):
