@@ -51,10 +51,10 @@ demo-sim: demo $(VENV)/.sim
 	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_spatial --tasks=0,3 --episodes=2
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # Real BridgeData through every command (needs the sample beside the checkout; skips without it).
 test-bridge: $(VENV)/.test

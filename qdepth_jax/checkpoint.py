@@ -64,7 +64,13 @@ def restore(manager: ocp.CheckpointManager, step: int, target: train_step.TrainS
         items["state"] = ocp.args.StandardRestore(target.state)
     if target.ema is not None:
         items["ema"] = ocp.args.StandardRestore(target.ema)
-    out = manager.restore(step, args=ocp.args.Composite(**items))
+    try:
+        out = manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        folder = epath.Path(manager.directory) / str(step)
+        older = [s for s in manager.all_steps() if s < step]
+        go_on = f"delete {folder} to continue from step {max(older)}" if older else "there is no older one"
+        raise errors.UserError(f"checkpoint {folder} cannot be restored; {go_on}. Cause: {_short(error)}") from error
     leaves = jax.tree.leaves(out["train"]["opt_state"])
     opt_state = jax.tree.unflatten(jax.tree.structure(target.opt_state), leaves)
     return train_step.TrainState(
@@ -117,23 +123,26 @@ def last_step(manager: ocp.CheckpointManager, workdir: str) -> int:
     return step
 
 
-def check_disk(workdir: str, abstract: Any, keep: int) -> None:
+ALLOWANCE = 4 * 2**20  # bytes per checkpoint beside its arrays: Orbax writes some dozen small files
+
+
+def check_disk(workdir: str, abstract: Any, keep: int, existing: int = 0) -> None:
     """Refuse to start a run whose checkpoints cannot fit.
 
     Raises:
-      UserError: less free space than keep + 1 checkpoints of this state.
+      UserError: less free space than keep + 1 checkpoints of this state, the `existing` ones counted in.
     """
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    need, free = (keep + 1) * size, shutil.disk_usage(workdir).free
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) + ALLOWANCE
+    need, free = max(1, keep + 1 - existing) * size, shutil.disk_usage(workdir).free
     if need > free:
         raise errors.UserError(
-            f"{workdir!r} has {free / 1e9:.2f} GB free, but {keep} checkpoints and one being written need "
-            f"{need / 1e9:.2f} GB: free space, choose another --workdir or lower train.keep_checkpoints"
+            f"{workdir!r} has {free / 2**20:.0f} MiB free, but {keep} checkpoints and one being written need "
+            f"{need / 2**20:.0f} MiB: free space, choose another --workdir or lower train.keep_checkpoints"
         )
 
 
 def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
-    """Write config.json into a new workdir; refuse a workdir that holds another experiment.
+    """Refuse a workdir that holds another experiment; writes nothing.
 
     Run lengths and intervals may change between starts, everything else may not.
 
@@ -146,16 +155,29 @@ def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
     if path.exists():
         free = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"}
         free |= {"train.keep_checkpoints", "train.total_steps", "train.prefetch"}
-        found = config_lib.differences(json.loads(path.read_text()), config)
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise errors.UserError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
+        found = config_lib.differences(before, config)
         found = [line for line in found if line.split(":")[0] not in free and not line.startswith("mesh.")]
         if found:
             raise errors.UserError(
                 f"{workdir!r} belongs to another experiment; choose another --workdir. Differences:\n  "
                 + "\n  ".join(found)
             )
+
+
+def write_config(workdir: str, config: dict[str, Any]) -> None:
+    """config.json of a run, atomically."""
+    path = pathlib.Path(workdir) / "config.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(config, indent=1))
     temporary.rename(path)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def _saveable(opt_state: Any) -> dict[str, Any]:

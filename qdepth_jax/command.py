@@ -22,6 +22,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         except errors.UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print(
+                "stopped; a training run continues from its last checkpoint when it is started again", file=sys.stderr
+            )
+            return 130
 
     app.run(guarded, flags_parser=_parse)
 
@@ -48,7 +53,7 @@ def _parse(argv: list[str]) -> list[str]:
         # config_flags raises whatever the experiment file or the override raised; its text already says what.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         # ... and wraps it in a traceback; of our own messages only the message is for the user.
-        print("error: " + message.rpartition("errors.UserError: ")[2].strip(), file=sys.stderr)
+        print("error: " + message.rpartition("errors.UserError: ")[2].strip().replace("\\n", " "), file=sys.stderr)
         sys.exit(2)
 
 

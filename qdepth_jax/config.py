@@ -30,7 +30,8 @@ class TrainConfig:
       total_steps: optimiser steps.
       batch_size: global batch in examples, over all hosts and micro-batches.
       micro_batches: the step scans over this many equal parts of the batch and adds up gradients.
-      log_every, eval_every, checkpoint_every: steps between metric lines, validations (0 = never), checkpoints.
+      log_every, eval_every, checkpoint_every: steps between metric lines, validations (eval_every 0 = never),
+        checkpoints.
       eval_batches: batches of held-out data per validation.
       keep_checkpoints: how many of the newest checkpoints stay on disk.
       prefetch: batches prepared ahead of the step; bounds the loader's memory.
@@ -45,6 +46,12 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     prefetch: int = 2
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least = 0 if field.name == "eval_every" else 1
+            if getattr(self, field.name) < least:
+                raise errors.UserError(f"train.{field.name}={getattr(self, field.name)} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

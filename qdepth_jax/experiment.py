@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
-from qdepth_jax import checkpoint, errors, optim, sharding, train_loop, train_step
+from qdepth_jax import checkpoint, depth, errors, optim, sharding, train_loop, train_step
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import data_config, loader, text
 from qdepth_jax.models import policy, tokenizer
@@ -170,6 +171,13 @@ def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | No
             f"the model's depth range is {depth_range.kind!r} (near {depth_range.near}, far {depth_range.far}), the "
             f"data has {batches.depth_kind!r} depth: set model{'.depth' if config.model_kind == 'policy' else ''}.range"
         )
+    if depth_range is not None:
+        _check_range(batches, depth_range)
+    if config.model_kind == "tokenizer" and model.quantiser == "ema" and model.start_step >= config.train.total_steps:
+        raise errors.UserError(
+            f"model.start_step={model.start_step} is not before train.total_steps={config.train.total_steps}: the "
+            "codebook would never start; lower start_step"
+        )
     if codes is not None:
         for source in batches.sources:
             found = source.depth_tokens.metadata.identity
@@ -194,6 +202,26 @@ def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | No
                 f"text tokenizer {batches.config.text_tokenizer!r} has {vocabulary} pieces, model.vocabulary is "
                 f"{model.vocabulary}: raise it"
             )
+
+
+def _check_range(batches: loader.Loader, depth_range: depth.DepthRange) -> None:
+    """Depth outside the range is masked: a range beside the data would train on nothing and look perfect."""
+    first = batches.batch(0)
+    raw = first["depth"]
+    value = raw * first["depth_scale"][:, None, None] + first["depth_offset"][:, None, None]
+    value = value[raw > 0]
+    low, high = sorted((depth_range.near, depth_range.far))
+    share = float(((value >= low) & (value <= high)).mean()) if value.size else 0.0
+    if share < 0.5:
+        found = (
+            f"1 to 99 percent of it lie in {np.percentile(value, [1, 99]).round(3).tolist()}" if value.size else "none"
+        )
+        raise errors.UserError(
+            f"only {share:.1%} of the depth in the first batch lies inside the range {low}..{high} ({found}): set the "
+            "model's range.near and range.far"
+        )
+    if share < 0.98:
+        train_loop.say(f"{1 - share:.1%} of the depth lies outside the range {low}..{high} and is masked out")
 
 
 # ---- earlier stages ----
@@ -233,6 +261,11 @@ def load_tokenizer(workdir: str) -> tuple[tokenizer.TokenizerConfig, dict[str, A
     kind, model, variables, meta = load_model(workdir)
     if kind != "tokenizer":
         raise errors.UserError(f"{workdir!r} holds a {kind}, not a depth tokenizer: set --config.tokenizer")
+    if model.quantiser == "ema" and int(variables["state"]["updates"]) == 0:
+        raise errors.UserError(
+            f"the tokenizer in {workdir!r} was stopped at step {meta['step']}, before its codebook started "
+            f"(model.start_step={model.start_step}): train it further"
+        )
     return model, variables, meta
 
 

@@ -15,23 +15,24 @@ class MetricsFile:
     def __init__(self, path: str | pathlib.Path, resume_step: int):
         """Opens (or creates) the file and keeps the rows with step <= resume_step.
 
-        `dropped` counts the rows after it, a row cut off by a crash included.
+        The others (rows after it, a row cut off by a crash) move to metrics.dropped.jsonl; `dropped` counts them.
         """
         self.path = pathlib.Path(path)
-        rows, self.dropped = [], 0
+        rows, dropped = [], []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(errors="replace").splitlines():
                 try:
                     keep = json.loads(line)["step"] <= resume_step
-                except (json.JSONDecodeError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     keep = False  # the row being written when the process died
-                if keep:
-                    rows.append(line)
-                else:
-                    self.dropped += 1
+                (rows if keep else dropped).append(line)
+            if dropped:
+                with self.path.with_name("metrics.dropped.jsonl").open("a") as file:
+                    file.writelines(line + "\n" for line in dropped)
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(row + "\n" for row in rows))
             os.replace(temporary, self.path)
+        self.dropped = len(dropped)
         self._file = self.path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ open-pi-zero trains two groups with AdamW at 5e-5, 200 warm-up steps, a cosine o
 a joint clip at norm 1; weight decay 0. DEVIATION: its AdamW keeps 8-bit moments and bf16 weights, ours are float32.
 """
 
+import difflib
 import re
 from typing import Any
 
@@ -60,7 +61,7 @@ def make(config: config_lib.OptimConfig, total_steps: int, frozen: FrozenTable =
         optax.clip_by_global_norm(config.clip_norm),
         optax.multi_transform(
             {"trained": adamw, "frozen": optax.set_to_zero()},
-            lambda params: _labels(params, frozen),
+            lambda params: _labels(params, frozen, config.scale),
         ),
         optax.stateless(lambda updates, params: _scale(updates, config.scale, frozen)),
     )
@@ -89,7 +90,17 @@ def zero_part(x: Array, kind: str | None) -> Array:
     return x
 
 
-def _labels(params: Any, frozen: FrozenTable) -> Any:
+def _labels(params: Any, frozen: FrozenTable, scale: tuple[tuple[str, float], ...]) -> Any:
+    paths = [sharding.path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name, rows in (("frozen", frozen), ("scale", scale)):
+        for pattern, _ in rows:
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)[0]
+                raise errors.UserError(
+                    f"optim.{name} row {pattern!r} matches no parameter (the whole path must match); "
+                    f"the nearest is {near!r}"
+                )
+
     def label(key_path, _):
         return "frozen" if frozen_kind(sharding.path_of(key_path), frozen) == "all" else "trained"
 

@@ -17,6 +17,7 @@ from qdepth_jax import command
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run: checkpoints and metrics", required=True)
 flags.mark_flag_as_required("config")
+flags.declare_key_flag("config")  # so that --help shows it
 
 
 def main(argv: list[str]) -> None:

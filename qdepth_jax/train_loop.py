@@ -1,6 +1,9 @@
 """The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
 
+import contextlib
+import errno
 import functools
+import json
 import pathlib
 import sys
 import time
@@ -67,26 +70,35 @@ def run_training(run: Run, workdir: str, command: str = "") -> dict[str, float]:
     """
     c = run.train
     _check(run)
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(f"--workdir={workdir} cannot be made ({error}): choose another") from error
     target, placed = abstract_state(run)
-    checkpoint.check_disk(workdir, target, c.keep_checkpoints)
     checkpoint.check_same_experiment(workdir, run.config)
-    if command:
-        with (pathlib.Path(workdir) / "command.txt").open("a") as file:
-            file.write(command + "\n")
     key = jax.random.key(run.seed)
 
-    with jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
+    with _full_disk(workdir), jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
+        if start < c.total_steps:
+            checkpoint.check_disk(workdir, target, c.keep_checkpoints, len(manager.all_steps()))
         if manager.latest_step() is None:
             init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
             state = run.initialise(jax.jit(init, out_shardings=placed)(key))
         else:
             _check_data(checkpoint.read_meta(workdir), run.meta, workdir)
             state = checkpoint.restore(manager, start, target)
-        log = metrics.MetricsFile(pathlib.Path(workdir) / "metrics.jsonl", start)
-        if start:
-            say(f"resumed {workdir} at step {start} ({log.dropped} later metric rows dropped, computed again)")
+        # Nothing has been written so far: what does not fit was refused above.
+        _say_changed_length(folder / "config.json", c.total_steps)
+        checkpoint.write_config(workdir, run.config)
+        if command:
+            with (folder / "command.txt").open("a") as file:
+                file.write(command + "\n")
+        log = metrics.MetricsFile(folder / "metrics.jsonl", start)
+        if start or log.dropped:
+            moved = f"; {log.dropped} metric rows after it moved to metrics.dropped.jsonl" if log.dropped else ""
+            say(f"resumed {workdir} at step {start}{moved}")
         last = _loop(run, state, placed, key, start, manager, log, workdir)
         manager.wait_until_finished()
         log.close()
@@ -149,7 +161,7 @@ def _loop(run, state, placed, key, start, manager, log, workdir) -> dict[str, fl
     flush()
     bar.close()
     if not last:
-        say(f"{workdir} already holds all {c.total_steps} steps: nothing to train")
+        say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
         rows = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
         last = functools.reduce(lambda a, b: a | b, rows, {})
     return last | last_eval
@@ -177,6 +189,31 @@ def put_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch as global arrays, split over (replica, fsdp)."""
     placed = NamedSharding(mesh, sharding.BATCH)
     return {k: jax.make_array_from_process_local_data(placed, v) for k, v in batch.items()}
+
+
+@contextlib.contextmanager
+def _full_disk(workdir: str) -> Iterator[None]:
+    """A disk that fills during the run is a message, not a page of tracebacks; finished checkpoints are whole."""
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:
+            raise errors.UserError(
+                f"the disk of {workdir!r} is full; earlier checkpoints are complete. Free space and give the "
+                "same command again"
+            ) from error
+        raise
+
+
+def _say_changed_length(config_path: pathlib.Path, total_steps: int) -> None:
+    """A longer or shorter run also stretches a cosine schedule: say it."""
+    if config_path.exists():
+        before = json.loads(config_path.read_text())["train"]["total_steps"]
+        if before != total_steps:
+            say(
+                f"train.total_steps changed from {before} to {total_steps}: a cosine schedule without "
+                "optim.cycle_steps changes with it"
+            )
 
 
 def _check(run: Run) -> None:

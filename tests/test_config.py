@@ -103,6 +103,15 @@ BAD = {
          "--config.model.range.near=1.0", "--config.model.range.far=0.0"],
         "has 'metric' depth",
     ),
+    "range beside the data": (
+        ["--config=experiments/demo.py:tokenizer", "--config.model.range.near=5.0", "--config.model.range.far=10.0"],
+        "only 0.0% of the depth in the first batch lies inside the range 5.0..10.0",
+    ),
+    "codebook never starts": (
+        ["--config=experiments/demo.py:tokenizer", "--config.train.total_steps=50"],
+        "model.start_step=60 is not before train.total_steps=50",
+    ),
+    "interval": (["--config=experiments/demo.py", "--config.train.checkpoint_every=0"], "must be at least 1"),
     "text budget": (["--config=experiments/baseline.py:demo", "--config.model.text_length=6"], "max_text_tokens"),
     "no depth": (
         ["--config=experiments/tokenizer.py:bridge", "--config.datasets.bridge_dataset.path={bridge}"],

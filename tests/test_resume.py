@@ -62,7 +62,7 @@ def uninterrupted(tmp_path_factory):
     return losses(workdir), index, workdir
 
 
-@pytest.mark.parametrize("kill_at", [7, 17])
+@pytest.mark.parametrize("kill_at", [pytest.param(7, marks=pytest.mark.slow), 17])
 def test_kill_nine_and_resume_is_bit_equal(uninterrupted, tmp_path, kill_at):
     expected, index, _ = uninterrupted
     process = start(tmp_path, index)
@@ -90,7 +90,7 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     process = start(workdir, index)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "nothing to train" in err
+    assert "holds 30 steps, 30 are asked: nothing to train" in err
     assert json.loads(out.splitlines()[-1])["step"] == 30
     assert losses(workdir) == expected
 
@@ -132,6 +132,10 @@ def test_metrics_file_keeps_what_the_checkpoint_holds(tmp_path):
     log.write({"step": 4, "loss": 9.0})
     log.close()
     assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4]
+    path.write_text('12\nnonsense\n{"step": 1}\n')
+    assert metrics.MetricsFile(path, 3).dropped == 2
+    lost = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
+    assert len(lost) == 4 and lost[-2:] == ["12", "nonsense"], "nothing is lost"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -24,9 +24,10 @@ _ROWS = flags.DEFINE_integer("rows", 4, "frames drawn")
 
 def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
-    from qdepth_jax import errors, experiment
+    from qdepth_jax import checkpoint, errors, experiment
     from qdepth_jax import metrics as metrics_lib
     from qdepth_jax.eval import figures, report
+    from qdepth_jax.models import tokenizer
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
@@ -35,8 +36,18 @@ def main(argv: list[str]) -> None:
         name, equals, workdir = row.partition("=")
         if not equals:
             raise errors.UserError(f"--policy={row!r} must be NAME=WORKDIR")
+        if name in runs:
+            raise errors.UserError(f"two policies are called {name!r}: give each a name of its own")
         runs[name] = workdir
     config, variables, meta = experiment.load_tokenizer(_TOKENIZER.value)
+    identity = tokenizer.identity(config, variables["params"], variables["state"])
+    for name, workdir in runs.items():
+        found = checkpoint.read_meta(workdir)["tokenizer"]
+        if found not in ("", identity):
+            raise errors.UserError(
+                f"policy {name} in {workdir!r} was trained with depth tokenizer {found}, "
+                f"--tokenizer={_TOKENIZER.value} is {identity}: name the one it was trained with"
+            )
     held_out, drawn = tokenizer_figures(config, variables, meta)
     summary = {"tokenizer": {"workdir": _TOKENIZER.value, "step": meta["step"], "held_out": held_out}, "policies": {}}
     results = {}

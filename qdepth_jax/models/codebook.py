@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qdepth_jax import errors
+
 KINDS = ("ema", "plain", "fsq")
 
 # A code is dead when its running count is below this share of the count it would have under uniform use ...
@@ -121,7 +123,9 @@ def fsq_levels(num_codes: int) -> tuple[int, ...]:
     # DEVIATION: (8, 6, 5) holds 240 codes, the paper's nearest to 2^8; we need exactly K so that both heads compare.
     exact = {64: (4, 4, 4), 256: (8, 8, 4), 1024: (16, 8, 8), 4096: (8, 8, 8, 8)}
     if num_codes not in exact:
-        raise ValueError(f"no FSQ level set for {num_codes} codes: use one of {sorted(exact)} ({published} published)")
+        raise errors.UserError(
+            f"no FSQ level set for {num_codes} codes: use one of {sorted(exact)} ({published} published)"
+        )
     return exact[num_codes]
 
 

@@ -228,11 +228,11 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         z = Encoder(config).apply({"params": params["encoder"]}, x, valid)
         flat = z.reshape(-1, config.feature_dim)
         codebook_loss = commitment = jnp.zeros(())
+        started = jnp.ones((), bool)
         if config.quantiser == "fsq":
             quantised, index = codebook.fsq_quantise(z, codebook.fsq_levels(config.num_codes))
         else:
             step_key = jax.random.fold_in(key, step)
-            started = jnp.ones((), bool)
             if config.quantiser == "ema":
                 started = jnp.asarray(step) >= config.start_step
                 before, still = state, jax.lax.stop_gradient(flat)
@@ -250,12 +250,13 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
             quantised = jnp.where(started, codebook.straight_through(z, hard), z)
         x_hat = Decoder(config).apply({"params": params["decoder"]}, quantised)
         error = jnp.where(valid, x_hat - x, 0.0)
-        # Mean per example, then over examples: splitting a batch into micro-batches changes nothing.
+        # Mean per example, then over examples: micro-batches average to the whole batch. (The EMA codebook takes one
+        # update per micro-batch.)
         pixels = jnp.maximum(jnp.sum(valid, axis=(1, 2)), 1)
         l1 = jnp.mean(jnp.sum(jnp.abs(error), axis=(1, 2)) / pixels)
         l2 = jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2)) / pixels)
         total = l1 + config.l2_weight * l2 + codebook_loss + config.beta * commitment
-        used, perplexity = codebook.usage(index, config.num_codes)
+        used, perplexity = (jnp.where(started, x, 0.0) for x in codebook.usage(index, config.num_codes))
         half_range = 0.5 * abs(config.range.far - config.range.near)
         metrics = {
             "loss": total,
