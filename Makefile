@@ -7,7 +7,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo demo-sim test test-slow test-bridge lint clean
+.PHONY: help demo demo-sim test test-slow test-gate lint clean
 
 help:
 	@echo "make demo      train tokenizer, policy and baseline on the sample data, write $(RUN)/report/report.html"
@@ -56,9 +56,11 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-# Real BridgeData through every command (needs the sample beside the checkout; skips without it).
-test-bridge: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow tests/test_bridge.py
+# The slow tests that the gate runs too: real BridgeData through every command (skips without the sample), more meshes,
+# more kill points, the experiments that share a program.
+test-gate: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_bridge.py tests/test_experiments.py \
+	  tests/test_train_step.py tests/test_resume.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
