@@ -28,7 +28,17 @@ def test_full_size_policy_and_tokenizer_fit_every_mesh_of_eight(replica, fsdp, t
         (tokenizer.make_objective(tokenizer.TokenizerConfig()), ()),
         (tokenizer.make_objective(tokenizer.TokenizerConfig(quantiser="plain")), ()),
     ):
-        sharding.state_shardings(mesh, full_state(objective, frozen))
+        state = full_state(objective, frozen)
+        placed = sharding.state_shardings(mesh, state)
+        per_device = sum(
+            math.prod(s.shard_shape(x.shape))
+            for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
+        )
+        whole = sum(x.size for x in jax.tree.leaves(state))
+        # Only `replica` copies a policy; the tokenizer is replicated by its rows of the table.
+        ways = mesh.shape["fsdp"] * mesh.shape["tensor"] if frozen else 1
+        assert whole / ways <= per_device
+        assert (per_device < whole) == (ways > 1)
 
 
 def test_nothing_above_a_mebibyte_of_the_policy_is_replicated():
