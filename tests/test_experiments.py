@@ -88,7 +88,14 @@ STEPS = [
     ("demo", "policy"),
     ("demo", "tokenizer"),
     ("tokenizer", "libero"),
-    *((name, "bridge") for name in VARIANTS),
+    ("baseline", "bridge"),
+    ("pixel_depth", "bridge"),
+    # One number, one table or one offset away from bridge: the same program but for that.
+    *(
+        pytest.param(name, "bridge", marks=pytest.mark.slow)
+        for name in VARIANTS
+        if name not in ("baseline", "pixel_depth")
+    ),
 ]
 
 

@@ -32,9 +32,14 @@ FLAGS = [
 ]
 
 
-def start(workdir, index):
-    """The real command in its own process."""
+def start(workdir, index, share_programs=True):
+    """The real command in its own process; `share_programs` keeps compiled programs for the next process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    if share_programs:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": f"{index}/programs",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
     return subprocess.Popen(
         [sys.executable, "-m", "qdepth_jax.train", *FLAGS, f"--workdir={workdir}", f"--config.data.index_dir={index}"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -65,7 +70,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("kill_at", [pytest.param(7, marks=pytest.mark.slow), 17])
 def test_kill_nine_and_resume_is_bit_equal(uninterrupted, tmp_path, kill_at):
     expected, index, _ = uninterrupted
-    process = start(tmp_path, index)
+    share = kill_at != 7  # one of them compiles anew in every process, as on another machine
+    process = start(tmp_path, index, share)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         path = tmp_path / "metrics.jsonl"
@@ -77,7 +83,7 @@ def test_kill_nine_and_resume_is_bit_equal(uninterrupted, tmp_path, kill_at):
     process.wait()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 29, "loss": 1.')  # what a row looks like when the machine dies while it is written
-    process = start(tmp_path, index)
+    process = start(tmp_path, index, share)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     if kill_at > 10:  # the save at 10 waits for the one at 5: only then is a checkpoint sure to be complete

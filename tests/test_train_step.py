@@ -79,7 +79,7 @@ def test_accumulation_equals_one_big_batch():
     )
 
 
-@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("faithful", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_frozen_parts_stand_still_and_the_rest_moves(faithful):
     config = dataclasses.replace(TINY, faithful=faithful)
     frozen = policy.frozen_table(config)

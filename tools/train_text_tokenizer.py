@@ -97,7 +97,7 @@ def collect(directories: list[str]) -> set[str]:
         opened = index.open_index(directory, _INDEX_DIR.value)
         definition = definitions.find(_NAME.value or opened.dataset.name)
         for split in opened.splits.values():
-            found |= set(split.texts(f"steps/{definition.language}")[1])
+            found |= {text for name in definition.language for text in split.texts(f"steps/{name}")[1]}
     if _TEXTS.value:
         if not os.path.isfile(_TEXTS.value):
             raise errors.UserError(f"no file {_TEXTS.value} (--texts)")

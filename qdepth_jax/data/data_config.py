@@ -1,6 +1,9 @@
-"""The data section of an experiment: frozen dataclasses, no imports beyond the standard library."""
+"""The data section of an experiment: frozen dataclasses."""
 
 import dataclasses
+
+from qdepth_jax import errors
+from qdepth_jax.data import windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,17 @@ class DataConfig:
       held_out: False reads the rest, True reads the episodes set aside.
       statistics_split: whose sampled frames give the normalisation; empty = `split`. Episodes set aside never count.
       views: camera views, main view first.
+      proprio_steps, image_steps: observed steps of a sample, the present one last; before the start of an episode the
+        first one is repeated (batch key "proprio_mask").
       horizon: actions in a chunk.
+      chunk_end: what stands behind an episode's last action: "repeat" | "neutral" | "truncate" (see windows.py).
       depth_offset: depth and depth tokens are those of frame t + this.
+      goal: "" | "final" | "uniform": which later frame of the episode the keys "goal_<view>" show.
+      goal_max_steps: of "uniform", at most this many steps ahead; 0 = to the end of the episode.
+      instructions: "first" | "random": of several instructions of one frame.
+      missing_views: "error", or "mask": a data set without a view leaves its rows 0, reads nothing, and the batch key
+        "view_mask" says so.
+      proprio_dim: n > 0 fills shorter proprioception up to n with zeros; 0 = all data sets of the mix must agree.
       max_text_tokens: length of the text row, bos and newline included.
       text_tokenizer: SentencePiece model file.
       normalisation: "bounds" | "minmax" | "normal".
@@ -45,6 +57,10 @@ class DataConfig:
       image_size: (height, width) to resize to on the host; empty = native, the device resizes. Needed only where
         the data sets of a mix differ in size.
       shuffle: False walks the frames in order.
+      read: "frames" reads every image alone and shuffles the whole data set; "blocks" is for object stores: long
+        sequential reads, shuffled inside a window (see blocks.py).
+      block_mib, block_window_mib: size of a block and of the shuffle window of all data sets together; about twice the
+        window is held in memory.
       index_dir: root for indexes; empty = inside each data set.
       threads: decode threads; 0 = number of CPU cores.
     """
@@ -55,8 +71,16 @@ class DataConfig:
     held_out: bool = False
     statistics_split: str = ""
     views: tuple[str, ...] = ("main",)
+    proprio_steps: int = 1
+    image_steps: int = 1
     horizon: int = 4
+    chunk_end: str = "repeat"
     depth_offset: int = 0
+    goal: str = ""
+    goal_max_steps: int = 0
+    instructions: str = "first"
+    missing_views: str = "error"
+    proprio_dim: int = 0
     max_text_tokens: int = 20
     text_tokenizer: str = ""
     normalisation: str = "bounds"
@@ -66,5 +90,22 @@ class DataConfig:
     max_frames_per_episode: int = 0
     image_size: tuple[int, ...] = ()
     shuffle: bool = True
+    read: str = "frames"
+    block_mib: int = 64
+    block_window_mib: int = 1024
     index_dir: str = ""
     threads: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("goal", ("", "final", "uniform")),
+            ("instructions", ("first", "random")),
+            ("missing_views", ("error", "mask")),
+            ("read", ("frames", "blocks")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise errors.UserError(f"data.{name}={getattr(self, name)!r} is unknown: use one of {allowed}")
+        for name in ("proprio_steps", "image_steps", "horizon", "block_mib", "block_window_mib"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        windows.check_ending(self.chunk_end)

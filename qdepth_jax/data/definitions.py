@@ -34,15 +34,22 @@ class Definition:
 
     name: str
     views: dict[str, str]
-    language: str
+    language: tuple[str, ...]
     action: standardise.Recipe
     proprio: standardise.Recipe
-    depth: str = "observation/depth"
+    depth: dict[str, str] = dataclasses.field(default_factory=lambda: {"main": "observation/depth"})
+    bgr: tuple[str, ...] = ()
+    swap: tuple[str, str] | None = None
+    absolute_action_dims: tuple[int, ...] = (6,)
     depth_metres: float = 0.001
     raw_action_dims: tuple[int, ...] = (6,)
     drop_last: bool = False
     rate_hz: float = 0.0
     version: int = 1
+
+    @property
+    def main_depth(self) -> str:
+        return self.depth.get("main", "")
 
 
 def bridge_action(columns: Columns) -> np.ndarray:
@@ -86,7 +93,7 @@ def _libero(name: str) -> Definition:
     return Definition(
         name=name,
         views={"main": "observation/image", "wrist": "observation/wrist_image"},
-        language="language_instruction",
+        language=("language_instruction",),
         action=libero_action,
         proprio=libero_proprio,
         rate_hz=20.0,
@@ -101,17 +108,17 @@ DEFINITIONS: dict[str, Definition] = {
         Definition(
             name="bridge_dataset",
             views={"main": "observation/image_0"},
-            language="language_instruction",
+            language=("language_instruction",),
             action=bridge_action,
             proprio=bridge_proprio,
-            depth="observation/depth_0",
+            depth={"main": "observation/depth_0"},
             drop_last=True,
             rate_hz=5.0,
         ),
         Definition(
             name="fractal20220817_data",
             views={"main": "observation/image"},
-            language="observation/natural_language_instruction",
+            language=("observation/natural_language_instruction",),
             action=fractal_action,
             proprio=fractal_proprio,
             rate_hz=3.0,

@@ -1,9 +1,11 @@
 """Encoded images from disk into preallocated arrays: positioned reads and decoders that release the GIL."""
 
+import functools
 import io
 import os
 import resource
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -45,6 +47,9 @@ class ShardFiles:
             return _pread(descriptor, path, offset, size)
         finally:
             os.close(descriptor)
+
+    def start(self, path: str, offset: int, size: int) -> Callable[[], bytes]:
+        return functools.partial(self.read, path, offset, size)
 
     def close(self) -> None:
         with self._lock:
@@ -93,6 +98,12 @@ def decode_rgb(data: bytes, out: np.ndarray) -> None:
     if image.size != (out.shape[1], out.shape[0]):
         image = image.resize((out.shape[1], out.shape[0]), Image.Resampling.LANCZOS)
     out[:] = np.asarray(image)
+
+
+def decode_bgr(data: bytes, out: np.ndarray) -> None:
+    """As `decode_rgb`, for files whose channels were stored in the order blue, green, red."""
+    decode_rgb(data, out)
+    out[:] = out[..., ::-1].copy()
 
 
 def decode_depth(data: bytes, out: np.ndarray) -> None:

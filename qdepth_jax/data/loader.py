@@ -8,7 +8,6 @@ same global batch, each its own contiguous part of it.
 import collections
 import concurrent.futures
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,17 +15,26 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, frame_reader, normalise, order, sidecar, source, text
+from qdepth_jax.data import (
+    batch_keys,
+    blocks,
+    data_config,
+    frame_reader,
+    normalise,
+    order,
+    sidecar,
+    source,
+    text,
+    windows,
+)
 
 HostBatch = dict[str, np.ndarray]
 Job = Callable[[], None]
 
-_FEATURES = (
-    "proprio", "action", "action_mask", "text", "depth", "depth_scale", "depth_offset", "depth_tokens",
-    "depth_tokens_mask", "position", "frame", "dataset",
-)  # fmt: skip
 # Bumped when equal configs would give other batches than before, so that no run resumes on a different order.
 ORDER_VERSION = 1
+# Streams of random choices, see order.draw.
+GOAL, INSTRUCTION, SWAP = 1, 2, 3
 
 
 class Loader:
@@ -34,7 +42,7 @@ class Loader:
 
     Args:
       config: the data section.
-      features: batch keys to produce: "image_main", "image_wrist", ... and any of the module's table.
+      features: batch keys to produce, see batch_keys.py.
       batch_size: global batch.
       seed: of the order.
       process_index, process_count: this host; it gets rows [i * B / n, (i + 1) * B / n) of the global batch.
@@ -65,33 +73,41 @@ class Loader:
         part = batch_size // process_count
         self._rows = np.arange(process_index * part, (process_index + 1) * part)
         self.sources = [
-            source.open_source(
-                entry,
-                config,
-                seed=seed,
-                normalisers=normalisers,
-                on_shard=on_shard,
-            )
+            source.open_source(entry, config, seed=seed, normalisers=normalisers, on_shard=on_shard)
             for entry in config.datasets
         ]
         names = [item.definition.name for item in self.sources]
         if len(set(names)) < len(names):
             # Normalisation is kept by name, and a name stands for one embodiment.
             raise errors.UserError(f"the mix names a data set twice: {names}; merge the copies or keep one")
-        self._check_features()
+        batch_keys.check(self.features, config, self.sources)
         sizes = tuple(len(item.frames.valid) for item in self.sources)
         shares = order.shares([item.weight for item in self.sources], sizes, config.balance)
-        self.order = order.Order(sizes, shares, seed, config.shuffle)
+        in_blocks = config.read == "blocks"
+        self.order = order.Order(
+            sizes,
+            shares,
+            seed,
+            config.shuffle,
+            tuple(self._blocks(item, share) for item, share in zip(self.sources, shares)) if in_blocks else (),
+        )
         self._files = frame_reader.ShardFiles()
+        self._cache = blocks.BlockCache(self._files.read, 2 * config.block_window_mib << 20) if in_blocks else None
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decode")
-        self._images = {
-            view: self._image_shape(view)
-            for view in (name.removeprefix("image_") for name in self.features if name.startswith("image_"))
+        shapes = {
+            view: batch_keys.image_shape(view, config, self.sources, self._files)
+            for view in config.views
+            if f"image_{view}" in self.features or f"goal_{view}" in self.features
         }
-        self._texts = self._text_tables() if "text" in self.features else []
-        self._depth_shape = self._check_depth() if "depth" in self.features else ()
-        self._token_count = self._check_tokens() if "depth_tokens" in self.features else 0
-        self._spans = [self._span_tables(item) for item in self.sources]
+        depth_shape = batch_keys.depth_shape(self.sources) if "depth" in self.features else ()
+        if "depth" in self.features:
+            _ = self.depth_kind
+        tokens = batch_keys.token_count(self.sources) if "depth_tokens" in self.features else 0
+        self._layout = batch_keys.layout(part, self.features, config, self.sources, shapes, depth_shape, tokens)
+        self._texts = []
+        if "text" in self.features:
+            tokenizer = text.TextTokenizer(config.text_tokenizer)
+            self._texts = [batch_keys.text_tables(item, tokenizer, config.max_text_tokens) for item in self.sources]
 
     # ---- what it is ----
 
@@ -128,21 +144,38 @@ class Loader:
 
     def identity(self) -> dict[str, Any]:
         """Json-able; equal identity and position mean equal samples, so a resume compares it."""
+        c = self.config
+        sampling = ("horizon", "chunk_end", "proprio_steps", "image_steps", "goal", "goal_max_steps", "instructions")
+        read = {"read": c.read} | ({"block": [c.block_mib, c.block_window_mib]} if c.read == "blocks" else {})
         return {
             "order_version": ORDER_VERSION,
             "seed": self.seed,
-            "shuffle": self.config.shuffle,
+            "shuffle": c.shuffle,
             "shares": list(self.order.shares),
             "datasets": [item.identity for item in self.sources],
-            "horizon": self.config.horizon,
             "normalisation": {
                 name: {key: value.to_json() for key, value in pair.items()} for name, pair in self.normalisers.items()
             },
+            **{name: getattr(c, name) for name in sampling},
+            **read,
         }
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def summary(self) -> list[str]:
+        """A line for each data set: frames, share, what is left out and why."""
+        lines = []
+        for number, (item, share) in enumerate(zip(self.sources, self.order.shares)):
+            left = ", ".join(f"{count:,} {reason}" for reason, count in item.frames.dropped.items())
+            line = (
+                f"{item.definition.name} {item.split.name}: {len(item.frames.valid):,} frames, {share:.1%} of the mix"
+            )
+            if self.order.blocks:
+                line += f", shuffled among {self.order.blocks[number].window_frames:,.0f}"
+            lines.append(line + (f"; left out: {left}" if left else ""))
+        return lines
+
+    def shapes(self) -> batch_keys.Layout:
         """Key -> (shape, dtype) of a batch of this host."""
-        return {name: (array.shape, array.dtype) for name, array in self._allocate().items()}
+        return dict(self._layout)
 
     # ---- batches ----
 
@@ -153,13 +186,22 @@ class Loader:
           ValueError: an image cannot be read (names data set, shard, record and step).
         """
         position = step * self.batch_size + self._rows
-        which, rank = self.order.locate(position)
-        out = self._allocate()
+        which, index = self.order.locate(position)
+        if self._cache is not None:
+            self._request_blocks(position)
+        out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._layout.items()}
         jobs: list[Job] = []
         for number, item in enumerate(self.sources):
             rows = np.flatnonzero(which == number)
             if len(rows):
-                self._fill(out, number, item, rows, item.frames.valid[rank[rows]], jobs)
+                frames = item.frames.valid[index[rows]]
+                self._fill_vectors(out, item, rows, frames)
+                if "text" in out:
+                    out["text"][rows] = self._text(number, frames, position[rows])
+                jobs += self._image_jobs(out, item, rows, frames, position[rows])
+                jobs += self._fill_depth(out, item, rows, frames)
+                if "frame" in out:
+                    out["frame"][rows] = frames
         if "position" in out:
             out["position"][:] = position % 2**32
         if "dataset" in out:
@@ -186,55 +228,98 @@ class Loader:
     def close(self) -> None:
         """Stops the threads and closes the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._cache is not None:
+            self._cache.close()
         self._files.close()
 
-    # ---- filling ----
+    # ---- filling: rows i64 [n] of the batch are frames i64 [n] of one data set ----
 
-    def _allocate(self) -> HostBatch:
-        b, c = len(self._rows), self.config
-        shapes = {
-            "proprio": ((b, 1, self.sources[0].frames.proprio.shape[1]), np.float32),
-            "action": ((b, c.horizon, self.sources[0].frames.action.shape[1]), np.float32),
-            "action_mask": ((b, c.horizon), np.bool_),
-            "text": ((b, c.max_text_tokens), np.int32),
-            "depth": ((b, *self._depth_shape), np.uint16),
-            "depth_scale": ((b,), np.float32),
-            "depth_offset": ((b,), np.float32),
-            "depth_tokens": ((b, self._token_count), np.int32),
-            "depth_tokens_mask": ((b, self._token_count), np.bool_),
-            "position": ((b,), np.uint32),
-            "frame": ((b,), np.int32),
-            "dataset": ((b,), np.int32),
-        } | {f"image_{view}": ((b, *shape), np.uint8) for view, shape in self._images.items()}
-        return {name: np.zeros(*shapes[name]) for name in self.features}
-
-    def _fill(
-        self, out: HostBatch, number: int, item: source.Source, rows: np.ndarray, frames: np.ndarray, jobs: list[Job]
-    ) -> None:
-        """Everything of one data set: rows i64 [n] of the batch are frames i64 [n]."""
-        data, table = item.frames, item.split.episodes
-        episode = data.episode[frames]
-        if "proprio" in out:
-            out["proprio"][rows, 0] = normalise.normalise(data.proprio[frames], item.proprio)
+    def _fill_vectors(self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray) -> None:
+        data = item.frames
+        if "proprio" in out or "proprio_mask" in out:
+            seen, mask = windows.observed(frames, item.start(frames), self.config.proprio_steps)
+            if "proprio" in out:
+                width = out["proprio"].shape[-1]
+                out["proprio"][rows] = batch_keys.normalised(data.proprio[seen], item.proprio, width)
+            if "proprio_mask" in out:
+                out["proprio_mask"][rows] = mask
         if "action" in out or "action_mask" in out:
-            wanted = frames[:, None] + np.arange(self.config.horizon)[None, :]
-            last = data.end[frames][:, None] - 1
+            chunk, mask = windows.chunk(
+                data.action,
+                frames,
+                item.action_end(frames),
+                self.config.horizon,
+                self.config.chunk_end,
+                item.definition.absolute_action_dims,
+            )
             if "action" in out:
-                # Past the end of the episode the last action is repeated, and the mask says so.
-                out["action"][rows] = normalise.normalise(data.action[np.minimum(wanted, last)], item.action)
+                out["action"][rows] = normalise.normalise(chunk, item.action)
             if "action_mask" in out:
-                out["action_mask"][rows] = wanted <= last
-        if "text" in out:
-            ids, tokens = self._texts[number]
-            out["text"][rows] = tokens[ids[frames]]
-        if "frame" in out:
-            out["frame"][rows] = frames
-        for view in self._images:
-            self._image_jobs(out[f"image_{view}"], item, self._spans[number][view], rows, frames, jobs)
+                out["action_mask"][rows] = mask
+        if "view_mask" in out:
+            out["view_mask"][rows] = [view in item.definition.views for view in self.config.views]
+
+    def _text(self, number: int, frames: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Token rows i32 [n, L] of the instruction of each frame, one of several by config."""
+        tables = self._texts[number]
+        said = np.stack([full[ids[frames]] for ids, _, full in tables])
+        if self.config.instructions == "random":
+            nth = order.draw_below(self.seed, position, INSTRUCTION, np.maximum(said.sum(0), 1))
+        else:
+            nth = np.zeros(len(frames), np.int64)
+        # The nth of the variants that say something; where none does, the first, which is empty.
+        chosen = np.argmax(np.cumsum(said, 0) == nth + 1, axis=0)
+        out = np.empty((len(frames), self.config.max_text_tokens), np.int32)
+        for variant, (ids, table, _) in enumerate(tables):
+            mine = chosen == variant
+            out[mine] = table[ids[frames[mine]]]
+        return out
+
+    def _image_jobs(
+        self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray, position: np.ndarray
+    ) -> list[Job]:
+        c, jobs, feature_of = self.config, [], {}
+        for view in c.views:
+            if view in item.definition.views:
+                feature_of[view] = [view] * len(rows)
+        if item.definition.swap and all(view in feature_of for view in item.definition.swap):
+            a, b = item.definition.swap
+            swapped = (order.draw(self.seed, position, SWAP) & np.uint64(1)).astype(bool)
+            feature_of[a] = np.where(swapped, b, a).tolist()
+            feature_of[b] = np.where(swapped, a, b).tolist()
+        if c.goal:
+            last = item.end(frames) - 1
+            goal = last
+            if c.goal == "uniform":
+                room = last - frames if not c.goal_max_steps else np.minimum(last - frames, c.goal_max_steps)
+                goal = frames + order.draw_below(self.seed, position, GOAL, room + 1)
+        seen, _ = windows.observed(frames, item.start(frames), c.image_steps)
+        for view, features in feature_of.items():
+            if (array := out.get(f"image_{view}")) is not None:
+                flat = array.reshape(-1, *array.shape[-3:])
+                places = (rows[:, None] * c.image_steps + np.arange(c.image_steps)).reshape(-1)
+                repeated = [name for name in features for _ in range(c.image_steps)]
+                jobs += self._decode_jobs(flat, item, repeated, places, seen.reshape(-1))
+            if (array := out.get(f"goal_{view}")) is not None:
+                jobs += self._decode_jobs(array, item, features, rows, goal)
+        return jobs
+
+    def _decode_jobs(
+        self, out: np.ndarray, item: source.Source, views: Sequence[str], rows: np.ndarray, frames: np.ndarray
+    ) -> list[Job]:
+        jobs = []
+        for view in sorted(set(views)):
+            mine = np.array([name == view for name in views])
+            decode = frame_reader.decode_bgr if view in item.definition.bgr else frame_reader.decode_rgb
+            jobs += self._read_jobs(out, item, item.image_feature(view), decode, rows[mine], frames[mine])
+        return jobs
+
+    def _fill_depth(self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray) -> list[Job]:
         # Depth of a later frame, for predicting it; past the true end of the episode there is nothing to predict.
         later = frames + self.config.depth_offset
-        final = (table["start"] + table["length"])[episode] - 1
-        inside, later = later <= final, np.minimum(later, final)
+        end = item.end(frames)
+        inside, later = later < end, np.minimum(later, end - 1)
+        episode = item.frames.episode[frames]
         if "depth_tokens" in out:
             out["depth_tokens"][rows] = item.depth_tokens.values[later]
         if "depth_tokens_mask" in out:
@@ -244,44 +329,63 @@ class Loader:
             out["depth_scale"][rows] = own if item.depth is None else item.depth.scale[episode]
         if "depth_offset" in out:
             out["depth_offset"][rows] = 0.0 if item.depth is None else item.depth.offset[episode]
-        if "depth" in out:
-            if item.depth is not None:
-                out["depth"][rows[inside]] = item.depth.values[later[inside]]
-            else:
-                spans = self._spans[number]["depth"]
-                self._image_jobs(out["depth"], item, spans, rows[inside], later[inside], jobs)
+        if "depth" not in out:
+            return []
+        if item.depth is not None:
+            out["depth"][rows[inside]] = item.depth.values[later[inside]]
+            return []
+        feature, decode = item.depth_feature(), frame_reader.decode_depth
+        return self._read_jobs(out["depth"], item, feature, decode, rows[inside], later[inside])
 
-    def _image_jobs(
+    # ---- reading ----
+
+    def _read_jobs(
         self,
         out: np.ndarray,
         item: source.Source,
-        spans: np.ndarray,
+        feature: str,
+        decode: Callable[[bytes, np.ndarray], None],
         rows: np.ndarray,
         frames: np.ndarray,
-        jobs: list[Job],
-    ) -> None:
-        shards = item.split.episodes["shard"][item.frames.episode[frames]]
-        places = spans[frames]
-        decode = frame_reader.decode_depth if out.dtype == np.uint16 else frame_reader.decode_rgb
-        for row, frame, shard, (offset, size) in zip(rows.tolist(), frames.tolist(), shards.tolist(), places.tolist()):
-            jobs.append(functools.partial(self._read, out[row], decode, item, frame, shard, offset, size))
+    ) -> list[Job]:
+        """One job for each row: fetch the encoded image of a frame, decode it into its row."""
+        episodes = item.frames.episode[frames]
+        shards = item.split.episodes["shard"][episodes].tolist()
+        spans = item.split.spans(feature)[frames].tolist()
+        if self._cache is None:
+            fetches = [
+                self._files.start(item.split.shard_path(shard), offset, size)
+                for shard, (offset, size) in zip(shards, spans)
+            ]
+        else:
+            table = self.order.blocks[self.sources.index(item)]
+            fetches = [
+                functools.partial(
+                    self._cache.bytes_at, item.split.shard_path(shard), int(table.low[k]), int(table.high[k]), *span
+                )
+                for shard, k, span in zip(shards, table.of_episode[episodes], spans)
+            ]
+        return [
+            functools.partial(self._decode, out[row], decode, fetch, item, frame, span)
+            for row, fetch, frame, span in zip(rows.tolist(), fetches, frames.tolist(), spans)
+        ]
 
-    def _read(
+    def _decode(
         self,
         out: np.ndarray,
         decode: Callable[[bytes, np.ndarray], None],
+        fetch: Callable[[], bytes],
         item: source.Source,
         frame: int,
-        shard: int,
-        offset: int,
-        size: int,
+        span: tuple[int, int],
     ) -> None:
         try:
-            decode(self._files.read(item.split.shard_path(shard), offset, size), out)
+            decode(fetch(), out)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{item.split.where(frame)}, {size} bytes at {offset}: {error}. The shard changed since it was indexed "
-                f"or the image is damaged: run `python tools/index_rlds.py {item.index.dataset.directory} --verify`"
+                f"{item.split.where(frame)}, {span[1]} bytes at {span[0]}: {error}. The shard changed since it was "
+                "indexed or the image is damaged: run "
+                f"`python tools/index_rlds.py {item.index.dataset.directory} --verify`"
             ) from error
 
     def _run(self, jobs: list[Job]) -> None:
@@ -295,98 +399,27 @@ class Loader:
     def _threads(self) -> int:
         return self.config.threads or os.cpu_count() or 1
 
-    # ---- checks and tables at the start ----
+    # ---- block mode ----
 
-    def _check_features(self) -> None:
-        known = (*(f"image_{view}" for view in self.config.views), *_FEATURES)
-        unknown = [name for name in self.features if name not in known]
-        if unknown:
-            raise errors.UserError(
-                f"the model asks for {unknown}; with data.views={self.config.views} there is {known}"
-            )
-        first = self.sources[0].frames
-        normalise.check_dims("action", first.action.shape[1], [s.frames.action.shape[1] for s in self.sources[1:]])
-        normalise.check_dims("proprio", first.proprio.shape[1], [s.frames.proprio.shape[1] for s in self.sources[1:]])
+    def _blocks(self, item: source.Source, share: float) -> blocks.Blocks:
+        return blocks.make_blocks(
+            item.split.episodes,
+            item.frames.episode[item.frames.valid],
+            self.config.block_mib << 20,
+            share * (self.config.block_window_mib << 20),
+        )
 
-    def _image_shape(self, view: str) -> tuple[int, int, int]:
-        if self.config.image_size:
-            if len(self.config.image_size) != 2:
-                raise errors.UserError(f"data.image_size={self.config.image_size} must be (height, width)")
-            return (*self.config.image_size, 3)
-        sizes = {}
-        for item in self.sources:
-            name = item.image_feature(view)
-            shape = item.index.dataset.feature(name).shape
-            if len(shape) != 3 or min(shape) < 1:
-                frame = int(item.frames.valid[0])
-                shape = (*frame_reader.image_size(self._bytes(item, name, frame)), 3)
-            sizes[item.definition.name] = shape[:2]
-        if len(set(sizes.values())) > 1:
-            raise errors.UserError(
-                f"images of view {view!r} differ in size: {sizes}; set data.image_size=(height, width) to resize them "
-                "on the host"
-            )
-        return (*next(iter(sizes.values())), 3)
-
-    def _bytes(self, item: source.Source, feature: str, frame: int) -> bytes:
-        offset, size = item.split.spans(feature)[frame].tolist()
-        shard = item.split.episodes["shard"][item.frames.episode[frame]]
-        return self._files.read(item.split.shard_path(int(shard)), offset, size)
-
-    def _text_tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        tokenizer = text.TextTokenizer(self.config.text_tokenizer)
-        tables = []
-        for item in self.sources:
-            ids, strings = item.split.texts(f"steps/{item.definition.language}")
-            used = np.unique(ids[item.frames.valid])
-            rows, unknown = tokenizer.encode_table([strings[i] for i in used], self.config.max_text_tokens)
-            if unknown.any():
-                logging.warning(
-                    "%s: %d of %d instructions hold tokens that %s does not know, for instance %r",
-                    item.definition.name, int((unknown > 0).sum()), len(used), tokenizer.path,
-                    strings[used[int(np.argmax(unknown))]],
-                )  # fmt: skip
-            table = np.zeros((len(strings), self.config.max_text_tokens), np.int32)
-            table[used] = rows
-            tables.append((ids, table))
-        return tables
-
-    def _check_depth(self) -> tuple[int, int]:
-        shapes = {}
-        for item in self.sources:
-            if item.depth is not None:
-                shapes[item.definition.name] = item.depth.metadata.row_shape
-            elif item.depth_feature():
-                shapes[item.definition.name] = item.index.dataset.feature(item.depth_feature()).shape[:2]
-            else:
-                raise errors.UserError(
-                    f"data set {item.definition.name} in {item.index.dataset.directory} has no depth "
-                    f"(feature 'steps/{item.definition.depth}'): annotate it with tools/annotate_depth.py and set the "
-                    "data set's `depth` to the result"
-                )
-        if len(set(shapes.values())) > 1:
-            raise errors.UserError(f"depth maps of the mix differ in size: {shapes}; annotate them at one size")
-        _ = self.depth_kind
-        return next(iter(shapes.values()))
-
-    def _check_tokens(self) -> int:
-        identities = set()
-        for item in self.sources:
-            if item.depth_tokens is None:
-                raise errors.UserError(
-                    f"data set {item.definition.name} has no depth tokens: run tools/tokenize_depth.py and set the "
-                    "data set's `depth_tokens` to the result"
-                )
-            identities.add((item.depth_tokens.metadata.identity, item.depth_tokens.metadata.row_shape))
-        if len(identities) > 1:
-            raise errors.UserError(f"depth tokens of the mix come from different tokenizers: {sorted(identities)}")
-        return identities.pop()[1][0]
-
-    def _span_tables(self, item: source.Source) -> dict[str, np.ndarray]:
-        tables = {view: item.split.spans(item.image_feature(view)) for view in self._images}
-        if "depth" in self.features and item.depth is None:
-            tables["depth"] = item.split.spans(item.depth_feature())
-        return tables
+    def _request_blocks(self, position: np.ndarray) -> None:
+        """Starts reading the windows that this batch and the next ones come from."""
+        which, sample = self.order.samples(position)
+        wanted = []
+        for number, item in enumerate(self.sources):
+            mine = sample[which == number]
+            if len(mine):
+                table = self.order.blocks[number]
+                for k in self.order.blocks_ahead(number, int(mine[0])):
+                    wanted.append((item.split.shard_path(int(table.shard[k])), int(table.low[k]), int(table.high[k])))
+        self._cache.request(wanted)
 
 
 def _run_all(jobs: Sequence[Job]) -> None:

@@ -11,12 +11,14 @@ Two parts, both without state:
 """
 
 import dataclasses
+import functools
 import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
 from qdepth_jax import errors
+from qdepth_jax.data import blocks as blocks_lib
 
 _ROUNDS = 6
 
@@ -30,12 +32,14 @@ class Order:
       shares: target share of each, sums to 1 (rounded to 1 / period when used).
       seed: everything random follows from it.
       shuffle: False walks every data set in frame order (validation).
+      blocks: of each data set, its blocks (then it is shuffled in windows of blocks) or None; () = none has.
     """
 
     sizes: tuple[int, ...]
     shares: tuple[float, ...]
     seed: int = 0
     shuffle: bool = True
+    blocks: tuple[blocks_lib.Blocks | None, ...] = ()
 
     def __post_init__(self):
         if not self.sizes or len(self.sizes) != len(self.shares):
@@ -50,22 +54,59 @@ class Order:
             )
         object.__setattr__(self, "_counts", np.array(counts, np.int64))
         object.__setattr__(self, "_table", _schedule(counts))
+        windowed = {
+            number: blocks_lib.BlockOrder(blocks, functools.partial(self._permute_with_key, number))
+            for number, blocks in enumerate(self.blocks)
+            if blocks is not None and self.shuffle
+        }
+        object.__setattr__(self, "_windowed", windowed)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """i64 [n] -> (data set i32 [n], index into its sampled frames i64 [n])."""
-        positions = np.asarray(positions, np.int64)
-        dataset, before = self._table
-        turn, place = np.divmod(positions, len(dataset))
-        which = dataset[place]
-        sample = turn * self._counts[which] + before[place]
-        out = np.empty(len(positions), np.int64)
+        which, sample = self.samples(positions)
+        out = np.empty(len(which), np.int64)
         for number, size in enumerate(self.sizes):
             mine = np.flatnonzero(which == number)
             if not len(mine):
                 continue
             epoch, rank = sample[mine] // size, sample[mine] % size
-            out[mine] = permute(rank, size, self.seed, number, epoch) if self.shuffle else rank
-        return which.astype(np.int32), out
+            if number in self._windowed:
+                out[mine] = self._windowed[number].locate(epoch, rank)
+            else:
+                out[mine] = permute(rank, size, self.seed, number, epoch) if self.shuffle else rank
+        return which, out
+
+    def samples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """i64 [n] -> (data set i32 [n], number of samples drawn from it before i64 [n])."""
+        positions = np.asarray(positions, np.int64)
+        dataset, before = self._table
+        turn, place = np.divmod(positions, len(dataset))
+        which = dataset[place]
+        return which.astype(np.int32), turn * self._counts[which] + before[place]
+
+    def blocks_ahead(self, number: int, sample: int) -> list[int]:
+        """Blocks of data set `number` that its sample number `sample` and the following ones come from."""
+        size = self.sizes[number]
+        if number in self._windowed:
+            return self._windowed[number].ahead(sample // size, sample % size)
+        found = self.blocks[number]
+        k = int(np.searchsorted(found.first, sample % size, side="right")) - 1
+        return [(k + i) % len(found.shard) for i in range(min(2 * found.window, len(found.shard)))]
+
+    def _permute_with_key(self, number: int, rank: np.ndarray, size: int, key: int) -> np.ndarray:
+        return permute(rank, size, self.seed, number, np.full(len(rank), key))
+
+
+def draw(seed: int, positions: np.ndarray, stream: int) -> np.ndarray:
+    """Uniform u64 [n] for every random choice about the samples at positions i64 [n]; streams are independent."""
+    key = _mix(np.uint64(seed % 2**64) ^ _mix(np.array([stream + (1 << 32)], np.uint64)))
+    return _mix(key + _mix(np.asarray(positions).astype(np.uint64)))
+
+
+def draw_below(seed: int, positions: np.ndarray, stream: int, limit: np.ndarray) -> np.ndarray:
+    """Uniform i64 [n] in 0..limit-1 (limit i64 [n] >= 1; the bias is below limit / 2**53)."""
+    unit = (draw(seed, positions, stream) >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return np.minimum((unit * limit).astype(np.int64), limit - 1)
 
 
 def shares(weights: Sequence[float], sizes: Sequence[int], balance: bool) -> tuple[float, ...]:

@@ -54,8 +54,26 @@ class Source:
 
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
-        name = f"steps/{self.definition.depth}"
+        name = f"steps/{self.definition.main_depth}"
         return name if name in self.index.dataset.features else ""
+
+    def instructions(self) -> list[tuple[np.ndarray, list[str]]]:
+        """(ids i32 [F], distinct strings) of every instruction feature; one empty text for data without language."""
+        found = [self.split.texts(f"steps/{name}") for name in self.definition.language]
+        return found or [(np.zeros(self.split.frames, np.int32), [""])]
+
+    def start(self, frames: np.ndarray) -> np.ndarray:
+        """First frame of the episode of each frame, i64 [n]."""
+        return self.split.episodes["start"][self.frames.episode[frames]]
+
+    def end(self, frames: np.ndarray) -> np.ndarray:
+        """One past the last frame of the episode of each frame, i64 [n]."""
+        rows = self.split.episodes[self.frames.episode[frames]]
+        return rows["start"] + rows["length"]
+
+    def action_end(self, frames: np.ndarray) -> np.ndarray:
+        """One past the last frame of the episode whose action is defined, i64 [n]."""
+        return self.end(frames) - int(self.definition.drop_last)
 
 
 def open_source(
@@ -158,7 +176,7 @@ def _select(
     if config.held_out_every:
         aside = np.arange(len(episodes)) % config.held_out_every == config.held_out_every - 1
         episodes &= aside if held_out else ~aside
-    language = f"steps/{definition.language}"
+    language = f"steps/{definition.language[0]}"
     frames = standardise.standardise(
         split,
         definition.action,
@@ -170,12 +188,19 @@ def _select(
         max_frames_per_episode=config.max_frames_per_episode,
         seed=seed,
     )
-    longest = int((frames.end - frames.start)[frames.valid].max())
+    table = split.episodes[frames.episode[frames.valid]]
+    ends = table["start"] + table["length"] - int(definition.drop_last)
+    longest = int((ends - table["start"]).max())
     if longest < config.horizon:
         raise errors.UserError(
             f"data.horizon={config.horizon} is longer than every episode of {definition.name} {split_text} (longest: "
             f"{longest} actions): lower data.horizon"
         )
+    if config.chunk_end == "truncate":
+        whole = frames.valid + config.horizon <= ends
+        short = int((~whole).sum())
+        dropped = dict(frames.dropped) | ({"chunk reaches past the episode's end": short} if short else {})
+        frames = dataclasses.replace(frames, valid=frames.valid[whole], dropped=dropped)
     return split, frames
 
 
@@ -195,6 +220,7 @@ def _normalisers(
         split_text,
         config.held_out_every,
         config.skip_unlabelled,
+        [config.chunk_end == "truncate" and config.horizon],
         [config.max_frames_per_episode, seed if config.max_frames_per_episode else 0],
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
