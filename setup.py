@@ -31,6 +31,8 @@ EXTRAS = {
         "packaging>=24",
         "imageio[ffmpeg]>=2.36",  # rollout videos
     ],
+    # Grain's iterator protocol over our batches (qdepth_jax/data/grain_batches.py), for tooling that expects it.
+    "grain": ["grain>=0.2.16"],
     # Reading and writing RLDS through TensorFlow Datasets itself.
     "convert": ["tensorflow-datasets>=4.9.9", "tensorflow-cpu>=2.20"],
     # Foreign checkpoints that only torch can open.
@@ -43,6 +45,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",  # a hung process test fails instead of blocking
         "hypothesis>=6.115",  # property tests of the parsers
         "ruff>=0.8",
+        "grain>=0.2.16",
         # The sample data must open with plain TFDS: proven with TFDS, not with our own reader.
         "tensorflow-datasets>=4.9.9",
         "tensorflow-cpu>=2.20",

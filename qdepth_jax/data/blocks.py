@@ -68,8 +68,8 @@ def make_blocks(episodes: np.ndarray, episode_of_frame: np.ndarray, block_bytes:
     window = int(window_bytes / (high - low).mean())
     if window < 2 and len(used) > 1:
         raise errors.UserError(
-            f"a shuffle window of {window_bytes / 2**20:.0f} MiB holds {window} blocks of "
-            f"{(high - low).mean() / 2**20:.0f} MiB: raise data.block_window_mib or lower data.block_mib"
+            f"a shuffle window of {window_bytes / 2**20:.3g} MiB holds {window} blocks of "
+            f"{(high - low).mean() / 2**20:.3g} MiB: raise data.block_window_mib or lower data.block_mib"
         )
     return Blocks(
         first=np.concatenate([[0], np.cumsum(frames[used])]),

@@ -112,7 +112,7 @@ def in_blocks(tmp_path):
 def test_same_batches_for_hosts_and_resume_and_the_same_frames_as_frame_mode(in_blocks, monkeypatch):
     # The data sets are small: blocks of 30 kB instead of MiB.
     small = functools.partial(blocks.make_blocks)
-    monkeypatch.setattr(blocks, "make_blocks", lambda table, frames, _, __: small(table, frames, 30_000, 70_000))
+    monkeypatch.setattr(blocks, "make_blocks", lambda table, frames, _, __: small(table, frames, 30_000, 200_000))
     whole = loader.Loader(in_blocks, FEATURES, 8, seed=5)
     expected = [_hash(whole.batch(step)) for step in range(20)]
     assert [_hash(whole.batch(step)) for step in (13, 2, 19)] == [expected[s] for s in (13, 2, 19)]
@@ -140,7 +140,7 @@ def test_same_batches_for_hosts_and_resume_and_the_same_frames_as_frame_mode(in_
 
 def test_blocks_are_read_about_once_an_epoch(in_blocks, monkeypatch):
     small = functools.partial(blocks.make_blocks)
-    monkeypatch.setattr(blocks, "make_blocks", lambda table, frames, _, __: small(table, frames, 30_000, 70_000))
+    monkeypatch.setattr(blocks, "make_blocks", lambda table, frames, _, __: small(table, frames, 30_000, 200_000))
     reader = loader.Loader(dataclasses.replace(in_blocks, datasets=in_blocks.datasets[:1]), ("image_main",), 8)
     table = reader.order.blocks[0]
     window = float((table.high - table.low).sum()) * table.window / len(table.shard)
