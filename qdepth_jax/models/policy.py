@@ -273,7 +273,7 @@ def make_objective(
         raise errors.UserError(
             f"augment.main crops the main view (crop_scale={augmentation.main.crop_scale}, "
             f"crop_ratio={augmentation.main.crop_ratio}), but the depth {config.depth_labels} that this policy learns "
-            "belong to the whole frame: set augment.main.crop_scale=(1.0, 1.0) and crop_ratio=(1.0, 1.0) (colour changes may "
+            "belong to the whole frame: set augment.main.crop_scale and crop_ratio to (1.0, 1.0) (colour changes may "
             "stay), or train without depth labels (model.depth=None or model.depth.loss_weight=0)"
         )
     size = config.siglip.image_size
