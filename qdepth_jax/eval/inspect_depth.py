@@ -121,7 +121,7 @@ class Depth:
         run = tokenizer.compiled_roundtrip(config)
         decode = jax.jit(lambda v, codes: tokenizer.decode(config, v["params"], v["state"], codes))
         for (raw, scale, offset), frame in zip(maps, frames):
-            codes, x_hat, x, valid = run(variables, raw[None], np.float32([scale]), np.float32([offset]))
+            _, x_hat, x, valid = run(variables, raw[None], np.float32([scale]), np.float32([offset]))
             if self.tokens is not None:
                 x_hat = decode(variables, np.asarray(self.tokens.values[frame : frame + 1], np.int32))
             guess, truth = (np.asarray(depth_lib.denormalise(a, config.range)) for a in (x_hat, x))
@@ -147,8 +147,8 @@ class Depth:
         used, p = int((counts > 0).sum()), counts[counts > 0] / counts.sum()
         perplexity = float(np.exp(-(p * np.log(p)).sum()))
         return (
-            f"<h3>Code usage</h3><p>{used} of {len(counts)} codes in {meta.frames} frames of {meta.row_shape[0]} tokens,"
-            f" perplexity {perplexity:.1f}, most frequent code {counts.max() / counts.sum():.1%}. Tokenizer "
+            f"<h3>Code usage</h3><p>{used} of {len(counts)} codes in {meta.frames} frames of {meta.row_shape[0]} "
+            f"tokens, perplexity {perplexity:.1f}, most frequent code {counts.max() / counts.sum():.1%}. Tokenizer "
             f"{html.escape(meta.identity)}.</p>" + figures.code_shares(counts / counts.sum())
         )
 
