@@ -17,8 +17,8 @@ FACTORS = {
     "saturation": (0.4, 1.1, 2.5),
     "hue": (-0.05, 0.1, 0.45),
 }
-# (rows, columns, size): shrinking, growing, 256 -> 224 as in every recipe.
-RESIZES = ((40, 30, 14), (9, 12, 14), (256, 256, 224))
+# (rows, columns, size): shrinking, growing, and by 8:7 as 256 to 224 does.
+RESIZES = ((40, 30, 14), (9, 12, 14), (64, 64, 56))
 # Parameters of the whole chain: box, then the four factors.
 CHAINS = (
     ((0.04, 0.02, 0.96, 0.93), 0.08, 0.93, 1.08, -0.04),

@@ -251,7 +251,7 @@ def test_a_crop_would_tear_image_and_depth_apart():
     assert config.augment.main.hue == 0.05 and config.augment.others.hue == 0.05
     experiment.check_keys(config)
     config.augment.main.crop_scale = (0.8, 1.0)
-    with pytest.raises(errors.UserError, match="whole frame.*crop_scale and crop_ratio to"):
+    with pytest.raises(errors.UserError, match=r"whole frame.*crop_scale and crop_ratio to"):
         experiment.check_keys(config)
     for free in (baseline.get_config("bridge"), no_depth_loss.get_config("bridge")):
         free.augment = config_lib.section(RECIPE)
