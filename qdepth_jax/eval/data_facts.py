@@ -409,7 +409,7 @@ def _sizes(subject: Subject, images: Images) -> list[str]:
 
 def code_counts(tokens: sidecar.Sidecar, codes: int) -> np.ndarray:
     """How often each code occurs in a token sidecar, i64 [codes]; read in chunks."""
-    out = np.zeros(codes, np.int64)
-    for start in range(0, len(tokens.values), CHUNK):
-        out += np.bincount(np.asarray(tokens.values[start : start + CHUNK]).reshape(-1), minlength=codes)
+    out, step = np.zeros(codes, np.int64), max(1, 16 * CHUNK // tokens.values.shape[1])
+    for start in range(0, len(tokens.values), step):
+        out += np.bincount(np.asarray(tokens.values[start : start + step]).reshape(-1), minlength=codes)
     return out
