@@ -8,7 +8,7 @@ nothing; DEVIATION: ours.
 import ml_collections
 
 from qdepth_jax import config as config_lib
-from qdepth_jax.models import policy
+from qdepth_jax.models import augment_config, policy
 
 GLOBAL_BATCH = 1024  # [paper] 32 per GPU on 8 GPUs, accumulated
 
@@ -22,6 +22,10 @@ def get_config(**model) -> ml_collections.ConfigDict:
     # DEVIATION: time period and expert rope theta are 10000, the values of the released open-pi-zero checkpoints; its
     # training configs say 100, and the two never meet in one file.
     config.model = config_lib.section(policy.sized("full", dtype="bfloat16", remat="full", **model))
+    # [open-pi-zero] its colour changes. DEVIATION: no random crop, because depth tokens belong to the whole frame; the
+    # baseline does without it too, so that the two stay comparable. The published baseline crops:
+    # --config.augment.main.crop_scale='(0.8, 1.0)' --config.augment.main.crop_ratio='(0.9, 1.1)'.
+    config.augment = config_lib.section(augment_config.colour_only("open_pi_zero"))
     config.optim.learning_rate = 5e-5  # [notes] vlm and action expert; DEVIATION: the depth expert too (not published)
     config.optim.warmup_steps = 200  # [open-pi-zero]
     config.optim.cycle_steps = 10_000_000  # [open-pi-zero] in effect constant

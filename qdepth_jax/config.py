@@ -18,6 +18,7 @@ import ml_collections
 
 from qdepth_jax import errors
 from qdepth_jax.data import data_config
+from qdepth_jax.models import augment_config
 
 T = TypeVar("T")
 
@@ -105,6 +106,7 @@ def default() -> ml_collections.ConfigDict:
     config.train = section(TrainConfig())
     config.optim = section(OptimConfig())
     config.mesh = section(MeshConfig())
+    config.augment = section(augment_config.AugmentConfig())  # of a policy's training images; the default is none
     config.data = section(data_config.DataConfig())
     del config.data["datasets"]  # the sources are named sections of their own: --config.datasets.NAME.path=...
     config.datasets = ml_collections.ConfigDict()

@@ -14,7 +14,8 @@ import numpy as np
 from qdepth_jax import checkpoint, depth, errors, optim, sharding, train_loop, train_step
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import data_config, loader, text
-from qdepth_jax.models import policy, tokenizer
+from qdepth_jax.models import augment_config, policy, tokenizer
+from qdepth_jax.models import objective as objective_lib
 
 KINDS = {"policy": policy.PolicyConfig, "tokenizer": tokenizer.TokenizerConfig}
 MAKE_OBJECTIVE = {"policy": policy.make_objective, "tokenizer": tokenizer.make_objective}
@@ -38,7 +39,24 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
     ):
         config_lib.build(cls, config[name], name)
     data_section(config)
-    model_config(config)
+    make_objective(config)
+
+
+def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective:
+    """The experiment's model as the training loop sees it, with its augmentation.
+
+    Raises:
+      UserError: an augmentation that does not fit the model.
+    """
+    model = model_config(config)
+    augmentation = config_lib.build(augment_config.AugmentConfig, config.augment, "augment")
+    if config.model_kind == "policy":
+        return policy.make_objective(model, augmentation)
+    if augmentation.active:
+        raise errors.UserError(
+            f"augment is set, but a {config.model_kind} reads no images: leave config.augment at its default"
+        )
+    return MAKE_OBJECTIVE[config.model_kind](model)
 
 
 def model_config(config: ml_collections.ConfigDict) -> Any:
@@ -100,7 +118,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     optim_config = config_lib.build(config_lib.OptimConfig, config.optim, "optim")
     mesh = sharding.make_mesh(config_lib.build(config_lib.MeshConfig, config.mesh, "mesh"))
     model = model_config(config)
-    objective = MAKE_OBJECTIVE[config.model_kind](model)
+    objective = make_objective(config)
     frozen = (*(policy.frozen_table(model) if config.model_kind == "policy" else ()), *optim_config.frozen)
 
     codes, data = None, data_section(config)

@@ -59,10 +59,13 @@ def train_step(
     Returns:
       The new state and named f32 scalars: the objective's own, grad_norm, param_norm.
     """
-    key, step = jax.random.fold_in(key, 1), train_state.step
+    # 0 was taken by the initialisation, 2 by validation.
+    augment_key, key, step = jax.random.fold_in(key, 3), jax.random.fold_in(key, 1), train_state.step
 
     def micro_step(carry, micro_batch):
         model_state, total = carry
+        if objective.augment is not None:
+            micro_batch = objective.augment(micro_batch, augment_key)
 
         def loss(params):
             out = objective.loss(params, model_state, micro_batch, key, step)

@@ -48,7 +48,12 @@ def curves(runs: dict[str, list[dict]], keys: list[str]) -> str:
 
 def code_histogram(tokens: np.ndarray, codes: int) -> str:
     """How often each code is used, sorted, with uniform use as a line."""
-    count = np.sort(np.bincount(tokens.reshape(-1), minlength=codes))[::-1] / tokens.size
+    return code_shares(np.bincount(tokens.reshape(-1), minlength=codes) / tokens.size)
+
+
+def code_shares(shares: np.ndarray) -> str:
+    """The same from the share f64 [codes] of each code."""
+    count, codes = np.sort(shares)[::-1], len(shares)
     figure, axis = plt.subplots(figsize=(6, 2.6))
     axis.bar(np.arange(codes), count, width=1.0)
     axis.axhline(1 / codes, color="black", linestyle=":", label="uniform use")

@@ -30,8 +30,10 @@ class Objective(NamedTuple):
         randomness folds in `batch["position"]`, so the result depends on no device, host or micro-batch number.
         A loss is a mean over the batch; `step` is the optimiser step (i32 scalar), for schedules inside the loss.
       features: batch keys the loss reads, without the leading batch axis.
+      augment: `(batch, key) -> batch` on training batches alone, or None; the same rules for randomness as `loss`.
     """
 
     init: Callable[[jax.Array], dict[str, Tree]]
     loss: Callable[[Tree, Tree, Batch, jax.Array, jax.Array], LossOutput]
     features: tuple[str, ...]
+    augment: Callable[[Batch, jax.Array], Batch] | None = None

@@ -25,7 +25,19 @@ from flax import struct
 from jax import Array
 
 from qdepth_jax import errors
-from qdepth_jax.models import depth_expert, flow, gemma, images, linear, objective, policy_config, siglip, visibility
+from qdepth_jax.models import (
+    augment,
+    augment_config,
+    depth_expert,
+    flow,
+    gemma,
+    images,
+    linear,
+    objective,
+    policy_config,
+    siglip,
+    visibility,
+)
 
 PolicyConfig = policy_config.PolicyConfig
 sized = policy_config.sized
@@ -248,12 +260,30 @@ def loss_at(config: PolicyConfig, params, state, batch, noise: Array, t: Array, 
     return objective.LossOutput(total, {"loss": total, **metrics}, state)
 
 
-def make_objective(config: PolicyConfig) -> objective.Objective:
-    """The policy as the training loop sees it."""
+def make_objective(
+    config: PolicyConfig, augmentation: augment_config.AugmentConfig | None = None
+) -> objective.Objective:
+    """The policy as the training loop sees it; `augmentation` of its training images, None = none.
+
+    Raises:
+      UserError: a crop of the main view although depth labels belong to the whole frame.
+    """
+    augmentation = augmentation or augment_config.AugmentConfig()
+    if config.depth_labels is not None and augmentation.main.crops:
+        raise errors.UserError(
+            f"augment.main crops the main view (crop_scale={augmentation.main.crop_scale}, "
+            f"crop_ratio={augmentation.main.crop_ratio}), but the depth {config.depth_labels} that this policy learns "
+            "belong to the whole frame: set augment.main.crop_scale and crop_ratio to (1.0, 1.0) (colour changes may "
+            "stay), or train without depth labels (model.depth=None or model.depth.loss_weight=0)"
+        )
+    size = config.siglip.image_size
     return objective.Objective(
         init=lambda key: init(config, key),
         loss=lambda params, state, batch, key, step: loss(config, params, state, batch, key, step),
         features=features(config),
+        augment=(lambda batch, key: augment.augment_views(batch, config.views, size, augmentation, key))
+        if augmentation.active
+        else None,
     )
 
 

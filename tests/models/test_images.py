@@ -1,5 +1,6 @@
 """Resizing on the device is JAX's own antialiased Lanczos-3, rounded."""
 
+import augment_by_tensorflow as by_tf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,14 @@ def test_resize_is_lanczos3(shape):
     assert np.abs(np.asarray(ours) - np.clip(np.round(expected), 0, 255)).max() <= 1  # a tie may round either way
     assert (np.asarray(ours) == np.clip(np.round(expected), 0, 255)).mean() > 0.99
     assert (np.asarray(ours) == np.round(ours)).all()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), by_tf.RESIZES)
+def test_resize_is_tensorflows_lanczos3(height, width, size):
+    """Golden: within one grey value, and that on next to no pixel."""
+    ours = np.asarray(images.resize(jnp.asarray(by_tf.photograph(height, width)[None]), size))[0]
+    off = np.abs(ours - np.load(by_tf.GOLDEN)[f"lanczos_{height}"].astype(np.float32))
+    assert off.max() <= 1 and (off > 0).mean() < 1e-3
 
 
 def test_range_and_pass_through():
