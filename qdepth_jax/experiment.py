@@ -87,6 +87,9 @@ def data_section(config: ml_collections.ConfigDict) -> data_config.DataConfig:
             ("views", model.views),
             ("horizon", model.horizon),
             ("max_text_tokens", model.text_length),
+            ("proprio_steps", model.proprio_steps),
+            ("image_steps", model.image_steps),
+            ("missing_views", "mask" if model.missing_views else "error"),
         ):
             default = getattr(data_config.DataConfig(), field)
             if getattr(data, field) not in (default, value):
@@ -119,7 +122,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     mesh = sharding.make_mesh(config_lib.build(config_lib.MeshConfig, config.mesh, "mesh"))
     model = model_config(config)
     objective = make_objective(config)
-    frozen = (*(policy.frozen_table(model) if config.model_kind == "policy" else ()), *optim_config.frozen)
+    frozen = policy.frozen_table(model) if config.model_kind == "policy" else ()
 
     codes, data = None, data_section(config)
     if config.model_kind == "policy" and model.depth_labels == "codes":
@@ -163,7 +166,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     return train_loop.Run(
         objective=objective,
         tx=optim.make(optim_config, train.total_steps, frozen),
-        frozen=frozen,
+        frozen=(*frozen, *optim_config.frozen),
         learning_rate=optim.schedule(optim_config, train.total_steps),
         mesh=mesh,
         config=config_lib.to_json(config),

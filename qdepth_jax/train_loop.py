@@ -1,5 +1,6 @@
 """The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
 
+import collections
 import contextlib
 import errno
 import functools
@@ -138,9 +139,15 @@ def _loop(run, state, placed, key, start, manager, log, workdir) -> dict[str, fl
         log.write(row)
         last = row
 
+    running: collections.deque[Any] = collections.deque()
     for step in range(start + 1, c.total_steps + 1):
+        # Steps run behind the host: this batch is copied to the devices while the one before is computed. Two steps in
+        # flight hide the copy; more would only fill device memory with waiting batches.
         batch = put_batch(next(batches), run.mesh)
         state, values = step_fn(state, batch, key)
+        running.append(values)
+        if len(running) > 2:
+            jax.block_until_ready(running.popleft())
         flush()
         if step % c.log_every == 0 or step in (1, c.total_steps):
             pending = (step, values)

@@ -32,6 +32,11 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
     kind, config, variables, meta = experiment.load_model(workdir)
     if kind != "policy":
         raise errors.UserError(f"{workdir!r} holds a {kind}, not a policy")
+    if config.proprio_steps > 1 or config.image_steps > 1:
+        raise errors.UserError(
+            f"the policy in {workdir!r} observes {config.proprio_steps} steps of proprioception and "
+            f"{config.image_steps} images; closed loop keeps no history yet: train with one of each"
+        )
     stored = meta["data"]["normalisation"]
     base = next((name for name in stored if re.fullmatch(f"{name}(_.*)?", suite)), None)
     if base is None:

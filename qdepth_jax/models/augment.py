@@ -162,14 +162,14 @@ def augment_views(
     """The batch with every `image_{view}` resized to `size` and augmented; everything else as it is.
 
     Args:
-      batch: u8 images [B, H, W, 3] and "position" u32 [B].
+      batch: u8 images [B, H, W, 3] or [B, steps, H, W, 3], and "position" u32 [B].
       views: the main view first.
       size: S of the vision tower; the published pipelines augment after the resize.
       config: ranges; views whose range is the identity are left as they are.
       key: of the run, the same at every step.
 
     Returns:
-      A new dict; augmented images are u8 [B, S, S, 3].
+      A new dict; augmented images are u8 [B, S, S, 3] or [B, steps, S, S, 3].
 
     Raises:
       ValueError: an image that is not u8.
@@ -183,7 +183,11 @@ def augment_views(
         image = batch[name]
         if image.dtype != jnp.uint8:
             raise ValueError(f"{name} is {image.dtype}; augmentation takes the uint8 images of the loader")
-        if image.shape[1:3] != (size, size):
-            image = images.resize(image, size).astype(jnp.uint8)
-        out[name] = apply(image, draw(key, batch["position"], number, config.compat), ranges)
+        flat = image.reshape(-1, *image.shape[-3:])
+        if flat.shape[1:3] != (size, size):
+            flat = images.resize(flat, size).astype(jnp.uint8)
+        numbers = draw(key, batch["position"], number, config.compat)
+        # All steps of one example are changed alike: they show one scene.
+        numbers = {operation: jnp.repeat(u, len(flat) // len(image)) for operation, u in numbers.items()}
+        out[name] = apply(flat, numbers, ranges).reshape(*image.shape[:-3], size, size, 3)
     return out

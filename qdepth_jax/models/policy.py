@@ -95,13 +95,16 @@ class Policy(nn.Module):
             self.depth_encoder = depth_expert.DepthEncoder(c.depth.expert.width, dtype)
             self.depth_decoder = depth_expert.DepthDecoder(c.depth, dtype)
 
-    def __call__(self, images: Array, text: Array, proprio: Array, x_t: Array, t: Array) -> Output:
+    def __call__(
+        self, images: Array, text: Array, proprio: Array, x_t: Array, t: Array, view_mask: Array | None = None
+    ) -> Output:
         """Velocity and depth prediction for one flow time.
 
         Args:
-          images: f32 [B, views, H, W, 3] in [-1, 1], at SigLIP's size.
+          images: f32 [B, pictures, H, W, 3] in [-1, 1], at SigLIP's size, see `prepare_images`.
           text: i32 [B, L], right-padded with 0. proprio: f32 [B, steps, Dp].
           x_t: f32 [B, Z, A]. t: f32 [B].
+          view_mask: bool [B, views]; tokens of a view that an example lacks are seen by nobody. None = all are there.
         """
         streams, features = self._prefix(images, text, proprio)
         action = self._scale(self.action_encoder(x_t, t))
@@ -109,14 +112,14 @@ class Policy(nn.Module):
         finals, _ = self.llm(
             streams,
             self._positions(visibility.GROUPS),
-            self._mask(text, visibility.GROUPS, visibility.GROUPS),
+            self._mask(text, visibility.GROUPS, visibility.GROUPS, view_mask),
             outputs=tuple(name for name in streams if name != "vlm"),
         )
         velocity = self.action_decoder(finals["action"][:, proprio.shape[1] :])
         depth = self.depth_decoder(finals["depth"]) if self.config.depth is not None else None
         return Output(velocity.astype(jnp.float32), depth, features)
 
-    def prefill(self, images: Array, text: Array, proprio: Array, depth: bool = False):
+    def prefill(self, images: Array, text: Array, proprio: Array, depth: bool = False, view_mask: Array | None = None):
         """Everything that does not depend on the flow time.
 
         Args:
@@ -129,18 +132,18 @@ class Policy(nn.Module):
         finals, cache = self.llm(
             streams,
             self._positions(PREFIX),
-            self._mask(text, PREFIX, PREFIX),
+            self._mask(text, PREFIX, PREFIX, view_mask),
             return_cache=True,
             outputs=("depth",) if depth else (),
         )
         return cache, self.depth_decoder(finals["depth"]) if depth else None
 
-    def denoise(self, cache: gemma.KVCache, text: Array, x_t: Array, t: Array) -> Array:
+    def denoise(self, cache: gemma.KVCache, text: Array, x_t: Array, t: Array, view_mask: Array | None = None) -> Array:
         """One velocity f32 [B, Z, A] with the action stream alone against the cache."""
         finals, _ = self.llm(
             {"action": self._scale(self.action_encoder(x_t, t))},
             self._positions(("action",)),
-            self._mask(text, ("action",), visibility.GROUPS),
+            self._mask(text, ("action",), visibility.GROUPS, view_mask),
             cache=cache,
             outputs=("action",),
         )
@@ -149,10 +152,10 @@ class Policy(nn.Module):
     def _prefix(self, images: Array, text: Array, proprio: Array) -> tuple[dict[str, Array], Array]:
         """Streams of all groups but action, and the main view's vision features."""
         config = self.config
-        if images.shape[1] != len(config.views) or text.shape[1] != config.text_length:
+        if images.shape[1] != config.pictures or text.shape[1] != config.text_length:
             raise errors.UserError(
-                f"the policy takes {len(config.views)} views {config.views} and {config.text_length} text tokens, "
-                f"got {images.shape[1]} and {text.shape[1]}"
+                f"the policy takes {config.pictures} images (views {config.views} x {config.image_steps} steps) and "
+                f"{config.text_length} text tokens, got {images.shape[1]} and {text.shape[1]}"
             )
         b, views = images.shape[:2]
         # Batch stays the major axis, so that its sharding survives the fold.
@@ -179,15 +182,28 @@ class Policy(nn.Module):
         out = {expert: [ids[group] for group in members if group in groups] for expert, members in parts.items()}
         return {expert: np.concatenate(rows) for expert, rows in out.items() if rows}
 
-    def _mask(self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...]) -> Array:
-        table = visibility.resolve(self.config.visibility)
-        return visibility.mask(table, self.config.sizes, text != 0, queries, keys)
+    def _mask(self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...], view_mask: Array | None) -> Array:
+        config, image_valid = self.config, None
+        if view_mask is not None:
+            image_valid = jnp.repeat(view_mask, config.image_steps * config.siglip.tokens, axis=1)
+        table = visibility.resolve(config.visibility)
+        return visibility.mask(table, config.sizes, text != 0, queries, keys, image_valid)
 
 
 def prepare_images(config: PolicyConfig, batch: objective.Batch) -> Array:
-    """Batch images (see images.prepare) -> f32 [B, views, S, S, 3] in [-1, 1]."""
-    views = [images.prepare(batch[f"image_{view}"], config.siglip.image_size) for view in config.views]
-    return jnp.stack(views, axis=1)
+    """Batch images (see images.prepare) -> f32 [B, pictures, S, S, 3] in [-1, 1].
+
+    The pictures are view after view, of each view the newest first: the present main view always comes first.
+    """
+    size, pictures = config.siglip.image_size, []
+    for view in config.views:
+        image = batch[f"image_{view}"]
+        if config.image_steps == 1:
+            pictures.append(images.prepare(image, size)[:, None])
+        else:
+            flat = images.prepare(image.reshape(-1, *image.shape[2:]), size)
+            pictures.append(flat.reshape(*image.shape[:2], *flat.shape[1:])[:, ::-1])
+    return jnp.concatenate(pictures, axis=1)
 
 
 def features(config: PolicyConfig) -> tuple[str, ...]:
@@ -195,11 +211,17 @@ def features(config: PolicyConfig) -> tuple[str, ...]:
     keys = [f"image_{view}" for view in config.views] + ["text", "proprio", "action", "position"]
     if not config.faithful:
         keys.append("action_mask")
+    if config.missing_views:
+        keys.append("view_mask")
     if config.depth_labels == "codes":
         keys += ["depth_tokens", "depth_tokens_mask"]
     if config.depth_labels == "pixels":
         keys += ["depth", "depth_scale", "depth_offset"]
     return tuple(keys)
+
+
+def _view_mask(config: PolicyConfig, batch: objective.Batch) -> Array | None:
+    return batch["view_mask"] if config.missing_views else None
 
 
 def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
@@ -211,7 +233,7 @@ def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
     key_params, key_codes = jax.random.split(key)
     variables = Policy(config).init(
         key_params,
-        jnp.zeros((1, len(config.views), size, size, 3)),
+        jnp.zeros((1, config.pictures, size, size, 3)),
         jnp.zeros((1, config.text_length), jnp.int32),
         jnp.zeros((1, config.proprio_steps, config.proprio_dim)),
         jnp.zeros((1, config.horizon, config.action_dim)),
@@ -240,7 +262,13 @@ def loss_at(config: PolicyConfig, params, state, batch, noise: Array, t: Array, 
     action, sigma = batch["action"], config.flow.sigma_min
     x_t = flow.interpolate(noise, action, t, sigma)
     out = Policy(config).apply(
-        {"params": params}, prepare_images(config, batch), batch["text"], batch["proprio"], x_t, t
+        {"params": params},
+        prepare_images(config, batch),
+        batch["text"],
+        batch["proprio"],
+        x_t,
+        t,
+        _view_mask(config, batch),
     )
     # Actions past the end of an episode repeat the last one; open-pi-zero trains on them, we do not.
     valid = jnp.ones(action.shape[:2], bool) if config.faithful else batch["action_mask"]
@@ -303,14 +331,15 @@ def sample_actions(
     del state  # Actions need no codebook; the argument keeps the signature of all predictions equal.
     policy, variables = Policy(config), {"params": params}
     views, text, proprio = prepare_images(config, batch), batch["text"], batch["proprio"]
+    there = _view_mask(config, batch)
     if not cached:
         return flow.integrate(
-            lambda x, t: policy.apply(variables, views, text, proprio, x, t).velocity, noise, config.flow
+            lambda x, t: policy.apply(variables, views, text, proprio, x, t, there).velocity, noise, config.flow
         )
     visibility.check_cacheable(visibility.resolve(config.visibility))
-    cache, _ = policy.apply(variables, views, text, proprio, method=Policy.prefill)
+    cache, _ = policy.apply(variables, views, text, proprio, view_mask=there, method=Policy.prefill)
     return flow.integrate(
-        lambda x, t: policy.apply(variables, cache, text, x, t, method=Policy.denoise), noise, config.flow
+        lambda x, t: policy.apply(variables, cache, text, x, t, there, method=Policy.denoise), noise, config.flow
     )
 
 
@@ -328,6 +357,7 @@ def predict_depth(config: PolicyConfig, params, state, batch: objective.Batch) -
         batch["text"],
         batch["proprio"],
         depth=True,
+        view_mask=_view_mask(config, batch),
         method=Policy.prefill,
     )
     if config.depth.head == "pixels":

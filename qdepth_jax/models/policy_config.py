@@ -46,6 +46,8 @@ class PolicyConfig:
       siglip, vlm, action, depth: the parts. depth None is the open-pi-zero baseline, with the same forward pass.
       layers, heads, kv_heads, head_dim: of the mixture.
       views: cameras; the first is the main view, the only one with depth. Batch keys are `image_{view}`.
+      image_steps: pictures of each view, the present one and the steps before it.
+      missing_views: examples may lack a view (batch key `view_mask`); its tokens are then seen by nobody.
       text_length: L, text tokens with padding.
       vocabulary: rows of the text embedding (Hugging Face's PaliGemma 257,216; official files 257,152).
       proprio_dim, proprio_steps: size and number of proprio tokens. action_dim, horizon: A, Z.
@@ -66,6 +68,8 @@ class PolicyConfig:
     kv_heads: int = 1
     head_dim: int = 256
     views: tuple[str, ...] = ("main",)
+    image_steps: int = 1
+    missing_views: bool = False
     text_length: int = 20
     vocabulary: int = 257_216
     proprio_dim: int = 7
@@ -90,6 +94,8 @@ class PolicyConfig:
             raise errors.UserError(f"dtype {self.dtype!r} is unknown: use one of {DTYPES}")
         if not self.views or len(set(self.views)) != len(self.views):
             raise errors.UserError(f"views {self.views} must name at least one camera and none twice")
+        if self.image_steps < 1:
+            raise errors.UserError(f"image_steps={self.image_steps} must be at least 1")
         if self.heads % self.kv_heads:
             raise errors.UserError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:
@@ -122,10 +128,15 @@ class PolicyConfig:
         )
 
     @property
+    def pictures(self) -> int:
+        """Images of one example, all views and steps."""
+        return len(self.views) * self.image_steps
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Tokens of each visibility group."""
         return {
-            "image": self.siglip.tokens * len(self.views),
+            "image": self.siglip.tokens * self.pictures,
             "text": self.text_length,
             "depth": self.depth.tokens if self.depth is not None else 0,
             "proprio": self.proprio_steps,

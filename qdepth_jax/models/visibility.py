@@ -12,7 +12,8 @@ Default `r1` (query row, key column), reading R1 of QDepth-VLA's hybrid mask; wi
 `r2`: image and text see only themselves (the literal reading: "only within their modality").
 `proprio_sees_depth`: the ablation "without hybrid attention", proprio also sees depth.
 
-Attention inside a visible block is bidirectional. A group that a model lacks has size 0. Text padding is never a key.
+Attention inside a visible block is bidirectional. A group that a model lacks has size 0. Text padding is never a key,
+nor is a view that an example lacks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,7 @@ def mask(
     text_valid: Array,
     queries: Sequence[str] = GROUPS,
     keys: Sequence[str] = GROUPS,
+    image_valid: Array | None = None,
 ) -> Array:
     """The attention mask.
 
@@ -93,6 +95,7 @@ def mask(
       sizes: tokens of each group; an absent group has none. sizes["text"] is L.
       text_valid: bool [B, L], True for real text tokens.
       queries, keys: the groups that form the rows and columns, in this order.
+      image_valid: bool [B, image tokens], False for tokens of a view that an example lacks; None = all are there.
 
     Returns:
       bool [B, T, S]: query t sees key s. Rows of padding are like those of real text; nobody reads them.
@@ -103,8 +106,9 @@ def mask(
     columns = [sizes.get(group, 0) for group in keys]
     visible = np.repeat(np.repeat(block, rows, axis=0), columns, axis=1)
     batch = text_valid.shape[0]
+    given = {"text": text_valid, "image": image_valid}
     valid = [
-        text_valid if group == "text" else jnp.ones((batch, size), bool)
+        given[group] if given.get(group) is not None else jnp.ones((batch, size), bool)
         for group, size in zip(keys, columns, strict=True)
     ]
     return jnp.asarray(visible)[None] & jnp.concatenate(valid, axis=1)[:, None, :]

@@ -223,3 +223,20 @@ def test_wrong_inputs_name_the_numbers():
         policy.predict_depth(TINY, params, state, wrong)
     with pytest.raises(errors.UserError, match="depth=None"):
         policy.predict_depth(dataclasses.replace(TINY, depth=None), params, state, batch())
+
+
+def test_a_masked_view_changes_nothing_and_older_pictures_do():
+    """What stands in a view that an example lacks has no influence; a view or step that is there has."""
+    config = dataclasses.replace(TINY, layers=1, image_steps=2, missing_views=True, proprio_steps=2, depth=None)
+    params, _ = variables(config)
+    batch = synthetic.policy_batch(config, 2) | {"view_mask": jnp.array([[True, True], [True, False]])}
+    noise = jax.random.normal(jax.random.key(1), batch["action"].shape)
+    actions = jax.jit(lambda batch, cached=True: policy.sample_actions(config, params, {}, batch, noise, cached),
+                      static_argnums=1)  # fmt: skip
+    base = actions(batch)
+    np.testing.assert_allclose(base, actions(batch, False), atol=1e-5)
+    other = actions(batch | {"image_wrist": 255 - batch["image_wrist"]})
+    np.testing.assert_array_equal(other[1], base[1])
+    assert np.abs(other[0] - base[0]).max() > 1e-6
+    earlier = batch["image_main"].at[:, 0].set(255 - batch["image_main"][:, 0])
+    assert (np.abs(actions(batch | {"image_main": earlier}) - base).max((1, 2)) > 1e-6).all()
