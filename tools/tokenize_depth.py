@@ -60,7 +60,7 @@ def tokenize(config, variables, name: str, path: str, depth_dir: str, index_dir:
 
     opened = index.open_index(path, index_dir)
     definition = definitions.find(name)
-    camera = f"steps/{definition.views['main']}"
+    camera = f"steps/{definition.main_view}"
     identity = tokenizer.identity(config, variables["params"], variables["state"])
     out = {}
     for split_name, split in opened.splits.items():
@@ -85,7 +85,7 @@ def tokenize(config, variables, name: str, path: str, depth_dir: str, index_dir:
         for episode in progress.track(episodes, len(episodes), f"{name} {split_name} episodes", "episode"):
             # Episodes done before are encoded again only for the figures; their bytes on disk stay.
             raw, scale, offset = reader.depth_of(
-                f"steps/{definition.depth}", definition.depth_metres, annotated, episode
+                f"steps/{definition.main_depth}", definition.depth_metres, annotated, episode
             )
             codes = measure.encode(raw, scale, offset)
             if episode in pending:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, frame_reader, normalise, order, sidecar, source, text
+from qdepth_jax.data import data_config, frame_reader, normalise, order, sidecar, source, standardise, text
 
 HostBatch = dict[str, np.ndarray]
 Job = Callable[[], None]
@@ -337,7 +337,8 @@ class Loader:
         tokenizer = text.TextTokenizer(self.config.text_tokenizer)
         tables = []
         for item in self.sources:
-            ids, strings = item.split.texts(f"steps/{item.definition.language}")
+            name = f"steps/{item.definition.language[0]}"
+            ids, strings = standardise.texts(item.split, name, item.definition.language_kind)
             used = np.unique(ids[item.frames.valid])
             rows, unknown = tokenizer.encode_table([strings[i] for i in used], self.config.max_text_tokens)
             if unknown.any():
@@ -361,7 +362,7 @@ class Loader:
             else:
                 raise errors.UserError(
                     f"data set {item.definition.name} in {item.index.dataset.directory} has no depth "
-                    f"(feature 'steps/{item.definition.depth}'): annotate it with tools/annotate_depth.py and set the "
+                    f"(feature 'steps/{item.definition.main_depth}'): annotate it with tools/annotate_depth.py and set the "
                     "data set's `depth` to the result"
                 )
         if len(set(shapes.values())) > 1:

@@ -54,8 +54,8 @@ class Source:
 
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
-        name = f"steps/{self.definition.depth}"
-        return name if name in self.index.dataset.features else ""
+        name = f"steps/{self.definition.main_depth}"
+        return name if self.definition.main_depth and name in self.index.dataset.features else ""
 
 
 def open_source(
@@ -91,7 +91,7 @@ def open_source(
                 f"{name} statistics have {given[name].statistics.dims} dimensions, data set {definition.name} "
                 f"has {values.shape[1]}: they belong to another data set"
             )
-    main = f"steps/{definition.views['main']}"
+    main = f"steps/{definition.main_view}"
     depth = _sidecar(entry.depth, "depth", opened, split, main)
     tokens = _sidecar(entry.depth_tokens, "depth_tokens", opened, split, main)
     identity = {
@@ -158,19 +158,23 @@ def _select(
     if config.held_out_every:
         aside = np.arange(len(episodes)) % config.held_out_every == config.held_out_every - 1
         episodes &= aside if held_out else ~aside
-    language = f"steps/{definition.language}"
     frames = standardise.standardise(
         split,
         definition.action,
         definition.proprio,
+        drop_first=definition.drop_first,
         drop_last=definition.drop_last,
-        language=language,
+        keep=definition.keep,
+        keep_reason=definition.keep_reason,
+        language=[f"steps/{name}" for name in definition.language[:1]],
+        language_kind=definition.language_kind,
         skip_unlabelled=config.skip_unlabelled,
         episodes=episodes,
         max_frames_per_episode=config.max_frames_per_episode,
+        horizon=config.horizon,
         seed=seed,
     )
-    longest = int((frames.end - frames.start)[frames.valid].max())
+    longest = int((frames.end[frames.valid] - frames.start[frames.valid]).max())
     if longest < config.horizon:
         raise errors.UserError(
             f"data.horizon={config.horizon} is longer than every episode of {definition.name} {split_text} (longest: "
@@ -204,14 +208,14 @@ def _normalisers(
         if split_text != config.split or config.held_out:
             _, frames = _select(opened, definition, config, split_text, False, seed)
         statistics = {
-            "action": normalise.compute(frames.action[frames.valid]),
-            "proprio": normalise.compute(frames.proprio[frames.valid]),
+            "action": normalise.compute(frames.action, frames.valid),
+            "proprio": normalise.compute(frames.proprio, frames.valid),
         }
         _save_statistics(path, statistics, key)
     raw = () if config.normalise_gripper else definition.raw_action_dims
     out = {
         "action": normalise.Normaliser(statistics["action"], config.normalisation, raw),
-        "proprio": normalise.Normaliser(statistics["proprio"], config.normalisation),
+        "proprio": normalise.Normaliser(statistics["proprio"], config.normalisation, definition.proprio_padding),
     }
     for name, normaliser in out.items():
         normalise.warn_constant(normaliser, f"{definition.name} {name}")
