@@ -362,8 +362,8 @@ class Loader:
             else:
                 raise errors.UserError(
                     f"data set {item.definition.name} in {item.index.dataset.directory} has no depth "
-                    f"(feature 'steps/{item.definition.main_depth}'): annotate it with tools/annotate_depth.py and set the "
-                    "data set's `depth` to the result"
+                    f"(feature 'steps/{item.definition.main_depth}'): annotate it with tools/annotate_depth.py and set "
+                    "the data set's `depth` to the result"
                 )
         if len(set(shapes.values())) > 1:
             raise errors.UserError(f"depth maps of the mix differ in size: {shapes}; annotate them at one size")

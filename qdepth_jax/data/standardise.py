@@ -270,8 +270,8 @@ def chunk_actions(
 def windows(frames: np.ndarray, start, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Observed steps of some frames, oldest first.
 
-    frames i64 [n]; start: by frame, the first frame of the episode (i64 [F] or `Standardised.start`). Returns (frame ids
-    i64 [n, W], mask bool [n, W]); before the start of the episode the first frame is repeated, with mask False.
+    frames i64 [n]; start: by frame, the first frame of the episode (i64 [F] or `Standardised.start`). Returns (frame
+    ids i64 [n, W], mask bool [n, W]); before the start of the episode the first frame is repeated, with mask False.
     """
     wanted = frames[:, None] + np.arange(1 - window, 1)[None, :]
     first = np.asarray(start[frames])[:, None]
@@ -307,7 +307,7 @@ def _refuse_odd_values(
     before: int,
     after: int,
 ) -> np.ndarray:
-    """bool [F]: frames whose sample would read a quarantined value that is not finite; any other such value is an error.
+    """bool [F]: frames whose sample would read a quarantined value that is not finite. Any other such is an error.
 
     Values count that a sample can read: those between the borders of an episode with a chosen frame.
     """
