@@ -42,7 +42,7 @@ def annotate(directory: str) -> dict:
     estimator = depth_labels.find(_ESTIMATOR.value)
     opened = index.open_index(directory, _INDEX_DIR.value)
     definition = definitions.find(_NAME.value or opened.dataset.name)
-    camera = f"steps/{definition.views['main']}"
+    camera = f"steps/{definition.main_view}"
     summary = {"estimator": estimator.name, "depth_kind": estimator.kind, "camera": camera, "splits": {}}
     if _ESTIMATOR.value == "stand_in":
         print("stand_in: these maps are NO depth; use them to test the pipeline only", file=sys.stderr)

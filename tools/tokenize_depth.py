@@ -60,7 +60,7 @@ def tokenize(config, variables, name: str, path: str, depth_dir: str, index_dir:
 
     opened = index.open_index(path, index_dir)
     definition = definitions.find(name)
-    camera = f"steps/{definition.views['main']}"
+    camera = f"steps/{definition.main_view}"
     identity = tokenizer.identity(config, variables["params"], variables["state"])
     out = {}
     for split_name, split in opened.splits.items():

@@ -1,132 +1,124 @@
-"""What we know about each data set: one table row, and the two small recipes it names.
+"""The table of data sets: one row of facts each, and the recipes (recipes.py) it names.
 
-Sources of the recipes: the published standardisation code of octo, OpenVLA and open-pi-zero. Actions come out as 7
-numbers, 6 of motion and an absolute gripper (1 open, 0 closed).
+Here are the sets that people train on alone; the rest of the Open X-Embodiment mixes is in definitions_oxe.py, with the
+conventions that hold for both. Where a row departs from its source on purpose, a comment says DEVIATION and why.
 """
 
-import dataclasses
 import difflib
 
-import numpy as np
-
 from qdepth_jax import errors
-from qdepth_jax.data import standardise
+from qdepth_jax.data import definition, definitions_oxe, recipes
 
-Columns = standardise.Columns
+Definition = definition.Definition
+swapped_channels = definition.swapped_channels
 
-
-@dataclasses.dataclass(frozen=True)
-class Definition:
-    """One data set.
-
-    Attributes:
-      name: name in dataset_info.json.
-      views: view name ("main", "wrist") -> image feature below `steps/`.
-      language: instruction feature below `steps/`.
-      action, proprio: recipes, f32 [F, A] and f32 [F, Dp].
-      depth: depth image feature of the main view below `steps/`; a copy of the data set may lack it.
-      depth_metres: metres per unit of a stored depth image.
-      raw_action_dims: action dimensions that normalisation leaves as they are (the gripper).
-      drop_last: the last step has no action.
-      rate_hz: control rate.
-      version: part of the identity of statistics; raise it when a recipe changes.
-    """
-
-    name: str
-    views: dict[str, str]
-    language: tuple[str, ...]
-    action: standardise.Recipe
-    proprio: standardise.Recipe
-    depth: dict[str, str] = dataclasses.field(default_factory=lambda: {"main": "observation/depth"})
-    bgr: tuple[str, ...] = ()
-    swap: tuple[str, str] | None = None
-    absolute_action_dims: tuple[int, ...] = (6,)
-    depth_metres: float = 0.001
-    raw_action_dims: tuple[int, ...] = (6,)
-    drop_last: bool = False
-    rate_hz: float = 0.0
-    version: int = 1
-
-    @property
-    def main_depth(self) -> str:
-        return self.depth.get("main", "")
+_STATE = "observation/state"
+_EULER = (6,)  # the empty place of "xyz, roll-pitch-yaw, 0, gripper"
 
 
-def bridge_action(columns: Columns) -> np.ndarray:
-    """Motion relabelled as the difference of reached poses; commands in the file are noisy and reach 80 metres."""
-    gripper = standardise.binarise(columns.read("action")[:, 6], columns.end)
-    motion = standardise.successive_difference(columns.read("observation/state")[:, :6], columns.end)
-    return np.concatenate([motion, gripper[:, None]], 1)
-
-
-def bridge_proprio(columns: Columns) -> np.ndarray:
-    """xyz, roll-pitch-yaw, gripper (1 open): 7."""
-    return columns.read("observation/state")
-
-
-def fractal_action(columns: Columns) -> np.ndarray:
-    gripper = columns.read("action/gripper_closedness_action")[:, 0]
-    gripper = standardise.relative_to_absolute(gripper, columns.start, columns.end)
-    parts = [columns.read("action/world_vector"), columns.read("action/rotation_delta"), gripper[:, None]]
-    return np.concatenate(parts, 1)
-
-
-def fractal_proprio(columns: Columns) -> np.ndarray:
-    """xyz, quaternion xyzw, gripper (1 closed): 8."""
-    parts = [columns.read("observation/base_pose_tool_reached"), columns.read("observation/gripper_closed")]
-    return np.concatenate(parts, 1)
-
-
-def libero_action(columns: Columns) -> np.ndarray:
-    """The file's gripper is -1 open, +1 close."""
-    action = columns.read("action")
-    gripper = standardise.invert(np.clip(action[:, 6:], 0, 1))
-    return np.concatenate([action[:, :6], gripper], 1)
-
-
-def libero_proprio(columns: Columns) -> np.ndarray:
-    """xyz, axis-angle, two finger positions: 8."""
-    return columns.read("observation/state")
+def _bridge(name: str, **differs) -> Definition:
+    return Definition(
+        name=name,
+        views={"main": "observation/image_0", "secondary": "observation/image_1"},
+        action=recipes.bridge_action,
+        depth={"main": "observation/depth_0"},
+        drop_last=True,
+        rate_hz=5.0,
+        **differs,
+    )
 
 
 def _libero(name: str) -> Definition:
+    # xyz, axis-angle, two fingers. DEVIATION: OpenVLA puts an empty place before the fingers (9 numbers).
     return Definition(
         name=name,
         views={"main": "observation/image", "wrist": "observation/wrist_image"},
-        language=("language_instruction",),
-        action=libero_action,
-        proprio=libero_proprio,
+        action=recipes.clipped_inverted_gripper,
+        proprio=recipes.pieces((_STATE, None, None)),
         rate_hz=20.0,
+        source="OpenVLA oxe/transforms.py libero_dataset_transform",
+    )
+
+
+def _droid(name: str, **differs) -> Definition:
+    return Definition(
+        name=name,
+        views={
+            "main": "observation/exterior_image_1_left",
+            "secondary": "observation/exterior_image_2_left",
+            "wrist": "observation/wrist_image_left",
+        },
+        language=("language_instruction", "language_instruction_2", "language_instruction_3"),
+        depth={},
+        swap=("main", "secondary"),
+        rate_hz=15.0,
+        **differs,
+    )
+
+
+def _droid_joint(kind: str) -> Definition:
+    # DEVIATION: openpi keeps the file's gripper (1 closed) in the action; ours is 1 open as everywhere here.
+    return _droid(
+        f"droid_joint_{kind}",
+        action=recipes.droid_joint_action(kind),
+        proprio=recipes.pieces(
+            ("observation/joint_position", None, None), ("observation/gripper_position", None, None)
+        ),
+        raw_action_dims=(7,),
+        absolute_action_dims=tuple(range(8)) if kind == "position" else (7,),
+        keep=recipes.droid_success,
+        keep_reason="episode without success",
+        source="openpi training/droid_rlds_dataset.py",
     )
 
 
 _LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
-DEFINITIONS: dict[str, Definition] = {
-    definition.name: definition
-    for definition in (
-        Definition(
-            name="bridge_dataset",
-            views={"main": "observation/image_0"},
-            language=("language_instruction",),
-            action=bridge_action,
-            proprio=bridge_proprio,
-            depth={"main": "observation/depth_0"},
-            drop_last=True,
-            rate_hz=5.0,
+_ROWS = (
+    _bridge(
+        "bridge_dataset",
+        proprio=recipes.pieces((_STATE, None, None)),  # 7 numbers, as octo and open-pi-zero have it
+        source="octo oxe_standardization_transforms.py bridge_dataset_transform",
+    ),
+    # The same files as OpenVLA reads them: the first action is all zero.
+    _bridge(
+        "bridge_orig",
+        proprio=recipes.pieces((_STATE, 0, 6), 1, (_STATE, -1, None)),
+        proprio_padding=_EULER,
+        drop_first=True,
+        source="OpenVLA oxe/transforms.py bridge_orig_dataset_transform",
+    ),
+    Definition(
+        name="fractal20220817_data",
+        views={"main": "observation/image"},
+        language=("observation/natural_language_instruction",),
+        action=recipes.delta_relative_gripper,
+        # xyz, quaternion xyzw, gripper (1 closed)
+        proprio=recipes.pieces(
+            ("observation/base_pose_tool_reached", None, None), ("observation/gripper_closed", None, None)
         ),
-        Definition(
-            name="fractal20220817_data",
-            views={"main": "observation/image"},
-            language=("observation/natural_language_instruction",),
-            action=fractal_action,
-            proprio=fractal_proprio,
-            rate_hz=3.0,
+        rate_hz=3.0,
+        source="octo oxe_standardization_transforms.py rt1_dataset_transform",
+    ),
+    # The published RLDS copies are called libero_*_no_noops; both names mean the same layout.
+    *(_libero(suite + ending) for suite in _LIBERO_SUITES for ending in ("", "_no_noops")),
+    # DEVIATION: OpenVLA's seven numbers of proprioception get the empty place before the gripper.
+    _droid(
+        "droid",
+        action=recipes.droid_action,
+        proprio=recipes.pieces(
+            ("observation/cartesian_position", 0, 6), 1, ("observation/gripper_position", None, None)
         ),
-        # The published RLDS copies are called libero_*_no_noops; both names mean the same layout.
-        *(_libero(suite + ending) for suite in _LIBERO_SUITES for ending in ("", "_no_noops")),
-    )
-}
+        proprio_padding=_EULER,
+        keep=recipes.droid_moving,
+        keep_reason="the arm does not move",
+        source="OpenVLA oxe/transforms.py droid_baseact_transform, droid_utils.py zero_action_filter",
+    ),
+    _droid_joint("position"),
+    _droid_joint("velocity"),
+)
+
+DEFINITIONS: dict[str, Definition] = {row.name: row for row in (*_ROWS, *definitions_oxe.ROWS)}
 
 
 def find(name: str) -> Definition:

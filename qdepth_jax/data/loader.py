@@ -237,7 +237,7 @@ class Loader:
     def _fill_vectors(self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray) -> None:
         data = item.frames
         if "proprio" in out or "proprio_mask" in out:
-            seen, mask = windows.observed(frames, item.start(frames), self.config.proprio_steps)
+            seen, mask = windows.observed(frames, item.frames.start[frames], self.config.proprio_steps)
             if "proprio" in out:
                 width = out["proprio"].shape[-1]
                 out["proprio"][rows] = batch_keys.normalised(data.proprio[seen], item.proprio, width)
@@ -247,7 +247,7 @@ class Loader:
             chunk, mask = windows.chunk(
                 data.action,
                 frames,
-                item.action_end(frames),
+                data.end[frames],
                 self.config.horizon,
                 self.config.chunk_end,
                 item.definition.absolute_action_dims,
@@ -293,7 +293,7 @@ class Loader:
             if c.goal == "uniform":
                 room = last - frames if not c.goal_max_steps else np.minimum(last - frames, c.goal_max_steps)
                 goal = frames + order.draw_below(self.seed, position, GOAL, room + 1)
-        seen, _ = windows.observed(frames, item.start(frames), c.image_steps)
+        seen, _ = windows.observed(frames, item.frames.start[frames], c.image_steps)
         for view, features in feature_of.items():
             if (array := out.get(f"image_{view}")) is not None:
                 flat = array.reshape(-1, *array.shape[-3:])
@@ -310,7 +310,7 @@ class Loader:
         jobs = []
         for view in sorted(set(views)):
             mine = np.array([name == view for name in views])
-            decode = frame_reader.decode_bgr if view in item.definition.bgr else frame_reader.decode_rgb
+            decode = frame_reader.decode_bgr if view in item.swapped_channels else frame_reader.decode_rgb
             jobs += self._read_jobs(out, item, item.image_feature(view), decode, rows[mine], frames[mine])
         return jobs
 

@@ -55,25 +55,23 @@ class Source:
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
         name = f"steps/{self.definition.main_depth}"
-        return name if name in self.index.dataset.features else ""
+        return name if self.definition.main_depth and name in self.index.dataset.features else ""
+
+    @property
+    def swapped_channels(self) -> tuple[str, ...]:
+        """Views whose red and blue must be exchanged after decoding this copy of the data set."""
+        return definitions.swapped_channels(self.definition, self.index.dataset)
 
     def instructions(self) -> list[tuple[np.ndarray, list[str]]]:
         """(ids i32 [F], distinct strings) of every instruction feature; one empty text for data without language."""
-        found = [self.split.texts(f"steps/{name}") for name in self.definition.language]
+        kind = self.definition.language_kind
+        found = [standardise.texts(self.split, f"steps/{name}", kind) for name in self.definition.language]
         return found or [(np.zeros(self.split.frames, np.int32), [""])]
 
-    def start(self, frames: np.ndarray) -> np.ndarray:
-        """First frame of the episode of each frame, i64 [n]."""
-        return self.split.episodes["start"][self.frames.episode[frames]]
-
     def end(self, frames: np.ndarray) -> np.ndarray:
-        """One past the last frame of the episode of each frame, i64 [n]."""
+        """One past the last observed frame of the episode of each frame, i64 [n] (`frames.end` counts actions)."""
         rows = self.split.episodes[self.frames.episode[frames]]
         return rows["start"] + rows["length"]
-
-    def action_end(self, frames: np.ndarray) -> np.ndarray:
-        """One past the last frame of the episode whose action is defined, i64 [n]."""
-        return self.end(frames) - int(self.definition.drop_last)
 
 
 def open_source(
@@ -109,7 +107,7 @@ def open_source(
                 f"{name} statistics have {given[name].statistics.dims} dimensions, data set {definition.name} "
                 f"has {values.shape[1]}: they belong to another data set"
             )
-    main = f"steps/{definition.views['main']}"
+    main = f"steps/{definition.main_view}"
     depth = _sidecar(entry.depth, "depth", opened, split, main)
     tokens = _sidecar(entry.depth_tokens, "depth_tokens", opened, split, main)
     identity = {
@@ -119,7 +117,7 @@ def open_source(
         "split": config.split,
         "held_out": [config.held_out_every, config.held_out],
         "frames": len(frames.valid),
-        "frames_digest": hashlib.sha256(frames.valid.tobytes()).hexdigest()[:16],
+        "frames_digest": _digest(frames.valid),
         "depth": depth.metadata.identity if depth else "",
         "depth_tokens": tokens.metadata.identity if tokens else "",
     }
@@ -176,32 +174,36 @@ def _select(
     if config.held_out_every:
         aside = np.arange(len(episodes)) % config.held_out_every == config.held_out_every - 1
         episodes &= aside if held_out else ~aside
-    language = f"steps/{definition.language[0]}"
     frames = standardise.standardise(
         split,
         definition.action,
         definition.proprio,
+        drop_first=definition.drop_first,
         drop_last=definition.drop_last,
-        language=language,
+        keep=definition.keep,
+        keep_reason=definition.keep_reason,
+        language=_instructions(definition, config),
+        language_kind=definition.language_kind,
         skip_unlabelled=config.skip_unlabelled,
         episodes=episodes,
         max_frames_per_episode=config.max_frames_per_episode,
+        horizon=config.horizon,
+        window=config.proprio_steps,
+        whole_chunks=config.chunk_end == "truncate",
         seed=seed,
     )
-    table = split.episodes[frames.episode[frames.valid]]
-    ends = table["start"] + table["length"] - int(definition.drop_last)
-    longest = int((ends - table["start"]).max())
+    longest = int((frames.end[frames.valid] - frames.start[frames.valid]).max())
     if longest < config.horizon:
         raise errors.UserError(
             f"data.horizon={config.horizon} is longer than every episode of {definition.name} {split_text} (longest: "
             f"{longest} actions): lower data.horizon"
         )
-    if config.chunk_end == "truncate":
-        whole = frames.valid + config.horizon <= ends
-        short = int((~whole).sum())
-        dropped = dict(frames.dropped) | ({"chunk reaches past the episode's end": short} if short else {})
-        frames = dataclasses.replace(frames, valid=frames.valid[whole], dropped=dropped)
     return split, frames
+
+
+def _instructions(definition: definitions.Definition, config: data_config.DataConfig) -> list[str]:
+    """Instruction features that count as a label: the default one, or any where variants are drawn."""
+    return [f"steps/{name}" for name in definition.language[: None if config.instructions == "random" else 1]]
 
 
 def _normalisers(
@@ -213,35 +215,31 @@ def _normalisers(
 ) -> dict[str, normalise.Normaliser]:
     """Statistics of the training frames, kept beside the index (they need no image)."""
     split_text = config.statistics_split or config.split
-    key = [
-        opened.fingerprint,
-        definition.name,
-        definition.version,
-        split_text,
-        config.held_out_every,
-        config.skip_unlabelled,
-        [config.chunk_end == "truncate" and config.horizon],
-        [config.max_frames_per_episode, seed if config.max_frames_per_episode else 0],
-    ]
+    if split_text != config.split or config.held_out:
+        _, frames = _select(opened, definition, config, split_text, False, seed)
+    # Exactly these frames under exactly this recipe.
+    key = [opened.fingerprint, definition.name, definition.version, split_text, _digest(frames.valid)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = os.path.join(opened.directory, f"statistics-{definition.name}-{digest}.json")
     statistics = _load_statistics(path)
     if statistics is None:
-        if split_text != config.split or config.held_out:
-            _, frames = _select(opened, definition, config, split_text, False, seed)
         statistics = {
-            "action": normalise.compute(frames.action[frames.valid]),
-            "proprio": normalise.compute(frames.proprio[frames.valid]),
+            "action": normalise.compute(frames.action, frames.valid),
+            "proprio": normalise.compute(frames.proprio, frames.valid),
         }
         _save_statistics(path, statistics, key)
     raw = () if config.normalise_gripper else definition.raw_action_dims
     out = {
         "action": normalise.Normaliser(statistics["action"], config.normalisation, raw),
-        "proprio": normalise.Normaliser(statistics["proprio"], config.normalisation),
+        "proprio": normalise.Normaliser(statistics["proprio"], config.normalisation, definition.proprio_padding),
     }
     for name, normaliser in out.items():
         normalise.warn_constant(normaliser, f"{definition.name} {name}")
     return out
+
+
+def _digest(frames: np.ndarray) -> str:
+    return hashlib.sha256(frames.tobytes()).hexdigest()[:16]
 
 
 def _load_statistics(path: str) -> dict[str, normalise.Statistics] | None:

@@ -1,33 +1,84 @@
-"""From a data set's own columns to ours: action with an absolute gripper (1 open, 0 closed), proprioception.
+"""From a data set's own columns to ours, for a whole split at once: actions, proprioception, frames to sample.
 
-Everything is vectorised over the whole split; episode borders are explicit arrays. Nothing is filtered at run time:
-the frames that may be sampled, and the reasons why others may not, are computed once.
+Everything is vectorised over the split; episode borders are explicit. Nothing is filtered at run time: the frames that
+may be sampled, and the reasons why others may not, are computed once. What the columns of a data set mean stands in
+recipes.py and definitions.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import index
+from qdepth_jax.data import index, shard_scan
+
+# Rows that are looked at together where a whole column would need a temporary of its own size.
+_ROWS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What a recipe may read.
+    """What a recipe may read (F frames, E episodes).
 
     Attributes:
-      read: feature name (without the leading "steps/") -> array [F, ...].
-      start, end: i64 [F]; first frame of the episode of each frame, and one past its last.
+      read: step feature (without the leading "steps/") -> array [F, ...].
+      lengths: i64 [E]; frames of each episode.
+      text: step feature -> (ids i32 [F], table of strings).
+      episode_read: feature outside the steps, by its full name ("success") -> its value at every frame, [F, ...].
+      episode_text: text feature outside the steps, by its full name -> (ids i32 [F], table of strings).
     """
 
     read: Callable[[str], np.ndarray]
-    start: np.ndarray
-    end: np.ndarray
+    lengths: np.ndarray
+    text: Callable[[str], tuple[np.ndarray, list[str]]] | None = None
+    episode_read: Callable[[str], np.ndarray] | None = None
+    episode_text: Callable[[str], tuple[np.ndarray, list[str]]] | None = None
+
+    @functools.cached_property
+    def start(self) -> np.ndarray:
+        """i64 [F]; first frame of the episode of each frame."""
+        return np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+
+    @functools.cached_property
+    def end(self) -> np.ndarray:
+        """i64 [F]; one past the last frame of the episode of each frame."""
+        return np.repeat(np.cumsum(self.lengths), self.lengths)
 
 
 Recipe = Callable[[Columns], np.ndarray]
+
+
+def split_columns(split: index.SplitIndex) -> Columns:
+    """The columns of an opened split."""
+    lengths = split.episodes["length"].astype(np.int64)
+
+    def spread(name: str) -> tuple[np.ndarray, list[str]]:
+        ids, strings = split.texts(name)
+        return np.repeat(ids, lengths), strings
+
+    return Columns(
+        read=lambda name: split.column(f"steps/{name}"),
+        lengths=lengths,
+        text=lambda name: split.texts(f"steps/{name}"),
+        episode_read=lambda name: np.repeat(split.column(name), lengths, axis=0),
+        episode_text=spread,
+    )
+
+
+class PerEpisode:
+    """One number per episode that is indexed by frame: with 27 M frames (DROID) an array by frame fills 216 MB."""
+
+    def __init__(self, values: np.ndarray, episode: np.ndarray):
+        self.values = values
+        self._episode = episode
+
+    def __getitem__(self, frames) -> np.ndarray:
+        return self.values[self._episode[frames]]
+
+    def __len__(self) -> int:
+        return len(self._episode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,74 +88,20 @@ class Standardised:
     Attributes:
       action: f32 [F, A].
       proprio: f32 [F, Dp].
-      start: i64 [F] first frame of the episode.
-      end: i64 [F] one past the last frame of the episode whose action is defined.
+      start: indexed by frame ids: first frame of the episode that may be seen, i64.
+      end: indexed by frame ids: one past the last frame of the episode whose action is defined, i64.
       episode: i32 [F] episode number.
       valid: i64 [V] ids of the frames that may be sampled, ascending.
-      dropped: reason -> number of frames that may not.
+      dropped: reason -> number of frames that may not; a frame counts under the first reason that drops it.
     """
 
     action: np.ndarray
     proprio: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
+    start: PerEpisode
+    end: PerEpisode
     episode: np.ndarray
     valid: np.ndarray
     dropped: Mapping[str, int]
-
-
-# ---- gripper primitives: source convention -> absolute, 1 open, 0 closed ----
-
-
-def binarise(gripper: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Continuous opening -> {0, 1}: above 0.95 open, below 0.05 closed, between takes the state reached next.
-
-    Values between at the end of an episode, with no state reached after them, take the episode's last raw value (octo's
-    rule). gripper f32 [F], end i64 [F] (one past the episode's last frame) -> f32 [F].
-    """
-    frames = len(gripper)
-    decided = (gripper > 0.95) | (gripper < 0.05)
-    # Position of the next decided frame at or after each frame, over the whole split; beyond the episode = none.
-    at = np.where(decided, np.arange(frames), frames)
-    following = np.minimum.accumulate(at[::-1])[::-1]
-    reached = following < end
-    opened = (gripper > 0.95).astype(np.float32)
-    return np.where(reached, opened[np.where(reached, following, 0)], gripper[end - 1]).astype(np.float32)
-
-
-def relative_to_absolute(gripper: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Commands (+1 close, -1 open, about 0 keep; threshold 0.1) -> held state, 1 open, 0 closed.
-
-    Before its first command an episode is in the opposite state; without any command it is open. f32 [F] -> f32 [F].
-    """
-    frames = len(gripper)
-    command = np.where(gripper < -0.1, 1, np.where(gripper > 0.1, -1, 0))
-    given = command != 0
-    last = np.maximum.accumulate(np.where(given, np.arange(frames), -1))
-    following = np.minimum.accumulate(np.where(given, np.arange(frames), frames)[::-1])[::-1]
-    held = last >= start
-    coming = following < end
-    before = np.where(coming, -command[np.where(coming, following, 0)], 1)
-    state = np.where(held, command[np.where(held, last, 0)], before)
-    return (state.astype(np.float32) + 1) / 2
-
-
-def invert(gripper: np.ndarray) -> np.ndarray:
-    """1 - g."""
-    return (1 - gripper).astype(np.float32)
-
-
-def successive_difference(state: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """state[t+1] - state[t] inside an episode, 0 on its last frame (which such recipes drop). [F, n] -> f32 [F, n].
-
-    Angles are not wrapped: that is the published recipe, outliers of up to 2 pi included.
-    """
-    frames = len(state)
-    following = np.minimum(np.arange(1, frames + 1), end - 1)
-    return (state[following] - state).astype(np.float32)
-
-
-# ---- a whole split ----
 
 
 def standardise(
@@ -112,78 +109,179 @@ def standardise(
     action: Recipe,
     proprio: Recipe,
     *,
+    drop_first: bool = False,
     drop_last: bool = False,
-    language: str = "",
+    keep: Recipe | None = None,
+    keep_reason: str = "left out by the data set's rule",
+    language: str | Sequence[str] = (),
+    language_kind: str = "text",
     skip_unlabelled: bool = False,
     episodes: np.ndarray | None = None,
     max_frames_per_episode: int = 0,
+    horizon: int = 1,
+    window: int = 1,
+    whole_chunks: bool = False,
     seed: int = 0,
 ) -> Standardised:
     """Applies recipes to every frame of a split and decides which frames may be sampled.
 
     Args:
-      split: the opened split.
+      split: the opened split. Frames in `split.quarantined` (i64 ids), if it has that, are never sampled.
       action, proprio: recipes of the data set's definition.
-      drop_last: the last step of an episode has no action (relabelled actions).
-      language: feature of the instruction, needed for `skip_unlabelled`.
-      skip_unlabelled: leave out episodes without any instruction.
+      drop_first, drop_last: the first, the last step of an episode has no action (relabelled actions).
+      keep, keep_reason: bool [F]; False = never sampled, counted under this reason.
+      language: instruction features with "steps/"; needed for `skip_unlabelled`.
+      language_kind: "text" or "code_points".
+      skip_unlabelled: leave out frames whose instructions are all empty.
       episodes: bool [E]; episodes to use (None = all).
       max_frames_per_episode: of longer episodes, keep this many frames, drawn once from `seed` (0 = all).
+      horizon, window: actions after a frame, observed steps before it, that a sample reads.
+      whole_chunks: leave out frames whose chunk passes the end of the episode ("truncate").
 
     Raises:
-      UserError: a value that is not finite (names the frame), or no frame left.
+      UserError: a value that is not finite (names the frame and the fix), or no frame left.
     """
-    table = split.episodes
-    lengths = table["length"].astype(np.int64)
-    start, end = np.repeat(table["start"], lengths), np.repeat(table["start"] + lengths, lengths)
-    episode = np.repeat(np.arange(len(table), dtype=np.int32), lengths)
-    columns = Columns(lambda name: split.column(f"steps/{name}"), start, end)
+    columns = split_columns(split)
+    stop = np.cumsum(columns.lengths)
+    start = stop - columns.lengths + int(drop_first)
+    end = stop - int(drop_last)
+    episode = np.repeat(np.arange(len(stop), dtype=np.int32), columns.lengths)
+    frames = len(episode)
     values = {"action": action(columns), "proprio": proprio(columns)}
-    frame_end = end - 1 if drop_last else end
-    frames = np.arange(len(episode))
-    keep = np.ones(len(episode), bool)
+    chosen = np.ones(frames, bool)
     dropped: dict[str, int] = {}
 
     def drop(reason: str, these: np.ndarray) -> None:
-        nonlocal keep
-        dropped[reason] = int((keep & these).sum())
-        keep = keep & ~these
+        before = int(chosen.sum())
+        np.logical_and(chosen, ~these, out=chosen)
+        dropped[reason] = dropped.get(reason, 0) + before - int(chosen.sum())
 
+    quarantined = np.zeros(frames, bool)
+    quarantined[np.asarray(getattr(split, "quarantined", ()), np.int64)] = True
     if episodes is not None:
         drop("episode of another part of the split", ~episodes[episode])
+    drop("quarantined", quarantined)
+    if drop_first:
+        drop("first step, action undefined", _marked(frames, start - 1))
     if drop_last:
-        drop("last step, action undefined", frames >= frame_end)
+        drop("last step, action undefined", _marked(frames, end))
+    if keep is not None:
+        drop(keep_reason, ~keep(columns))
     if skip_unlabelled:
-        ids, strings = split.texts(language)
-        labelled = np.array([bool(text.strip()) for text in strings])[ids]
-        any_label = np.zeros(len(table), bool)
-        np.logical_or.at(any_label, episode, labelled)
-        drop("no instruction", ~(any_label[episode] & labelled))
+        drop("no instruction", ~_labelled(split, language, language_kind, frames))
+    if whole_chunks:
+        last = np.maximum(end - horizon + 1, start)
+        drop(f"fewer than {horizon} actions to the end of the episode", np.arange(frames) >= last[episode])
+    for name, array in values.items():
+        # A sample reads the actions after its frame and the observations before it.
+        before, after = (horizon - 1, 0) if name == "action" else (0, window - 1)
+        near = _refuse_odd_values(split, name, array, (start, end), episode, chosen, quarantined, before, after)
+        drop("next to a quarantined frame whose values are not finite", near)
     if max_frames_per_episode:
         drop(
             f"more than {max_frames_per_episode} frames in the episode",
-            ~_subsample(episode, keep, max_frames_per_episode, seed),
+            ~_subsample(episode, chosen, max_frames_per_episode, seed),
         )
-    for name, array in values.items():
-        bad = keep & ~np.isfinite(array).all(1)
-        if bad.any():
-            frame = int(np.flatnonzero(bad)[0])
-            raise errors.UserError(
-                f"{name} is not finite in {int(bad.sum())} frames, first {split.where(frame)}: {array[frame]}; "
-                "drop these episodes from the data set"
-            )
-    if not keep.any():
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    if not chosen.any():
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the split is empty"
+        if dropped.get("no instruction"):
+            reasons += "; data.skip_unlabelled=False keeps frames without an instruction"
         raise errors.UserError(f"{split.dataset.name} {split.name}: no frame left to sample ({reasons})")
     return Standardised(
         action=np.ascontiguousarray(values["action"], np.float32),
         proprio=np.ascontiguousarray(values["proprio"], np.float32),
-        start=start,
-        end=frame_end,
+        start=PerEpisode(start, episode),
+        end=PerEpisode(end, episode),
         episode=episode,
-        valid=np.flatnonzero(keep),
-        dropped={reason: count for reason, count in dropped.items() if count},
+        valid=np.flatnonzero(chosen),
+        dropped=dropped,
     )
+
+
+def texts(split: index.SplitIndex, feature: str, kind: str = "text") -> tuple[np.ndarray, list[str]]:
+    """Instructions of every frame: (ids i32 [F], table of distinct strings).
+
+    Args:
+      split: the opened split.
+      feature: full feature name ("steps/language_instruction").
+      kind: "text", or "code_points": integer rows [n], zero padded (language_table), up to the first zero.
+    """
+    if kind == "text" or shard_scan.storage(split.dataset.feature(feature)) == "text":
+        return split.texts(feature)
+    rows = split.column(feature)
+    table: dict[str, int] = {}
+    ids = np.empty(len(rows), np.int32)
+    for first in range(0, len(rows), _ROWS // 64):
+        part = np.ascontiguousarray(rows[first : first + _ROWS // 64])
+        # The same instruction stands on every frame of an episode: decode a row only where it changes.
+        change = np.concatenate([[True], (part[1:] != part[:-1]).any(1)])
+        decoded = []
+        for at in np.flatnonzero(change).tolist():
+            try:
+                text = "".join(map(chr, part[at][: _first_zero(part[at])].tolist()))
+            except (ValueError, OverflowError) as error:
+                raise errors.UserError(
+                    f"{feature} is no row of code points at {split.where(first + at)} ({error})"
+                ) from error
+            decoded.append(table.setdefault(text, len(table)))
+        ids[first : first + len(part)] = np.array(decoded, np.int32)[np.cumsum(change) - 1]
+    return ids, list(table)
+
+
+# ---- parts of `standardise` ----
+
+
+def _marked(frames: int, ids: np.ndarray) -> np.ndarray:
+    out = np.zeros(frames, bool)
+    out[ids] = True
+    return out
+
+
+def _labelled(split: index.SplitIndex, features: str | Sequence[str], kind: str, frames: int) -> np.ndarray:
+    """bool [F]: one of the instruction features has text."""
+    out = np.zeros(frames, bool)
+    for feature in [features] if isinstance(features, str) else features:
+        ids, strings = texts(split, feature, kind)
+        out |= np.array([bool(text.strip()) for text in strings], bool)[ids]
+    return out
+
+
+def _refuse_odd_values(
+    split: index.SplitIndex,
+    name: str,
+    array: np.ndarray,
+    borders: tuple[np.ndarray, np.ndarray],
+    episode: np.ndarray,
+    chosen: np.ndarray,
+    quarantined: np.ndarray,
+    before: int,
+    after: int,
+) -> np.ndarray:
+    """bool [F]: frames whose sample would read a quarantined value that is not finite. Any other such is an error.
+
+    Values count that a sample can read: those between the borders of an episode with a chosen frame.
+    """
+    start, end = borders
+    bad = np.concatenate([~np.isfinite(array[i : i + _ROWS]).all(1) for i in range(0, len(array), _ROWS)] or [chosen])
+    near = np.zeros(len(array), bool)
+    if not bad.any():
+        return near
+    used = np.zeros(len(start), bool)
+    used[episode[chosen]] = True
+    ids = np.flatnonzero(bad)
+    number = episode[ids]
+    ids = ids[used[number] & (ids >= start[number]) & (ids < end[number])]
+    loose = ids[~quarantined[ids]]
+    if len(loose):
+        raise errors.UserError(
+            f"{name} is not finite in {len(loose)} frames, first {split.where(int(loose[0]))}: {array[loose[0]]}; "
+            f"leave such frames out: `python tools/index_rlds.py {split.dataset.directory} --quarantine`"
+        )
+    for frame in ids.tolist():
+        here = episode[frame]
+        near[max(start[here], frame - before) : min(end[here], frame + after + 1)] = True
+    return near
 
 
 def _subsample(episode: np.ndarray, keep: np.ndarray, limit: int, seed: int) -> np.ndarray:
@@ -194,3 +292,8 @@ def _subsample(episode: np.ndarray, keep: np.ndarray, limit: int, seed: int) -> 
     chosen = np.zeros(len(episode), bool)
     chosen[order] = np.arange(len(episode)) - first < limit
     return chosen
+
+
+def _first_zero(row: np.ndarray) -> int:
+    zeros = np.flatnonzero(row == 0)
+    return int(zeros[0]) if len(zeros) else len(row)

@@ -117,7 +117,7 @@ def _previous(reader: loader.Loader, batch: dict[str, np.ndarray]) -> np.ndarray
     for number, source in enumerate(reader.sources):
         rows = np.flatnonzero(batch["dataset"] == number)
         frames = batch["frame"][rows]
-        start = source.start(frames)
+        start = source.frames.start[frames]
         later = frames > start
         out[rows[later]] = normalise.normalise(source.frames.action[frames[later] - 1], source.action)
     return out

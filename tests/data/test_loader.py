@@ -267,7 +267,7 @@ def test_windows_repeat_the_first_observation_and_say_so(libero_dir):
 def test_truncate_leaves_out_frames_and_counts_them(libero_dir):
     reader = loader.Loader(_config(libero_dir, horizon=4, chunk_end="truncate"), ("action", "action_mask", "frame"), 8)
     assert reader.sources[0].frames.valid.tolist() == [*range(0, 4), *range(10, 16), *range(19, 21)]
-    assert "12 chunk reaches past the episode's end" in reader.summary()[0]
+    assert "12 fewer than 4 actions to the end of the episode" in reader.summary()[0]
     assert reader.batch(0)["action_mask"].all()
     neutral = loader.Loader(_config(libero_dir, chunk_end="neutral"), ("action", "action_mask", "frame"), 24).batch(0)
     outside = ~neutral["action_mask"]

@@ -18,6 +18,34 @@ def test_statistics_are_exact():
     assert s.low == tuple(wide.min(0)) and s.count == 1000
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 99, 100, 101, 4097])
+def test_statistics_by_column_equal_numpy_on_the_whole(count, tmp_path, monkeypatch):
+    monkeypatch.setattr(normalise, "_BLOCK", 64)  # many blocks
+    rng = np.random.default_rng(count)
+    values = rng.normal([1e3, -2, 0, 0], [3, 1e-3, 1, 0], (3 * count, 4)).astype(np.float32)
+    values[:, 2] = rng.integers(0, 2, len(values))  # ties
+    np.save(tmp_path / "column.npy", values)
+    mapped = np.load(tmp_path / "column.npy", mmap_mode="r")
+    rows = np.sort(rng.choice(3 * count, count, replace=False))
+    for got, used in ((normalise.compute(mapped, rows), values[rows]), (normalise.compute(mapped), values)):
+        wide = used.astype(np.float64)
+        assert got.count == len(used)
+        assert got.low == tuple(wide.min(0)) and got.high == tuple(wide.max(0))
+        np.testing.assert_array_equal(got.q01, np.quantile(wide, 0.01, axis=0))
+        np.testing.assert_array_equal(got.q99, np.quantile(wide, 0.99, axis=0))
+        np.testing.assert_allclose(got.mean, wide.mean(0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got.std, wide.std(0), rtol=1e-10, atol=1e-15)
+    np.testing.assert_array_equal(mapped, values)  # the column itself keeps its order
+
+
+def test_a_value_that_is_not_finite_names_frame_and_dimension():
+    values = np.zeros((9, 2), np.float32)
+    values[7, 1] = np.nan
+    with pytest.raises(errors.UserError, match=r"frame 7 has nan in dimension 1.*--quarantine"):
+        normalise.compute(values, np.array([1, 3, 7]))
+    assert normalise.compute(values, np.array([1, 3])).count == 2
+
+
 def test_bounds_equal_open_pi_zero_formula_and_clip():
     s = normalise.compute(VALUES)
     ours = normalise.normalise(VALUES, normalise.Normaliser(s, "bounds"))
@@ -52,6 +80,7 @@ def test_nearly_constant_dimension_is_floored_and_named(caplog):
     assert normalise.warn_constant(n, "libero action") == (1,)
     assert "libero action: dimensions [1] are nearly constant" in caplog.text
     assert np.abs(normalise.normalise(values, n)[:, 1]).max() < 2e-3
+    assert normalise.policies(n) == ("scaled", "floored", "raw")
 
 
 def test_json_roundtrip_and_errors():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qdepth_jax.data import definitions
+from qdepth_jax.data import recipes
 from qdepth_jax.eval import robot
 
 
@@ -21,7 +21,7 @@ def test_to_libero_inverts_the_standardisation():
     rng = np.random.default_rng(0)
     stored = rng.uniform(-1, 1, (20, 7)).astype(np.float32)
     stored[:, 6] = rng.choice([-1.0, 1.0], 20)
-    standard = definitions.libero_action(Columns(stored))
+    standard = recipes.clipped_inverted_gripper(Columns(stored))
     assert set(np.unique(standard[:, 6])) == {0.0, 1.0}
     np.testing.assert_allclose(robot.to_libero(standard), stored, atol=1e-7)
 

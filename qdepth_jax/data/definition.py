@@ -1,0 +1,73 @@
+"""The row type of the table of data sets: what a loader must know before it can read one."""
+
+import dataclasses
+
+from qdepth_jax.data import recipes, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """One data set. Features are named below `steps/`.
+
+    Attributes:
+      name: name in dataset_info.json, or a name of our own for a second reading of a data set.
+      views: "main", "secondary", "wrist" -> image feature; a view that the robot lacks is absent.
+      action, proprio: recipes, f32 [F, A] and f32 [F, Dp].
+      language: instruction features, the default first; empty = the data set has no instructions.
+      language_kind: "text", or "code_points": an int32 row of code points, zero padded.
+      depth: view -> depth feature (image or tensor); a copy of the data set may lack it.
+      depth_metres: metres per unit of stored depth.
+      raw_action_dims: action dimensions that normalisation leaves as they are (the gripper).
+      absolute_action_dims: dimensions that are a target rather than a change: past the end of an episode the neutral
+        action repeats them and zeroes the others.
+      proprio_padding: places of proprio that are zero by construction.
+      bgr: views whose channels the original files hold in the order blue, green, red; see `swapped_channels`.
+      keep, keep_reason: bool [F]; frames with False are never sampled, and why.
+      drop_first, drop_last: the first (last) step has no action and is never sampled.
+      swap: two views that are exchanged at random per episode, when training on one exterior camera.
+      rate_hz: control rate, 0 = unknown.
+      version: part of the identity of statistics; raise it when a recipe changes.
+      source: where the facts are from.
+    """
+
+    name: str
+    views: dict[str, str]
+    action: recipes.Recipe
+    proprio: recipes.Recipe
+    language: tuple[str, ...] = ("language_instruction",)
+    language_kind: str = "text"
+    depth: dict[str, str] = dataclasses.field(default_factory=lambda: {"main": "observation/depth"})
+    depth_metres: float = 0.001
+    raw_action_dims: tuple[int, ...] = (6,)
+    absolute_action_dims: tuple[int, ...] = (6,)
+    proprio_padding: tuple[int, ...] = ()
+    bgr: tuple[str, ...] = ()
+    keep: recipes.Recipe | None = None
+    keep_reason: str = ""
+    drop_first: bool = False
+    drop_last: bool = False
+    swap: tuple[str, str] | None = None
+    rate_hz: float = 0.0
+    version: int = 1
+    source: str = ""
+
+    @property
+    def main_view(self) -> str:
+        """Image feature that stands for the main view: a robot with wrist cameras alone has its first one there."""
+        return self.views.get("main") or next(iter(self.views.values()))
+
+    @property
+    def main_depth(self) -> str:
+        """Depth feature of the main view, "" if the data set never has one."""
+        return self.depth.get("main", "")
+
+
+def swapped_channels(definition: Definition, dataset: spec.DatasetSpec) -> tuple[str, ...]:
+    """Views whose channels must be exchanged after decoding this copy of the data set.
+
+    rlds_dataset_mod, through which most copies went, repairs the order and resizes to 256x256 in one run, and keeps
+    name and version. None of the originals has images of 256x256, so the declared size tells the two apart.
+    """
+    return tuple(
+        view for view in definition.bgr if dataset.feature(f"steps/{definition.views[view]}").shape[:2] != (256, 256)
+    )
