@@ -1,8 +1,8 @@
 """Every recipe against what the original transforms of octo and OpenVLA make of the same random trajectories.
 
 tests/golden/oxe_standardise.npz holds inputs (NAME|in|FEATURE, episodes of NAME|lengths steps end to end) and outputs
-(NAME|octo|action, NAME|openvla|proprio, ...) of the repositories' own code: octo 241fb35, OpenVLA c8f03f4,
-tensorflow_graphics ad932c3, run under TensorFlow 2.21.
+(NAME|octo|action, NAME|openvla|proprio, ...; NAME|octo|images: feature of the primary, secondary and wrist view) of the
+repositories' own code: octo 241fb35, OpenVLA c8f03f4, tensorflow_graphics ad932c3, run under TensorFlow 2.21.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.data import definitions, mixes, recipes, spec, standardise
+from qdepth_jax.data import definitions, example, index, mixes, recipes, spec, standardise, write_rlds
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "oxe_standardise.npz")
 NAMES = sorted({key.split("|")[0] for key in GOLDEN if key.endswith("|lengths")})
@@ -86,6 +86,86 @@ def test_proprioception_has_the_places_of_openvla(name):
     if name == "taco_play":  # DEVIATION: the gripper's width instead of the first joint
         ours, theirs = ours[:, :7], theirs[:, :7]
     np.testing.assert_array_equal(ours, theirs)
+
+
+def _names(features):
+    return {view: f"observation/{name}" for view, name in zip(("main", "secondary", "wrist"), features) if name}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_and_depth_are_those_of_the_originals(name):
+    row = definitions.find(name)
+    who = "octo" if f"{name}|octo|images" in GOLDEN else "openvla"
+    views, depth = (_names(GOLDEN[f"{name}|{who}|{kind}s"]) for kind in ("image", "depth"))
+    if name == "dobbe":
+        views = _names(GOLDEN["dobbe|openvla|images"])
+    if name == "berkeley_autolab_ur5":  # renamed by the original before it is looked up
+        assert depth == {"main": "observation/depth"}
+        depth = {"main": "observation/image_with_depth"}
+    assert row.views == views
+    # A copy with depth of our own making has it where the row says, so rows may name more than the original has.
+    assert set(depth) <= set(row.depth) and all(row.depth[view] == feature for view, feature in depth.items())
+
+
+def _write(directory, name):
+    """A data set on disk with the layout of `name`: the golden's columns, images of one pixel, one instruction."""
+    row = definitions.find(name)
+    prefix = f"{name}|in|"
+    found = {key.removeprefix(prefix): GOLDEN[key] for key in GOLDEN if key.startswith(prefix)}
+    lengths = GOLDEN[f"{name}|lengths"].tolist()
+    steps, flat = {}, {}
+    for feature, values in found.items():
+        flat[f"steps/{feature}"] = write_rlds.Tensor(values.shape[1:], values.dtype.name)
+        steps[f"steps/{feature}"] = np.split(values, np.cumsum(lengths)[:-1])
+    for feature in row.views.values():
+        flat[f"steps/{feature}"] = write_rlds.Image((1, 1, 3))
+        steps[f"steps/{feature}"] = [[b"image"] * n for n in lengths]
+    for feature in row.language if row.language_kind == "text" else ():
+        flat[f"steps/{feature}"] = write_rlds.Text()
+        steps[f"steps/{feature}"] = [[b"do it"] * n for n in lengths]
+    extra = [{} for _ in lengths]
+    if name == "kuka":
+        flat["success"] = write_rlds.Tensor((), "bool")
+        extra = [{"success": np.bool_(number != 1)} for number in range(len(lengths))]
+    tree = {}
+    for path, feature in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = feature
+    payloads = [
+        example.encode({path: parts[number] for path, parts in steps.items()} | extra[number])
+        for number in range(len(lengths))
+    ]
+    folder = directory / name / "0.1.0"
+    folder.mkdir(parents=True)
+    write_rlds.write_metadata(
+        folder, name, "0.1.0", tree, [write_rlds.write_split(folder, name, "train", [payloads])], "synthetic"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_data_set_of_that_layout_is_read_from_disk(name, tmp_path):
+    """The features a row names are found through the index, those outside the steps as well."""
+    row, columns, lengths = definitions.find(name), _columns(name), GOLDEN[f"{name}|lengths"]
+    split = index.open_index(_write(tmp_path, name)).split("train")
+    text = row.language_kind == "text"
+    got = standardise.standardise(
+        split, row.action, row.proprio, drop_first=row.drop_first, drop_last=row.drop_last, keep=row.keep,
+        keep_reason=row.keep_reason, language=[f"steps/{feature}" for feature in row.language], skip_unlabelled=text,
+    )  # fmt: skip
+    np.testing.assert_array_equal(got.action, row.action(columns))
+    np.testing.assert_array_equal(got.proprio, row.proprio(columns))
+    kept = _sampled(name)
+    if name == "kuka":
+        kept = np.repeat([True, False, True], lengths)
+        assert got.dropped == {"grasp failed": lengths[1]}
+    if name == "droid":
+        kept = GOLDEN["droid|openvla|keep"]
+    np.testing.assert_array_equal(got.valid, np.flatnonzero(kept))
+    assert all(len(split.spans(f"steps/{feature}")) == sum(lengths) for feature in row.views.values())
 
 
 def test_a_mix_has_one_width_of_action_and_proprioception():

@@ -174,7 +174,9 @@ def test_values_beside_a_quarantined_frame(tmp_path):
 
     def run(name, **more):
         recipe = {name: lambda _: broken}
-        return _standardise(directory, quarantined=[3], **recipe, **more).valid.tolist()
+        kept = _standardise(directory, quarantined=[3], **recipe, **more)
+        assert len(kept.valid) + sum(kept.dropped.values()) == 12 and kept.dropped["quarantined"] == 1
+        return kept.valid.tolist()
 
     others = list(range(6, 12))
     assert run("action") == [0, 1, 2, 4, 5, *others]
