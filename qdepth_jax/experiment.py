@@ -136,6 +136,8 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    for line in batches.summary():
+        train_loop.say(line)
     _check_fit(config, model, batches, codes)
     held_out, eval_batches = held_out_section(config, data), None
     if train.eval_every:

@@ -17,6 +17,7 @@ VARIANTS = ("baseline", "no_depth_loss", "pixel_depth", "proprio_sees_depth", "s
 FILES = (
     ("bridge", None),
     ("fractal", None),
+    ("oxe", "oxe_magic_soup"),
     ("libero", "object"),
     ("libero", "90"),
     ("libero", "all"),
@@ -85,6 +86,7 @@ STEPS = [
     # Data and length differ from bridge, the program is the same.
     pytest.param("fractal", None, marks=pytest.mark.slow),
     pytest.param("libero", "object", marks=pytest.mark.slow),
+    pytest.param("oxe", None, marks=pytest.mark.slow),
     ("demo", "policy"),
     ("demo", "tokenizer"),
     ("tokenizer", "libero"),
