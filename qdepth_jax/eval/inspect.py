@@ -16,10 +16,11 @@ INSTRUCTIONS = 30
 BLACK = 6.0  # mean grey value below which a frame counts as black
 RAW_COLUMNS = 16  # wider raw columns get no statistics
 
-EXTRA_STYLE = """<style>.warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.2em 1em .2em 2em}
+STYLE = """.warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.2em 1em .2em 2em}
 .fine{background:#e2f4e2;border-left:4px solid #4a9a4a;padding:.4em 1em}h3{margin-bottom:.2em}
 .strip{margin:.15em 0}.strip span{display:inline-block;width:6em;color:#666;font-size:13px;vertical-align:top}
-.strip img{max-width:calc(100% - 7em)}.scroll{overflow-x:auto}</style>"""
+.strip img{max-width:calc(100% - 7em)}.scroll{overflow-x:auto}
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def write(subject: data_facts.Subject, output: str, options: Options) -> dict[st
     sections.insert(0, ("Warnings", warning_section(warnings)))
     name = f"{subject.opened.dataset.name} {subject.opened.dataset.version}, split {subject.split.name}"
     path = os.path.join(output, f"{subject.opened.dataset.name}-{subject.split.name}.html")
-    _save(path, report.page(name, sections).replace("</head>", EXTRA_STYLE + "</head>", 1))
+    _save(path, report.page(name, sections).replace("</style>", STYLE + data_figures.STYLE + "</style>", 1))
     return {
         "page": path,
         "warnings": warnings,
@@ -228,8 +229,8 @@ def _raw_columns(subject: data_facts.Subject) -> str:
         if feature.dtype.startswith("float") and (high > low).any():
             high = np.where(high > low, high, low + 1e-6)
             counts, _ = data_facts.histogram((part for _, part in data_facts.chunks(array)), low, high)
-            panel = names if len(short) < 12 else [str(i) for i in range(dims)]
-            out.append(data_figures.histograms([("stored", low, high, counts)], panel, [""] * dims))
+            titles = names if len(short) < 16 else [str(i) for i in range(dims)]
+            out.append(data_figures.histograms([("stored", low, high, counts)], titles, [""] * dims))
     return "".join(out)
 
 
