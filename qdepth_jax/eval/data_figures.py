@@ -18,7 +18,7 @@ from qdepth_jax.eval import figures
 
 FIRST, SECOND, PALE, DARK = "#4878a8", "#c06a35", "#dddddd", "#555555"
 # A panel in pixels: its size and the margins left of and above the box, right of and below it.
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 168, 104, 40, 17, 6, 15
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 155, 104, 40, 17, 6, 15  # eight fit beside each other
 INVALID = 0.6  # grey of pixels without depth
 
 STYLE = """.panels{display:flex;flex-wrap:wrap}.panels svg{font:10px sans-serif;fill:#444}
@@ -35,22 +35,27 @@ def panels(items: list[str]) -> str:
     return f"<div class='panels'>{''.join(items)}</div>"
 
 
+def number(x: float, digits: int = 3) -> str:
+    """Short, and without an exponent where whole digits do."""
+    text = f"{x:.{digits}g}"
+    return f"{x:.0f}" if "e+" in text and abs(x) < 1e6 else text
+
+
 def panel(title: str, x: tuple[float, float], y: tuple[float, float], drawn: list[str], note: str = "") -> str:
     """An SVG with a box, its title, the ends of both axes as numbers and a note between those of x.
 
     Args:
       x, y: ends of the axes. drawn: SVG elements in pixels, see `place`.
+      note: leaves room for short numbers alone.
     """
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     middle = (LEFT + right) / 2
-    # A note in the middle leaves room for short numbers alone.
-    digits = 2 if note else 3
     texts = [
         (middle, TOP - 6, "middle", title),
-        (LEFT - 3, TOP + 8, "end", f"{y[1]:.3g}"),
-        (LEFT - 3, bottom, "end", f"{y[0]:.3g}"),
-        (LEFT, HEIGHT - 3, "start", f"{x[0]:.{digits}g}"),
-        (right, HEIGHT - 3, "end", f"{x[1]:.{digits}g}"),
+        (LEFT - 3, TOP + 8, "end", number(y[1])),
+        (LEFT - 3, bottom, "end", number(y[0])),
+        (LEFT, HEIGHT - 3, "start", number(x[0], 2 if note else 3)),
+        (right, HEIGHT - 3, "end", number(x[1], 2 if note else 3)),
         (middle, HEIGHT - 3, "middle", note),
     ]
     words = "".join(
