@@ -114,8 +114,8 @@ def action_curves(
     items, x = [], (0.0, float(max(len(values) - 1, 1)))
     for dim, name in enumerate(names):
         curve, bounds = values[:defined, dim], [b for b in (low[dim], high[dim]) if np.isfinite(b)]
-        shown = np.concatenate([curve, bounds])
-        y = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
+        shown = np.concatenate([curve, bounds]) if bounds else np.append(curve, [0.0, 1.0])  # a gripper: 0..1
+        y = (float(shown.min()), float(shown.max()))
         margin = 0.05 * (y[1] - y[0]) or 0.05
         y = (y[0] - margin, y[1] + margin)
         drawn = [_line((mark, mark), y, x, y, PALE) for mark in marks]
@@ -136,7 +136,8 @@ def lengths(values: np.ndarray, rate_hz: float) -> str:
     low, high = int(values.min()), int(values.max())
     width = max(1, -(-(high - low + 1) // 50))
     axis.hist(values, bins=np.arange(low, high + width + 1, width) - 0.5, color=FIRST)
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.get_major_locator().set_params(integer=True)
     axis.set_xlabel("frames in an episode")
     axis.set_ylabel("episodes")
     if rate_hz:

@@ -124,6 +124,10 @@ def overview(subject: data_facts.Subject) -> str:
         ["instruction", ", ".join(subject.languages) or "none"],
         ["depth images", ", ".join(f"{v}: {f}" for v, f in subject.depth.items()) or "none of its own"],
     ]  # fmt: skip
+    used = (*subject.views.values(), *subject.depth.values())
+    other = [f.name for f in opened.dataset.features.values() if f.kind == "image" and f.name not in used]
+    if other:
+        rows.append(["images not used", ", ".join(other)])
     if item is not None:
         left = "; ".join(f"{count} {reason}" for reason, count in item.frames.dropped.items()) or "none left out"
         rows.append(["frames that training samples", f"{len(item.frames.valid)} ({left})"])
