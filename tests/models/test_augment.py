@@ -24,6 +24,7 @@ APPLY = jax.jit(augment.apply, static_argnums=2)
 AUGMENT = jax.jit(augment.augment_views, static_argnums=(1, 2, 3))
 UNIFORMS = jax.jit(augment.uniforms)
 RECIPE = augment_config.PUBLISHED["open_pi_zero"]
+BRIGHT = augment_config.AugmentConfig(main=augment_config.ViewAugment(brightness=0.2))
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +189,7 @@ def test_none_changes_nothing_and_wrist_keeps_its_frame():
     values = batch([1, 2, 3, 4])
     same = run(values, augment_config.AugmentConfig())
     np.testing.assert_array_equal(same["image_main"], values["image_main"])
-    bright = augment_config.ViewAugment(brightness=0.2)
-    only_main = run(values, augment_config.AugmentConfig(main=bright))
+    only_main = run(values, BRIGHT)
     assert (np.asarray(only_main["image_main"]) != np.asarray(run(values)["image_main"])).any()
     np.testing.assert_array_equal(only_main["image_wrist"], values["image_wrist"])
     for recipe in augment_config.PUBLISHED.values():
@@ -213,7 +213,7 @@ LOOKS = objective.Objective(
     init=lambda key: {"params": {"w": jnp.zeros(())}, "state": {}},
     loss=loss_that_looks,
     features=("image_main",),
-    augment=lambda b, key: augment.augment_views(b, ("main",), 16, RECIPE, key),
+    augment=lambda b, key: augment.augment_views(b, ("main",), 16, BRIGHT, key),
 )
 
 
