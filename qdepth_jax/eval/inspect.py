@@ -16,10 +16,12 @@ INSTRUCTIONS = 30
 BLACK = 6.0  # mean grey value below which a frame counts as black
 RAW_COLUMNS = 16  # wider raw columns get no statistics
 
-EXTRA_STYLE = """<style>.warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.2em 1em .2em 2em}
+STYLE = """body{max-width:1260px}.plain tr:first-child{display:none}.plain td,.text td,.text th{text-align:left}
+.warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.2em 1em .2em 2em}
 .fine{background:#e2f4e2;border-left:4px solid #4a9a4a;padding:.4em 1em}h3{margin-bottom:.2em}
 .strip{margin:.15em 0}.strip span{display:inline-block;width:6em;color:#666;font-size:13px;vertical-align:top}
-.strip img{max-width:calc(100% - 7em)}.scroll{overflow-x:auto}</style>"""
+.strip img{max-width:calc(100% - 7em)}.scroll{overflow-x:auto}
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def write(subject: data_facts.Subject, output: str, options: Options) -> dict[st
     sections.insert(0, ("Warnings", warning_section(warnings)))
     name = f"{subject.opened.dataset.name} {subject.opened.dataset.version}, split {subject.split.name}"
     path = os.path.join(output, f"{subject.opened.dataset.name}-{subject.split.name}.html")
-    _save(path, report.page(name, sections).replace("</head>", EXTRA_STYLE + "</head>", 1))
+    _save(path, report.page(name, sections).replace("</style>", STYLE + data_figures.STYLE + "</style>", 1))
     return {
         "page": path,
         "warnings": warnings,
@@ -116,16 +118,24 @@ def overview(subject: data_facts.Subject) -> str:
                                  for n, s in opened.splits.items())],
         ["this split", f"{split.name}: {len(split.episodes)} episodes, {split.frames} frames"],
         ["size of all shards", f"{opened.shard_bytes / 1e6:,.1f} MB"],
-        ["rate", f"{subject.rate_hz:g} Hz, {seconds / 3600:.2f} hours in this split" if seconds else "not known"],
+        ["rate", f"{subject.rate_hz:g} Hz, {_duration(seconds)} in this split" if seconds else "not known"],
         ["definition", _definition(subject)],
         ["views", ", ".join(f"{view}: {feature}" for view, feature in subject.views.items()) or "none"],
         ["instruction", ", ".join(subject.languages) or "none"],
         ["depth images", ", ".join(f"{v}: {f}" for v, f in subject.depth.items()) or "none of its own"],
     ]  # fmt: skip
+    used = (*subject.views.values(), *subject.depth.values())
+    other = [f.name for f in opened.dataset.features.values() if f.kind == "image" and f.name not in used]
+    if other:
+        rows.append(["images not used", ", ".join(other)])
     if item is not None:
         left = "; ".join(f"{count} {reason}" for reason, count in item.frames.dropped.items()) or "none left out"
         rows.append(["frames that training samples", f"{len(item.frames.valid)} ({left})"])
-    return report.table(["", ""], rows)
+    return f"<div class='plain'>{report.table(['', ''], rows)}</div>"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes"
 
 
 def _definition(subject: data_facts.Subject) -> str:
@@ -142,12 +152,13 @@ def feature_table(subject: data_facts.Subject) -> str:
     rows = []
     for f in subject.opened.dataset.features.values():
         stored = kept.get(shard_scan.storage(f), "")
-        stored = stored or f"not read: {subject.opened.left_out.get(f.name, f.reason)}"
+        why = "its size is not fixed" if -1 in f.shape else subject.opened.left_out.get(f.name, f.reason)
+        stored = stored or f"not read: {why}"
         shape = "x".join("?" if n < 0 else str(n) for n in f.shape) or "scalar"
         encoding = f.encoding if f.encoding not in ("", "none") else ""
         rows.append([f.name, f.kind, f.dtype, shape, encoding, "step" if f.per_step else "episode", stored])
     header = ["feature", "kind", "dtype", "shape", "encoding", "per", "in the index"]
-    return f"<div class='scroll'>{report.table(header, rows)}</div>"
+    return f"<div class='scroll text'>{report.table(header, rows)}</div>"
 
 
 def dimension_names(name: str, dims: int) -> list[str]:
@@ -176,7 +187,7 @@ def statistics(subject: data_facts.Subject) -> list[tuple[str, str]]:
         clipped = data_facts.clipped_share(values, frames, normaliser)
         constant = data_facts.constant_dims(normaliser)
         notes = [
-            "left as it is" if d in normaliser.raw_dims else "(nearly) constant" if d in constant else ""
+            "not normalised" if d in normaliser.raw_dims else "(nearly) constant" if d in constant else ""
             for d in range(s.dims)
         ]
         before, after = _before_and_after(values, frames, normaliser)
@@ -199,7 +210,7 @@ def _before_and_after(values: np.ndarray, frames: np.ndarray, normaliser: normal
     low, high = np.array(s.q01), np.array(s.q99)
     width = np.maximum(high - low, normaliser.floor)
     low, high = np.maximum(low - width / 2, s.low), np.minimum(high + width / 2, s.high)
-    low, high = low - 1e-3 * width, high + 1e-3 * width
+    high = np.where(high > low, high, low + width)
 
     def parts(change):
         for start in range(0, len(frames), data_facts.CHUNK):
@@ -228,8 +239,8 @@ def _raw_columns(subject: data_facts.Subject) -> str:
         if feature.dtype.startswith("float") and (high > low).any():
             high = np.where(high > low, high, low + 1e-6)
             counts, _ = data_facts.histogram((part for _, part in data_facts.chunks(array)), low, high)
-            panel = names if len(short) < 12 else [str(i) for i in range(dims)]
-            out.append(data_figures.histograms([("stored", low, high, counts)], panel, [""] * dims))
+            titles = names if len(short) < 16 else [str(i) for i in range(dims)]
+            out.append(data_figures.histograms([("stored", low, high, counts)], titles, [""] * dims))
     return "".join(out)
 
 

@@ -101,16 +101,19 @@ def _wide(x: Array) -> Array:
 # ---- the random numbers ----
 
 
-def draw(key: Array, position: Array, view: int, compat: str = "none") -> dict[str, Array]:
-    """Uniform numbers in [0, 1) of each of DRAWS, f32 [B], for examples at global positions u32 [B]."""
-    takes = _TAKES[compat]
+def uniforms(key: Array, position: Array, view: int) -> Array:
+    """One number in [0, 1) for each of DRAWS, f32 [B, 8], for examples at global positions u32 [B]."""
 
-    def one(key: Array) -> dict[str, Array]:
+    def one(key: Array) -> Array:
         key = jax.random.fold_in(key, view)
-        numbers = {n: jax.random.uniform(jax.random.fold_in(key, n)) for n in sorted(set(takes))}
-        return {name: numbers[n] for name, n in zip(DRAWS, takes)}
+        return jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n)))(jnp.arange(len(DRAWS)))
 
     return jax.vmap(one)(flow.example_keys(key, position))
+
+
+def assign(numbers: Array, compat: str = "none") -> dict[str, Array]:
+    """`uniforms` by name, f32 [B] each; with `compat` several names share one number (see AugmentConfig)."""
+    return {name: numbers[:, n] for name, n in zip(DRAWS, _TAKES[compat])}
 
 
 def crop_boxes(u: dict[str, Array], config: augment_config.ViewAugment) -> Array:
@@ -132,7 +135,7 @@ def _between(u: Array, bounds: tuple[float, float]) -> Array:
 
 
 def apply(image: Array, u: dict[str, Array], config: augment_config.ViewAugment) -> Array:
-    """All operations of `config` in the published order, with the uniform numbers `u` of `draw`.
+    """All operations of `config` in the published order, with the uniform numbers `u` of `assign`.
 
     Args:
       image: u8 [B, S, S, 3].
@@ -186,7 +189,7 @@ def augment_views(
         flat = image.reshape(-1, *image.shape[-3:])
         if flat.shape[1:3] != (size, size):
             flat = images.resize(flat, size).astype(jnp.uint8)
-        numbers = draw(key, batch["position"], number, config.compat)
+        numbers = assign(uniforms(key, batch["position"], number), config.compat)
         # All steps of one example are changed alike: they show one scene.
         numbers = {operation: jnp.repeat(u, len(flat) // len(image)) for operation, u in numbers.items()}
         out[name] = apply(flat, numbers, ranges).reshape(*image.shape[:-3], size, size, 3)

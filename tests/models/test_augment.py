@@ -1,6 +1,7 @@
 """Augmentation: TensorFlow's values, independent draws, and images that depend on nothing but (key, position)."""
 
 import dataclasses
+import functools
 import types
 
 import augment_by_tensorflow as by_tf
@@ -17,7 +18,13 @@ from qdepth_jax.models import augment, augment_config, objective, policy
 
 KEY = jax.random.key(11)
 ADJUST = {name: jax.jit(getattr(augment, f"adjust_{name}")) for name in by_tf.FACTORS}
+# Compiled once for all tests: programs with random numbers take seconds to compile.
+CROP = jax.jit(augment.crop_and_resize, static_argnums=2)
+APPLY = jax.jit(augment.apply, static_argnums=2)
+AUGMENT = jax.jit(augment.augment_views, static_argnums=(1, 2, 3))
+UNIFORMS = jax.jit(augment.uniforms)
 RECIPE = augment_config.PUBLISHED["open_pi_zero"]
+BRIGHT = augment_config.AugmentConfig(main=augment_config.ViewAugment(brightness=0.2))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def image():
 @pytest.mark.parametrize("size", [(12, 14), (7, 5)])
 def test_crop_and_resize_is_tensorflows(golden, image, size):
     boxes = jnp.asarray(by_tf.BOXES)
-    ours = augment.crop_and_resize(jnp.repeat(image, len(boxes), 0), boxes, size)
+    ours = CROP(jnp.repeat(image, len(boxes), 0), boxes, size)
     for i in range(len(boxes)):
         np.testing.assert_allclose(ours[i], golden[f"crop_{size[0]}_{i}"][0], atol=2e-6)
 
@@ -70,7 +77,7 @@ def chain_draws(box, *factors):
 def test_the_whole_chain_is_dlimps(golden, number):
     """Order, clipping after each operation, and the way back to grey values."""
     u, config = chain_draws(*by_tf.CHAINS[number])
-    ours = np.asarray(augment.apply(jnp.asarray(by_tf.picture()[None]), u, config)).astype(int)
+    ours = np.asarray(APPLY(jnp.asarray(by_tf.picture()[None]), u, config)).astype(int)
     off = np.abs(ours - golden[f"chain_{number}"].astype(int))
     # A value on the border of two grey values may fall on either side.
     assert off.max() <= 1 and (off > 0).mean() < 0.01
@@ -98,9 +105,11 @@ def test_octo_draws_are_correlated_as_in_tensorflow():
 # ---- the draws ----
 
 
+POSITIONS = jnp.arange(4096, dtype=jnp.uint32)
+
+
 def correlation(compat):
-    position = jnp.arange(4096, dtype=jnp.uint32)
-    views = [jax.jit(lambda p, v=v: augment.draw(KEY, p, v, compat))(position) for v in (0, 1)]
+    views = [augment.assign(UNIFORMS(KEY, POSITIONS, view), compat) for view in (0, 1)]
     rows = np.stack([np.asarray(u[name]) for u in views for name in augment.DRAWS])
     assert rows.min() >= 0 and rows.max() < 1
     np.testing.assert_allclose(rows.mean(1), 0.5, atol=0.03)
@@ -122,7 +131,7 @@ def test_compat_repeats_the_published_correlation(compat, shared):
 
 
 def test_crops_keep_to_their_ranges_and_to_the_image():
-    u = augment.draw(KEY, jnp.arange(2000, dtype=jnp.uint32), 0)
+    u = augment.assign(UNIFORMS(KEY, POSITIONS, 0))
     boxes = np.asarray(augment.crop_boxes(u, RECIPE.main), np.float64)
     height, width = (boxes[:, 2:] - boxes[:, :2]).T
     assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-6
@@ -131,7 +140,7 @@ def test_crops_keep_to_their_ranges_and_to_the_image():
     assert 0.8 - 1e-4 <= area.min() < 0.81 and 0.97 < area.max() <= 1
     assert 0.9 - 1e-4 <= ratio.min() < 0.91 and 1.09 < ratio.max() <= 1.1 + 1e-4
     # Published pipelines: one number behind all, so every crop that fits lies on one diagonal.
-    u = augment.draw(KEY, jnp.arange(2000, dtype=jnp.uint32), 0, "open_pi_zero")
+    u = augment.assign(UNIFORMS(KEY, POSITIONS, 0), "open_pi_zero")
     boxes = np.asarray(augment.crop_boxes(u, augment_config.OPENVLA))
     np.testing.assert_allclose(boxes[:, 0], boxes[:, 1], atol=1e-6)
     np.testing.assert_allclose(boxes[:, 2] - boxes[:, 0], 0.9**0.5, atol=1e-6)
@@ -148,25 +157,26 @@ def batch(positions):
 
 
 def run(values, config=RECIPE, key=KEY):
-    return jax.jit(lambda b: augment.augment_views(b, ("main", "wrist"), 16, config, key))(values)
+    return AUGMENT(values, ("main", "wrist"), 16, config, key)
 
 
 def test_an_image_is_a_function_of_key_and_position():
-    one, other = run(batch([5, 900, 5, 6])), run(batch([6, 5]))
+    one, other = run(batch([5, 900, 5, 6])), run(batch([6, 5, 0, 1]))
     for name in ("image_main", "image_wrist"):
         a, b = np.asarray(one[name]), np.asarray(other[name])
         assert a.shape == (4, 16, 16, 3) and a.dtype == np.uint8
         np.testing.assert_array_equal(a[0], a[2])
-        np.testing.assert_array_equal(a[[3, 0]], b)
+        np.testing.assert_array_equal(a[[3, 0]], b[:2])
         assert (a[0] != a[1]).mean() > 0.5 and (a[0] != a[3]).mean() > 0.5
     assert (np.asarray(one["image_main"]) != np.asarray(one["image_wrist"])).mean() > 0.5
-    again = run(batch([5]), key=jax.random.key(12))
+    again = run(batch([5, 5, 5, 5]), key=jax.random.key(12))
     assert (np.asarray(again["image_main"][0]) != np.asarray(one["image_main"][0])).mean() > 0.5
 
 
 def test_devices_do_not_matter():
-    values = {k: np.asarray(v) for k, v in batch(np.arange(100, 116)).items()}
-    alone = run(values)
+    values = {k: np.asarray(v) for k, v in batch(np.arange(100, 108)).items()}
+    parts = [run({k: v[i : i + 4] for k, v in values.items()}) for i in (0, 4)]
+    alone = {k: np.concatenate([part[k] for part in parts]) for k in values}
     mesh = sharding.make_mesh(config_lib.MeshConfig(2, 4, 1), jax.devices()[:8])
     with jax.set_mesh(mesh):
         spread = run(train_loop.put_batch(values, mesh))
@@ -176,10 +186,11 @@ def test_devices_do_not_matter():
 
 
 def test_none_changes_nothing_and_wrist_keeps_its_frame():
-    values = batch([1, 2])
+    values = batch([1, 2, 3, 4])
     same = run(values, augment_config.AugmentConfig())
     np.testing.assert_array_equal(same["image_main"], values["image_main"])
-    only_main = run(values, augment_config.AugmentConfig(main=RECIPE.main))
+    only_main = run(values, BRIGHT)
+    assert (np.asarray(only_main["image_main"]) != np.asarray(run(values)["image_main"])).any()
     np.testing.assert_array_equal(only_main["image_wrist"], values["image_wrist"])
     for recipe in augment_config.PUBLISHED.values():
         assert not recipe.others.crops
@@ -190,42 +201,48 @@ def test_none_changes_nothing_and_wrist_keeps_its_frame():
 # ---- in the training step ----
 
 
-def seen_by(values, micro_batches):
-    """What the loss sees of the images: a sum that weighs every pixel and every position differently."""
+def loss_that_looks(params, state, batch, key, step):
+    """A sum over the images that weighs every pixel and every position differently, as a metric."""
+    weight = jnp.sin(jnp.arange(16 * 16 * 3, dtype=jnp.float32)).reshape(1, 16, 16, 3)
+    rows = (batch["image_main"].astype(jnp.float32) * weight).sum((1, 2, 3))
+    rows = rows * (1 + batch["position"] % 7)
+    return objective.LossOutput(params["w"] * 0.0, {"seen": rows.mean()}, state)
 
-    def loss(params, state, batch, key, step):
-        weight = jnp.sin(jnp.arange(16 * 16 * 3, dtype=jnp.float32)).reshape(1, 16, 16, 3)
-        rows = (batch["image_main"].astype(jnp.float32) * weight).sum((1, 2, 3))
-        rows = rows * (1 + batch["position"] % 7)
-        return objective.LossOutput(params["w"] * 0.0, {"seen": rows.mean()}, state)
 
-    fake = objective.Objective(
-        init=lambda key: {"params": {"w": jnp.zeros(())}, "state": {}},
-        loss=loss,
-        features=("image_main",),
-        augment=lambda b, key: augment.augment_views(b, ("main",), 16, RECIPE, key),
-    )
+LOOKS = objective.Objective(
+    init=lambda key: {"params": {"w": jnp.zeros(())}, "state": {}},
+    loss=loss_that_looks,
+    features=("image_main",),
+    augment=lambda b, key: augment.augment_views(b, ("main",), 16, BRIGHT, key),
+)
+
+
+@functools.cache
+def looking_step(micro_batches):
     tx = optim.make(config_lib.OptimConfig(), 10)
-    state = train_step.init_state(KEY, fake, tx, False)
-    step = lambda s, b: train_step.train_step(  # noqa: E731
-        s, b, KEY, objective=fake, tx=tx, frozen=(), micro_batches=micro_batches, ema_decay=0.0
+    state = train_step.TrainState(jnp.int32(0), {"w": jnp.zeros(())}, {}, tx.init({"w": jnp.zeros(())}), None)
+    step = functools.partial(
+        train_step.train_step, objective=LOOKS, tx=tx, frozen=(), micro_batches=micro_batches, ema_decay=0.0
     )
-    values = {k: v for k, v in values.items() if k != "image_wrist"}
-    values["image_main"] = values["image_main"][:, :16, :16]
-    return float(jax.jit(step)(state, values)[1]["seen"]), fake, values
+    step = jax.jit(step)
+    return lambda values: float(step(state, values, KEY)[1]["seen"])
+
+
+def small(positions):
+    values = batch(positions)
+    return {"image_main": values["image_main"][:, :16, :16], "position": values["position"]}
 
 
 def test_micro_batches_do_not_matter_and_validation_sees_the_plain_images():
-    whole, fake, values = seen_by(batch(np.arange(8)), 1)
-    parts, _, _ = seen_by(batch(np.arange(8)), 4)
+    values = small(np.arange(8))
+    whole, parts, moved = looking_step(1)(values), looking_step(4)(values), looking_step(1)(small(np.arange(8, 16)))
     assert abs(whole - parts) < 1e-4 * abs(whole)
-    moved, _, _ = seen_by(batch(np.arange(8, 16)), 1)
     assert abs(whole - moved) > 1e-3 * abs(whole)
-    plain = float(fake.loss({"w": jnp.zeros(())}, {}, values, KEY, 0).metrics["seen"])
+    plain = float(loss_that_looks({"w": jnp.zeros(())}, {}, values, KEY, 0).metrics["seen"])
     assert abs(whole - plain) > 1e-3 * abs(whole)
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     host = {k: np.asarray(v) for k, v in values.items()}
-    stub = types.SimpleNamespace(objective=fake, mesh=mesh, eval_batches=lambda: [host])
+    stub = types.SimpleNamespace(objective=LOOKS, mesh=mesh, eval_batches=lambda: [host])
     state = types.SimpleNamespace(params={"w": jnp.zeros(())}, ema=None, state={}, step=jnp.int32(0))
     with jax.set_mesh(mesh):
         held_out = train_loop.make_evaluate(stub)(state, KEY)["val/seen"]
