@@ -219,7 +219,7 @@ def varint_ends(payload: bytes, start: int, count: int) -> np.ndarray:
 
 
 def _values(payload: bytes, start: int, end: int, what: str, single: int) -> Iterator[tuple[int, int, int]]:
-    """(wire type, start, end) of each run of a repeated numeric field: packed, or single values (legal, rarely written)."""
+    """(wire type, start, end) of each run of a repeated numeric field: packed, or single values (legal but rare)."""
     for field, wire, low, high in _fields(payload, start, end, what):
         if field != 1 or wire not in (_BYTES, single):
             raise _error(low, f"unknown field {field} of wire type {wire} in {what}")

@@ -186,9 +186,7 @@ def _split(dataset: str, item: Mapping[str, Any]) -> Split:
     return Split(str(item["name"]), shards, declared, int(item.get("numBytes", 0)))
 
 
-def _flatten(
-    node: Mapping[str, Any], prefix: str, per_step: bool, outer: tuple[int, ...] = ()
-) -> list[FeatureSpec]:
+def _flatten(node: Mapping[str, Any], prefix: str, per_step: bool, outer: tuple[int, ...] = ()) -> list[FeatureSpec]:
     """The leaves below a node; `outer` are the fixed lengths of the sequences around it, inside of a step."""
 
     def leaf(kind: str, dtype: str, shape: tuple[int, ...], encoding: str = "none", reason: str = "") -> FeatureSpec:

@@ -36,6 +36,7 @@ class Damage(NamedTuple):
     Attributes:
       number: of the record in the file; start: byte at which its header lies.
       length: of the payload, -1 where everything from `start` to the end of the file is lost.
+      end: byte after the damage.
       what: the message, with shard, record and byte.
       mark: tells this damage from any other content; part of the identity of a shard that is read in spite of it.
     """
@@ -43,6 +44,7 @@ class Damage(NamedTuple):
     number: int
     start: int
     length: int
+    end: int
     what: str
     mark: bytes
 
@@ -88,18 +90,17 @@ def read_records(path: str | os.PathLike) -> Iterator[Record | Damage]:
     """
     path = os.fspath(path)
     file = storage.open_sequential(path)
+    of = f" (file of {file.size} bytes)" if file.size >= 0 else ""
+    number, start = 0, 0
+
+    def lost(what: str, *read: bytes) -> Damage:
+        end, crc = start + sum(map(len, read)), _extend(0, *read)
+        while part := file.read(_DRAIN_BYTES):
+            end, crc = end + len(part), google_crc32c.extend(crc, part)
+        return Damage(number, start, -1, end, f"{path}: record {number} at byte {start}{of}: {what}", _mark(crc))
+
     try:
-        number, start = 0, 0
-        while True:
-            header = file.read(HEADER_BYTES)
-            if not header:
-                return
-            of = f" (file of {file.size} bytes)" if file.size >= 0 else ""
-            where = f"{path}: record {number} at byte {start}{of}"
-
-            def lost(what: str, *read: bytes, number: int = number, start: int = start, where: str = where) -> Damage:
-                return Damage(number, start, -1, f"{where}: {what}", _drain(file, *read))
-
+        while header := file.read(HEADER_BYTES):
             if len(header) < HEADER_BYTES:
                 yield lost(f"truncated header, {len(header)} of {HEADER_BYTES} bytes", header)
                 return
@@ -108,33 +109,26 @@ def read_records(path: str | os.PathLike) -> Iterator[Record | Damage]:
                 yield lost("checksum of the length does not match", header)
                 return
             offset = start + HEADER_BYTES
-            if file.size >= 0 and offset + length + FOOTER_BYTES > file.size:
-                left = file.size - offset
-                yield lost(f"truncated payload, {left} of {length + FOOTER_BYTES} bytes left", header)
+            end = offset + length + FOOTER_BYTES
+            if 0 <= file.size < end:
+                yield lost(f"truncated payload, {file.size - offset} of {end - offset} bytes left", header)
                 return
-            payload = file.read(length)
-            footer = file.read(FOOTER_BYTES)
+            payload, footer = file.read(length), file.read(FOOTER_BYTES)
             if len(footer) != FOOTER_BYTES:
                 left = len(payload) + len(footer)
-                yield lost(f"truncated payload, {left} of {length + FOOTER_BYTES} bytes left", header, payload, footer)
+                yield lost(f"truncated payload, {left} of {end - offset} bytes left", header, payload, footer)
                 return
             crc = masked_crc(payload)
-            if crc != struct.unpack("<I", footer)[0]:
-                what = f"{where}: checksum of the {length}-byte payload does not match"
-                yield Damage(number, start, length, what, _mark(_extend(0, header, payload, footer)))
-            else:
+            if crc == struct.unpack("<I", footer)[0]:
                 yield Record(number, offset, length, payload, crc)
-            number, start = number + 1, offset + length + FOOTER_BYTES
+            else:
+                what = (
+                    f"{path}: record {number} at byte {start}{of}: checksum of the {length}-byte payload does not match"
+                )
+                yield Damage(number, start, length, end, what, _mark(_extend(0, header, payload, footer)))
+            number, start = number + 1, end
     finally:
         file.close()
-
-
-def _drain(file: storage.Sequential, *read: bytes) -> bytes:
-    """The mark of everything from the damage to the end of the file."""
-    crc = _extend(0, *read)
-    while part := file.read(_DRAIN_BYTES):
-        crc = google_crc32c.extend(crc, part)
-    return _mark(crc)
 
 
 def _extend(crc: int, *parts: bytes) -> int:

@@ -9,7 +9,7 @@ import pytest
 from libero_writer import make_libero
 
 from qdepth_jax import errors
-from qdepth_jax.data import episode_reader, example, frame_reader, index, shard_scan, spec, tfrecord
+from qdepth_jax.data import episode_reader, example, frame_reader, index, index_build, shard_scan, spec, tfrecord
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def test_bridge_every_value_equals_tfds(bridge):
             if feature.per_step and shard_scan.storage(feature) == "column"
         ]
         images = [f"steps/observation/image_{i}" for i in range(4)]
+        wide = bridge.dataset.feature("steps/language_embedding")
         ids, strings = split.texts("steps/language_instruction")
         paths, path_table = split.texts("episode_metadata/file_path")
         config = tfds.ReadConfig(interleave_cycle_length=1)
@@ -49,9 +50,12 @@ def test_bridge_every_value_equals_tfds(bridge):
                 mine = [files.read(split.shard_path(0), offset, size) for offset, size in spans.tolist()]
                 assert mine == list(steps["observation"][key.rsplit("/", 1)[1]])
             assert [strings[i].encode() for i in ids[rows]] == list(steps["language_instruction"])
+            spans = split.spans(wide.name)[rows].tolist()
+            mine = [shard_scan.decode_tensor(wide, files.read(split.shard_path(0), *span)) for span in spans]
+            np.testing.assert_array_equal(mine, steps["language_embedding"])
             count, frame = count + 1, frame + length
         assert (count, frame) == (len(split.episodes), split.frames) == (25, 250)
-    assert list(bridge.left_out) == ["steps/language_embedding"]
+    assert not bridge.left_out
 
 
 def test_bridge_decoded_images_equal_tfds_with_the_exact_dct(bridge):
@@ -104,12 +108,20 @@ def _flip(path, at):
     pathlib.Path(path).write_bytes(data)
 
 
-def test_damaged_shard_is_named_and_nothing_is_left(libero_dir):
+def test_damaged_shard_is_named_and_a_repaired_one_is_all_that_is_read_again(libero_dir, monkeypatch):
     shard = next(pathlib.Path(libero_dir).glob("*train*00001-of*"))
     _flip(shard, 500)
-    with pytest.raises(ValueError, match=r"00001-of-00002: record 0 at byte 0 .* checksum"):
+    with pytest.raises(errors.UserError, match=r"00001-of-00002: record 0 .* checksum .* --quarantine"):
         index.open_index(libero_dir)
-    assert not [path for path in pathlib.Path(libero_dir).iterdir() if "index" in path.name or "build" in path.name]
+    assert not (pathlib.Path(libero_dir) / index.DEFAULT_FOLDER).exists()
+    # The good shards are not read again once the bad one is repaired.
+    _flip(shard, 500)
+    seen, scanned = [], []
+    scan = shard_scan.scan_shard
+    monkeypatch.setattr(shard_scan, "scan_shard", lambda *args: scanned.append(args[2:0:-1]) or scan(*args))
+    index.open_index(libero_dir, on_shard=lambda *shard: seen.append(shard))
+    assert scanned == [(1, "train"), (0, "val")] and len(seen) == 3
+    assert [path.name for path in pathlib.Path(libero_dir).iterdir() if "index" in path.name] == ["qdepth_index"]
 
 
 def test_missing_feature_and_wrong_count_name_the_record(libero_dir):
@@ -152,13 +164,16 @@ def test_bad_folders_name_the_path_and_what_is_there(tmp_path, libero_dir):
 
 
 def test_full_disk_is_a_clear_error(libero_dir, monkeypatch):
-    def full(path, array):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "_save", full)
-    with pytest.raises(errors.UserError, match="the disk is full"):
-        index.open_index(libero_dir)
-    assert not [path.name for path in pathlib.Path(libero_dir).iterdir() if "build" in path.name]
+    for name in ("_save_json", "_join_tables"):
+        with monkeypatch.context() as patch:
+            patch.setattr(index_build, name, full)
+            with pytest.raises(errors.UserError, match="the disk is full"):
+                index.open_index(libero_dir)
+        assert not (pathlib.Path(libero_dir) / index.DEFAULT_FOLDER).exists()
+    index.open_index(libero_dir)
 
 
 def test_unwritable_place_is_a_clear_error(tmp_path, libero_dir):
