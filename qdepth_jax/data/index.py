@@ -323,16 +323,16 @@ def _check_content(
         shards = [(name, number) for name, split in dataset.splits.items() for number in range(len(split.shards))]
     found = index_build.content_crcs(dataset, shards, workers, on_shard)
     bad = [
-        dataset.splits[name].shards[number]
+        f"{dataset.splits[name].shards[number]} ({found[name, number][2] or 'good records, but others'})"
         for name, number in shards
-        if list(found[name, number]) != content["splits"][name]["shards"][number][1:]
+        if list(found[name, number][:2]) != content["splits"][name]["shards"][number][1:]
     ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise errors.UserError(
             f"{dataset.directory}: {len(bad)} shards changed since they were indexed in {directory}: "
             f"{', '.join(bad[:3])}{more}. Restore them, or {_rebuild_hint(dataset)} if the new data is what you want "
-            "(it names what is damaged; --quarantine sets that aside)"
+            "(with --quarantine where it is damaged)"
         )
 
 

@@ -133,8 +133,8 @@ def file_name(feature: str) -> str:
 
 def content_crcs(
     dataset: spec.DatasetSpec, shards: Sequence[tuple[str, int]], workers: int = 0, on_shard: OnShard | None = None
-) -> dict[tuple[str, int], tuple[int, int]]:
-    """Reads shards (split, number) again, every checksum verified: (size, crc) as `shard_scan` gives them."""
+) -> dict[tuple[str, int], tuple[int, int, str]]:
+    """Reads shards (split, number) again: (size, crc) as `shard_scan` gives them, and the first damage ("" = none)."""
     items = [(dataset, split, number) for split, number in shards]
     found = {}
     for (_, split, number), result in process_pool.each(_content_crc, items, workers or auto_workers(dataset)):
@@ -144,15 +144,16 @@ def content_crcs(
     return found
 
 
-def _content_crc(dataset: spec.DatasetSpec, split: str, number: int) -> tuple[int, int]:
-    size = crc = 0
+def _content_crc(dataset: spec.DatasetSpec, split: str, number: int) -> tuple[int, int, str]:
+    size, crc, damage = 0, 0, ""
     for found in tfrecord.read_records(dataset.shard_path(dataset.splits[split].shards[number])):
         if isinstance(found, tfrecord.Damage):
             crc, size = google_crc32c.extend(crc, found.mark), found.end
+            damage = damage or f"record {found.number} {found.what}"
         else:
             crc = google_crc32c.extend(crc, found.crc.to_bytes(4, "little"))
             size = found.offset + found.length + tfrecord.FOOTER_BYTES
-    return size, crc
+    return size, crc, damage
 
 
 # ---- scanning into parts ----

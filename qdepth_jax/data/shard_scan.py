@@ -120,9 +120,9 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
 
     def problem(reason: str, record: int, step: int | None, message: str, known: bool) -> None:
         if not checks.tolerate:
-            place = "" if step is None else f", step {step}"
+            at = "" if step is None else f", step {step}"
             raise errors.UserError(
-                f"data set {dataset.name}, split {split}, {path}: record {record}{place}: {message}. Repair or copy "
+                f"data set {dataset.name}, split {split}, {path}: record {record}{at} {message}. Repair or copy "
                 f"the shard again, or set the bad parts aside with `python tools/index_rlds.py {dataset.directory} "
                 "--quarantine`"
             )
@@ -130,6 +130,7 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
         problems.append(quarantine.Row(split, name, record, episode, step, reason, message))
 
     for found in tfrecord.read_records(path):
+        place = f"(payload at byte {found.offset})" if isinstance(found, tfrecord.Record) else ""
         if isinstance(found, tfrecord.Damage):
             crc = google_crc32c.extend(crc, found.mark)
             end = found.end
@@ -143,16 +144,16 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
             new = {name: _rows(feature, features, length, found) for name, feature in kept.items()}
         except ValueError as error:
             reason = error.reason if isinstance(error, _ProblemError) else quarantine.MISFIT
-            problem(reason, found.number, None, f"(payload at byte {found.offset}) {error}", False)
+            problem(reason, found.number, None, f"{place}: {error}", False)
             continue
         for feature in checks.finite:
             for step in np.flatnonzero(~np.isfinite(new[feature]).reshape(length, -1).all(1))[:1].tolist():
                 step_or_all = step if not checks.tolerate else None
-                what = f"{feature!r} holds {new[feature][step].tolist()} at step {step}"
+                what = f"{place}: {feature!r} holds {new[feature][step].tolist()} at step {step}"
                 problem(quarantine.NON_FINITE, found.number, step_or_all, what, True)
         if checks.images:
             for feature, step, error in _undecodable(kept, new, found):
-                problem(quarantine.IMAGE, found.number, step, f"{feature!r}: {error}", True)
+                problem(quarantine.IMAGE, found.number, step, f"{place}: {feature!r}: {error}", True)
         for feature, values in new.items():
             table = tables.get(feature)
             if table is not None:

@@ -37,7 +37,7 @@ class Damage(NamedTuple):
       number: of the record in the file; start: byte at which its header lies.
       length: of the payload, -1 where everything from `start` to the end of the file is lost.
       end: byte after the damage.
-      what: the message, with shard, record and byte.
+      what: what is wrong at which byte, to stand behind the name of the shard and the number of the record.
       mark: tells this damage from any other content; part of the identity of a shard that is read in spite of it.
     """
 
@@ -78,7 +78,10 @@ def scan_records(path: str | os.PathLike) -> Iterator[Record]:
     """
     for found in read_records(path):
         if isinstance(found, Damage):
-            raise ValueError(f"{found.what}. The file is damaged or not a TFRecord file: copy or download it again.")
+            raise ValueError(
+                f"{os.fspath(path)}: record {found.number} {found.what}. The file is damaged or not a TFRecord file: "
+                "copy or download it again."
+            )
         yield found
 
 
@@ -97,7 +100,7 @@ def read_records(path: str | os.PathLike) -> Iterator[Record | Damage]:
         end, crc = start + sum(map(len, read)), _extend(0, *read)
         while part := file.read(_DRAIN_BYTES):
             end, crc = end + len(part), google_crc32c.extend(crc, part)
-        return Damage(number, start, -1, end, f"{path}: record {number} at byte {start}{of}: {what}", _mark(crc))
+        return Damage(number, start, -1, end, f"at byte {start}{of}: {what}", _mark(crc))
 
     try:
         while header := file.read(HEADER_BYTES):
@@ -122,9 +125,7 @@ def read_records(path: str | os.PathLike) -> Iterator[Record | Damage]:
             if crc == struct.unpack("<I", footer)[0]:
                 yield Record(number, offset, length, payload, crc)
             else:
-                what = (
-                    f"{path}: record {number} at byte {start}{of}: checksum of the {length}-byte payload does not match"
-                )
+                what = f"at byte {start}{of}: checksum of the {length}-byte payload does not match"
                 yield Damage(number, start, length, end, what, _mark(_extend(0, header, payload, footer)))
             number, start = number + 1, end
     finally:
