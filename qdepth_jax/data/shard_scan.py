@@ -21,6 +21,8 @@ MAX_COLUMN_VALUES = 64
 EPISODE = np.dtype([("shard", "<i4"), ("record", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("length", "<i4")])
 SPAN = np.dtype([("offset", "<u8"), ("size", "<u4")])
 
+_RAGGED = "ragged_"
+
 
 @dataclasses.dataclass(frozen=True)
 class Checks:
@@ -160,7 +162,7 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
                 values = np.array([table.setdefault(text, len(table)) for text in values], np.int32)
                 values = values.reshape(-1, *_text_shape(kept[feature]))
             rows[feature].append(values)
-        extra |= {name for name in features if name not in kept and not _listed(dataset, name)}
+        extra |= {name for name in features if name not in dataset.features and not _listed(dataset, name)}
         episodes.append((shard, found.number, found.offset, found.length, length))
 
     joined = {name: np.concatenate([empty_rows(kept[name]), *parts]) for name, parts in rows.items()}
@@ -199,6 +201,8 @@ def column_dtype(feature: spec.FeatureSpec) -> np.dtype:
 
 
 def _listed(dataset: spec.DatasetSpec, name: str) -> bool:
+    if name.rpartition(f"/{_RAGGED}")[0] in dataset.features:
+        return True
     unread = (feature.name for feature in dataset.features.values() if feature.kind == "unsupported")
     return any(name == prefix or name.startswith(prefix + "/") for prefix in unread)
 
@@ -217,6 +221,20 @@ def _steps(dataset: spec.DatasetSpec, features: dict[str, example.Feature]) -> i
     raise _ProblemError(quarantine.EMPTY, "the episode has no steps")
 
 
+def _find(feature: spec.FeatureSpec, features: dict[str, example.Feature]) -> example.Feature:
+    """The feature in the record. TFDS writes a sequence inside a step, of fixed length too, as values and row lengths."""
+    if feature.name in features:
+        return features[feature.name]
+    flat = features.get(f"{feature.name}/{_RAGGED}flat_values")
+    if flat is None:
+        raise ValueError(f"feature {feature.name!r} is missing")
+    for level, expected in enumerate(feature.shape):
+        lengths = features.get(f"{feature.name}/{_RAGGED}row_lengths_{level}")
+        if lengths is not None and (lengths.value != expected).any():
+            raise ValueError(f"feature {feature.name!r} is a sequence of {expected}, but not in every step")
+    return flat
+
+
 def _encoded(feature: spec.FeatureSpec) -> bool:
     return feature.kind in ("image", "text") or feature.encoding in ("zlib", "bytes")
 
@@ -225,9 +243,7 @@ def _rows(
     feature: spec.FeatureSpec, features: dict[str, example.Feature], steps: int, record: tfrecord.Record
 ) -> np.ndarray | list[bytes]:
     """The rows of one feature of one episode, in the form the index keeps; of texts, the bytes."""
-    if feature.name not in features:
-        raise ValueError(f"feature {feature.name!r} is missing")
-    scanned, encoded = features[feature.name], _encoded(feature)
+    scanned, encoded = _find(feature, features), _encoded(feature)
     wanted = "bytes" if encoded else ("float" if np.dtype(feature.dtype).kind == "f" else "int")
     if scanned.kind != wanted:
         raise ValueError(f"feature {feature.name!r} is stored as {scanned.kind}, {wanted} expected")

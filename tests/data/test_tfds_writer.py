@@ -41,8 +41,6 @@ class Fractal20220817Data(tfds.core.GeneratorBasedBuilder):
             "flags": f.Tensor(shape=(3,), dtype=np.bool_),
             "zipped_double": f.Tensor(shape=(2,), dtype=np.float64, encoding="zlib"),
             "phrases": f.Tensor(shape=(2,), dtype=np.str_),
-            "fixed": f.Sequence(f.Tensor(shape=(2,), dtype=np.float32), length=3),
-            "parts": f.Sequence({"x": f.Scalar(dtype=np.int32), "y": f.Text()}, length=2),
             "box": f.BBoxFeature(),
             "kind": f.ClassLabel(names=["a", "b"]),
         }
@@ -92,8 +90,6 @@ class Fractal20220817Data(tfds.core.GeneratorBasedBuilder):
                     "flags": rng.integers(0, 2, 3).astype(np.bool_),
                     "zipped_double": rng.normal(size=2),
                     "phrases": np.array([f"phrase {t}", "\u00e9t\u00e9"], dtype=object),
-                    "fixed": rng.normal(size=(3, 2)).astype(np.float32),
-                    "parts": [{"x": t, "y": "one"}, {"x": -t, "y": f"two {t}"}],
                     "box": tfds.features.BBox(ymin=0.1, xmin=0.2, ymax=0.3, xmax=0.5 + t / 10),
                     "kind": ["a", "b"][t % 2],
                 }
@@ -202,6 +198,54 @@ def test_depth_and_recipe_equal_tfds(directory):
     assert {len(s): s for s in states} == {4: [1, 0, 0, 1], 2: [1, 0], 6: [1, 0, 0, 1, 1, 1]}
     images = episode_reader.EpisodeReader(reader.sources[0].split).images("steps/observation/image", 0)
     np.testing.assert_array_equal(images, batch["image_main"][: len(images)])
+
+
+class Sequences(tfds.core.GeneratorBasedBuilder):
+    """Sequences inside a step."""
+
+    name = "sequences"
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = tfds.core.Path(__file__).parent
+
+    def _info(self):
+        f = tfds.features
+        step = {
+            "fixed": f.Sequence(f.Tensor(shape=(2,), dtype=np.float32), length=3),
+            "parts": f.Sequence({"x": f.Scalar(dtype=np.int32), "y": f.Text()}, length=2),
+            "ragged": f.Sequence(f.Scalar(dtype=np.float32)),
+            "action": f.Tensor(shape=(7,), dtype=np.float32),
+        }
+        return self.dataset_info_from_configs(features=f.FeaturesDict({"steps": f.Dataset(step)}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"steps": [self.step(t) for t in range(4)]}
+
+    @staticmethod
+    def step(t):
+        return {
+            "fixed": np.arange(6, dtype=np.float32).reshape(3, 2) + t,
+            "parts": [{"x": t, "y": "one"}, {"x": -t, "y": f"two {t}"}],
+            "ragged": [1.0] * t,
+            "action": np.full(7, t, np.float32),
+        }
+
+
+def test_sequences_inside_a_step(tmp_path):
+    """Compared with what was given to TFDS: 4.9.10 writes them, but its own reader fails on them."""
+    builder = Sequences(data_dir=str(tmp_path))
+    builder.download_and_prepare()
+    opened = index.open_index(str(builder.data_dir))
+    split, expected = opened.split("train"), [Sequences.step(t) for t in range(4)]
+    np.testing.assert_array_equal(split.column("steps/fixed"), [step["fixed"] for step in expected])
+    np.testing.assert_array_equal(
+        split.column("steps/parts/x"), [[part["x"] for part in step["parts"]] for step in expected]
+    )
+    ids, strings = split.texts("steps/parts/y")
+    assert [[strings[i] for i in row] for row in ids] == [[part["y"] for part in step["parts"]] for step in expected]
+    assert opened.left_out == {"steps/ragged": "a sequence of no fixed length"} and not opened.warnings
 
 
 @pytest.fixture(scope="module")
