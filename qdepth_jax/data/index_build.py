@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -216,7 +217,7 @@ def _scan_part(dataset: spec.DatasetSpec, part: _Part, checks: shard_scan.Checks
         arrays[f"sizes:{file_name(name)}"] = np.array([len(text) for text in table], np.int64)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    partial = f"{part.path}.{os.getpid()}.tmp"
+    partial = f"{part.path}.{os.getpid()}-{threading.get_ident()}.tmp"
     with open(partial, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
