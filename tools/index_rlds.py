@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import time
+import types
 
 from absl import flags
 
@@ -106,7 +107,7 @@ def _finite(dataset, definition) -> tuple[str, ...]:
     """The float columns that the recipes of the data set read; without a definition, its actions and states."""
     import numpy as np
 
-    from qdepth_jax.data import shard_scan, standardise
+    from qdepth_jax.data import shard_scan
 
     columns = {
         name: feature
@@ -117,12 +118,21 @@ def _finite(dataset, definition) -> tuple[str, ...]:
         return tuple(sorted(name for name in columns if name.startswith(("steps/action", "steps/observation/"))))
     read = set()
 
-    def recorded(name: str) -> np.ndarray:
-        name = f"steps/{name}"
+    def values(name: str) -> np.ndarray:
+        feature = dataset.feature(name)
         read.add(name)
-        return np.zeros((1, *dataset.feature(name).shape), shard_scan.column_dtype(dataset.feature(name)))
+        return np.zeros((1, *feature.shape), shard_scan.column_dtype(feature))
 
-    one = standardise.Columns(recorded, np.zeros(1, np.int64), np.ones(1, np.int64))
+    # One episode of one frame, whose columns note that they were read.
+    one = types.SimpleNamespace(
+        read=lambda name: values(f"steps/{name}"),
+        text=lambda name: (np.zeros(1, np.int32), [""]),
+        episode_read=values,
+        episode_text=lambda name: (np.zeros(1, np.int32), [""]),
+        lengths=np.ones(1, np.int64),
+        start=np.zeros(1, np.int64),
+        end=np.ones(1, np.int64),
+    )
     definition.action(one)
     definition.proprio(one)
     return tuple(sorted(read & set(columns)))

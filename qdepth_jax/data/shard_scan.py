@@ -222,7 +222,7 @@ def _steps(dataset: spec.DatasetSpec, features: dict[str, example.Feature]) -> i
 
 
 def _find(feature: spec.FeatureSpec, features: dict[str, example.Feature]) -> example.Feature:
-    """The feature in the record. TFDS writes a sequence inside a step as values and row lengths, even of fixed length."""
+    """The feature in the record; of a sequence inside a step, TFDS writes values and row lengths, even if it is fixed."""
     if feature.name in features:
         return features[feature.name]
     flat = features.get(f"{feature.name}/{_RAGGED}flat_values")
