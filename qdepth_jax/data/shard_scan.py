@@ -222,7 +222,7 @@ def _steps(dataset: spec.DatasetSpec, features: dict[str, example.Feature]) -> i
 
 
 def _find(feature: spec.FeatureSpec, features: dict[str, example.Feature]) -> example.Feature:
-    """The feature in the record; of a sequence inside a step, TFDS writes values and row lengths, even if it is fixed."""
+    """The feature in the record. Of any sequence inside a step, TFDS writes values and row lengths."""
     if feature.name in features:
         return features[feature.name]
     flat = features.get(f"{feature.name}/{_RAGGED}flat_values")
