@@ -56,7 +56,8 @@ class EpisodeReader:
         row = self._split.episodes[episode]
         path = self._split.shard_path(int(row["shard"]))
         spans = self._split.spans(feature)[row["start"] : row["start"] + row["length"]]
-        return [self._files.read(path, offset, size) for offset, size in spans.tolist()]
+        pending = [self._files.start(path, offset, size) for offset, size in spans.tolist()]
+        return [wait() for wait in pending]
 
     def _decode(self, decode, encoded: bytes, out: np.ndarray, episode: int, step: int) -> None:
         try:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_BYTES_ENTRY = 1 << 3 | _BYTES
 _KINDS = {1: "bytes", 2: "float", 3: "int"}
 
 
@@ -26,10 +27,12 @@ class Feature(NamedTuple):
       kind: "bytes", "float", "int", or "empty" (present, but no list is set).
       value: bytes -> int64 [n, 2] of (offset, length) inside the payload; float -> f32 [n] (a view of the
         payload where it lies in one packed run); int -> int64 [n]; empty -> f32 [0].
+      start: payload offset of the numbers where they lie in one packed run, else -1.
     """
 
     kind: str
     value: np.ndarray
+    start: int = -1
 
 
 # ---- writing ----
@@ -136,38 +139,61 @@ def _scan_entry(payload: bytes, start: int, end: int) -> tuple[str, Feature]:
         raise _error(value[0], f"feature {name!r} must hold one list, fields {[item[0] for item in lists]} found")
     field, low, high = lists[0]
     kind = _KINDS[field]
-    read = {"bytes": _scan_bytes, "float": _scan_floats, "int": _scan_ints}[kind]
-    return name, Feature(kind, read(payload, low, high, name))
+    if kind == "bytes":
+        return name, Feature(kind, _scan_bytes(payload, low, high, name))
+    scan_numbers = _scan_floats if kind == "float" else _scan_ints
+    return name, Feature(kind, *scan_numbers(payload, low, high, name))
 
 
 def _scan_bytes(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
-    spans = []
-    for field, low, high in _messages(payload, start, end, f"bytes_list {name!r}"):
-        if field != 1:
-            raise _error(low, f"unknown field {field} in bytes_list {name!r}")
-        spans.append((low, high - low))
+    """The usual entry, tag byte 0x0A and a length, is read in place: an episode holds hundreds of them."""
+    spans, at, what = [], start, f"bytes_list {name!r}"
+    while at < end:
+        if payload[at] != _BYTES_ENTRY:
+            # Another spelling of the tag, or an error: the general reader knows.
+            for field, low, high in _messages(payload, at, end, what):
+                if field != 1:
+                    raise _error(low, f"unknown field {field} in {what}")
+                spans.append((low, high - low))
+            break
+        size, low = _read_varint(payload, at + 1, end, what)
+        at = low + size
+        if at > end:
+            raise _error(low, f"field 1 of {what} reaches {at - end} bytes past its end")
+        spans.append((low, size))
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def _scan_floats(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
+def _scan_floats(payload: bytes, start: int, end: int, name: str) -> tuple[np.ndarray, int]:
     runs = []
-    for low, high in _values(payload, start, end, f"float_list {name!r}", _FIXED32):
+    packed = -1
+    for wire, low, high in _values(payload, start, end, f"float_list {name!r}", _FIXED32):
         if (high - low) % 4:
             raise _error(low, f"float_list {name!r} has {high - low} bytes, not a multiple of 4")
         runs.append(np.frombuffer(payload, "<f4", (high - low) // 4, low))
-    return runs[0] if len(runs) == 1 else np.concatenate([*runs, np.zeros(0, np.float32)])
+        packed = low if wire == _BYTES else -1
+    if len(runs) == 1:
+        return runs[0], packed
+    return np.concatenate([*runs, np.zeros(0, np.float32)]), -1
 
 
-def _scan_ints(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
-    runs = [
-        _decode_varints(payload, low, high, name)
-        for low, high in _values(payload, start, end, f"int64_list {name!r}", _VARINT)
-    ]
-    return runs[0] if len(runs) == 1 else np.concatenate([*runs, np.zeros(0, np.int64)])
+def _scan_ints(payload: bytes, start: int, end: int, name: str) -> tuple[np.ndarray, int]:
+    runs = []
+    packed = -1
+    for wire, low, high in _values(payload, start, end, f"int64_list {name!r}", _VARINT):
+        runs.append(decode_varints(payload, low, high, name))
+        packed = low if wire == _BYTES else -1
+    if len(runs) == 1:
+        return runs[0], packed
+    return np.concatenate([*runs, np.zeros(0, np.int64)]), -1
 
 
-def _decode_varints(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
-    """Packed varints -> int64 [n]; most are one byte (booleans), so that case costs one cast."""
+def decode_varints(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
+    """Packed varints between two offsets -> int64 [n]; most are one byte (booleans), so that case costs one cast.
+
+    Raises:
+      ValueError: a number without an end, or of more than 64 bits; `name` is the feature's, for the message.
+    """
     data = np.frombuffer(payload, np.uint8, end - start, start)
     last = data < 0x80
     if last.all():
@@ -185,12 +211,19 @@ def _decode_varints(payload: bytes, start: int, end: int, name: str) -> np.ndarr
     return np.bitwise_or.reduceat(parts, begins).view(np.int64)
 
 
-def _values(payload: bytes, start: int, end: int, what: str, single: int) -> Iterator[tuple[int, int]]:
-    """The runs of a repeated numeric field: packed runs, or single values (legal, though rarely written)."""
+def varint_ends(payload: bytes, start: int, count: int) -> np.ndarray:
+    """i64 [count]: one past the last byte of each of `count` varints from `start` on, which `scan` has accepted."""
+    # A varint has ten bytes at most.
+    data = np.frombuffer(payload, np.uint8, min(10 * count, len(payload) - start), start)
+    return start + 1 + np.flatnonzero(data < 0x80)[:count]
+
+
+def _values(payload: bytes, start: int, end: int, what: str, single: int) -> Iterator[tuple[int, int, int]]:
+    """(wire type, start, end) of each run of a repeated numeric field: packed, or single values (legal but rare)."""
     for field, wire, low, high in _fields(payload, start, end, what):
         if field != 1 or wire not in (_BYTES, single):
             raise _error(low, f"unknown field {field} of wire type {wire} in {what}")
-        yield low, high
+        yield wire, low, high
 
 
 def _messages(payload: bytes, start: int, end: int, what: str) -> Iterator[tuple[int, int, int]]:
@@ -226,6 +259,8 @@ def _fields(payload: bytes, start: int, end: int, what: str) -> Iterator[tuple[i
 
 
 def _read_varint(payload: bytes, at: int, end: int, what: str) -> tuple[int, int]:
+    if at < end and payload[at] < 0x80:
+        return payload[at], at + 1
     value = shift = 0
     while at < end:
         byte = payload[at]

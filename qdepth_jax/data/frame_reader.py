@@ -11,11 +11,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from qdepth_jax.data import storage
+
 _JPEG = b"\xff\xd8"
 
 
 class ShardFiles:
-    """Positioned reads from many shards, safe for threads.
+    """Positioned reads from many shards, local or `gs://`, safe for threads.
 
     Descriptors stay open up to half of the process limit; beyond that a read opens and closes its shard. Nothing is
     evicted, so no descriptor can be closed under another thread.
@@ -31,8 +33,10 @@ class ShardFiles:
         """`size` bytes at `offset`.
 
         Raises:
-          ValueError: the file ends before.
+          ValueError: the file ends before. UserError: a store that refuses or does not answer.
         """
+        if storage.is_remote(path):
+            return storage.start(path, offset, size)()
         descriptor = self._open.get(path)
         if descriptor is not None:
             return _pread(descriptor, path, offset, size)
@@ -49,6 +53,13 @@ class ShardFiles:
             os.close(descriptor)
 
     def start(self, path: str, offset: int, size: int) -> Callable[[], bytes]:
+        """`read` in two steps: calling the result waits for the bytes.
+
+        The request to an object store is sent at once, so many can be in flight; a local file is read when the result
+        is called, for a disk is made busy by threads.
+        """
+        if storage.is_remote(path):
+            return storage.start(path, offset, size)
         return functools.partial(self.read, path, offset, size)
 
     def close(self) -> None:
@@ -118,6 +129,22 @@ def decode_depth(data: bytes, out: np.ndarray) -> None:
     if array.dtype.kind not in "iu" or (array.dtype.itemsize > 2 and (array.min() < 0 or array.max() > 65535)):
         raise ValueError(f"depth image holds {array.dtype}, uint16 expected")
     out[:] = array
+
+
+def check(data: bytes, dtype: str = "uint8") -> None:
+    """Decodes an image for its errors alone; `dtype` "uint16" is depth.
+
+    Raises:
+      ValueError: the data is no image, or damaged.
+    """
+    if not data:
+        raise ValueError("the image is empty (0 bytes)")
+    if dtype == "uint16":
+        decode_depth(data, np.empty(image_size(data), np.uint16))
+    elif data[:2] == _JPEG:
+        simplejpeg.decode_jpeg(data)
+    else:
+        _load_image(data)
 
 
 def _open_image(data: bytes) -> Image.Image:

@@ -1,6 +1,7 @@
 """The sidecar index of an RLDS data set: built once, then any frame is one positioned read.
 
     <index_dir>/index.json                  identity, features, splits, shard sizes and checksums, warnings
+    <index_dir>/quarantine.json             what must not be sampled, each with its reason (see quarantine.py)
     <index_dir>/<split>/episodes.npy        episode table (EPISODE, plus `start`: first frame id)
     <index_dir>/<split>/span/NAME.npy       byte place of every image, memory-mapped
     <index_dir>/<split>/column/NAME.npy     low-dimensional columns, memory-mapped
@@ -12,27 +13,24 @@ build writes beside it and renames.
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import shard_scan, spec
+from qdepth_jax.data import index_build, quarantine, shard_scan, spec, storage
 
-FORMAT = 1
+FORMAT = index_build.FORMAT
 DEFAULT_FOLDER = "qdepth_index"
-
-# `start` is the id of the episode's first frame; ids run through the split in record order.
-EPISODE = np.dtype([*shard_scan.EPISODE.descr, ("start", "<i8")])
+EPISODE = index_build.EPISODE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +55,33 @@ class SplitIndex:
         return self._table("column", name)
 
     def spans(self, name: str) -> np.ndarray:
-        """SPAN [F]: where each encoded image (or wide tensor) lies in its shard."""
+        """SPAN [F] (or [E]): where each image or wide tensor lies in its shard; see `shard_scan.decode_tensor`."""
         return self._table("span", name)
 
     def texts(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """(ids i32 [F] or [E], table of distinct strings)."""
+        """(ids i32 [F] or [E], table of distinct strings); of an array of strings, ids i32 [F, ...]."""
         ids = self._table("text", name)
         with open(self._path("text", name, ".json"), encoding="utf-8") as file:
             return ids, json.load(file)
+
+    @functools.cached_property
+    def quarantine(self) -> tuple[quarantine.Row, ...]:
+        """What of this split was set aside when the index was built."""
+        with open(os.path.join(os.path.dirname(self.directory), "quarantine.json"), encoding="utf-8") as file:
+            rows = quarantine.from_json(json.load(file))
+        return tuple(row for row in rows if row.split == self.name)
+
+    @functools.cached_property
+    def quarantined_by_reason(self) -> dict[str, np.ndarray]:
+        """Reason -> i64 [n] ascending frame ids that must not be sampled. Records that could not be read at all have no
+        frames; `quarantine` counts them."""
+        return quarantine.frames(self.quarantine, self.episodes["start"], self.episodes["length"])
+
+    @functools.cached_property
+    def quarantined(self) -> np.ndarray:
+        """i64 [n]: ascending ids of all frames that must not be sampled."""
+        parts = self.quarantined_by_reason.values()
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *parts]))
 
     def episode_of(self, frames: np.ndarray) -> np.ndarray:
         """Episode number of each frame id."""
@@ -92,14 +109,16 @@ class SplitIndex:
         return np.load(self._path(kind, name, ".npy"), mmap_mode="r")
 
     def _path(self, kind: str, name: str, suffix: str) -> str:
-        return os.path.join(self.directory, kind, _file_name(name) + suffix)
+        return os.path.join(self.directory, kind, index_build.file_name(name) + suffix)
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
     """An opened index.
 
-    `warnings` are what the build found odd, in words; `left_out` feature -> why it cannot be read through the index.
+    `warnings` are what the build found odd, in words; `left_out` feature -> why it cannot be read through the index;
+    `quarantine_digest` identity of what was set aside ("" = nothing), which `fingerprint` does not cover: equal data
+    may be indexed with other `checks`.
     """
 
     dataset: spec.DatasetSpec
@@ -109,6 +128,8 @@ class Index:
     warnings: tuple[str, ...]
     left_out: Mapping[str, str]
     shard_bytes: int
+    quarantine_digest: str
+    checks: shard_scan.Checks
 
     def split(self, name: str) -> SplitIndex:
         if name not in self.splits:
@@ -120,12 +141,25 @@ class Index:
 
 def default_directory(dataset: spec.DatasetSpec, root: str = "") -> str:
     """Where the index of a data set lives: inside the data set, or below `root` under a name of its own."""
+    if storage.is_remote(root):
+        raise errors.UserError(f"--index_dir={root}: an index is memory-mapped, so it needs a local folder")
     if not root:
+        if storage.is_remote(dataset.directory):
+            raise errors.UserError(
+                f"the index of {dataset.directory} needs a local folder: give one with --index_dir (config: "
+                "data.index_dir)"
+            )
         return os.path.join(dataset.directory, DEFAULT_FOLDER)
     # Cheap identity, so that two data sets of one name can share a root: shard names and sizes, no content.
     shards = [[name, list(split.shards), _sizes(dataset, split)] for name, split in sorted(dataset.splits.items())]
     digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
     return os.path.join(os.path.abspath(os.path.expanduser(root)), f"{dataset.name}-{dataset.version}-{digest}")
+
+
+def _sizes(dataset: spec.DatasetSpec, split: spec.Split) -> list[int]:
+    if storage.is_remote(dataset.directory):  # which tells no sizes: what is declared instead
+        return [*split.declared, split.num_bytes]
+    return [stat.size for stat in index_build.shard_stats(dataset, split)]
 
 
 def open_index(
@@ -134,18 +168,24 @@ def open_index(
     *,
     build: bool = True,
     on_shard: Callable[[str, int], None] | None = None,
+    workers: int = 0,
+    checks: shard_scan.Checks = shard_scan.NO_CHECKS,
 ) -> Index:
     """Opens the index of the data set in `directory`; builds it first where there is none.
 
+    A shard whose modification time (or object generation) is another than at the build is read again and must hold the
+    same content; that is remembered where the index can be written.
+
     Args:
-      directory: the data set version folder (features.json).
-      index_dir: root for indexes; empty = `qdepth_index` inside the data set.
+      directory: the data set version folder (features.json), local or gs://.
+      index_dir: local root for indexes; empty = `qdepth_index` inside the data set.
       build: False makes a missing index an error.
-      on_shard: called as (shard name, bytes) after each shard of a build, for progress.
+      on_shard: called as (shard name, bytes) after each shard that was read, for progress.
+      workers: processes of a build; 0 = one per core, one alone for small data.
+      checks: of a build; an index that is there is opened as it is (`Index.checks` tells how it was built).
 
     Raises:
-      UserError: no data set, an index of other data, a folder that cannot be written.
-      ValueError: damaged shards (names shard, record, byte).
+      UserError: no data set, damaged shards, an index of other data, a folder that cannot be written.
     """
     dataset = spec.read_spec(directory)
     target = default_directory(dataset, index_dir)
@@ -156,218 +196,151 @@ def open_index(
                 + (f" --index_dir={index_dir}" if index_dir else "")
             )
         logging.info("building the index of %s in %s", dataset.directory, target)
-        _build(dataset, target, on_shard)
-    return _open(dataset, target)
+        index_build.build(dataset, target, checks, on_shard, workers)
+    return _open(dataset, target, on_shard, workers)
 
 
-def rebuild(dataset: spec.DatasetSpec, index_dir: str = "", on_shard: Callable[[str, int], None] | None = None) -> None:
+def rebuild(
+    dataset: spec.DatasetSpec,
+    index_dir: str = "",
+    on_shard: Callable[[str, int], None] | None = None,
+    workers: int = 0,
+    checks: shard_scan.Checks = shard_scan.NO_CHECKS,
+) -> None:
     """Builds an index anew and then puts it in the place of the one that is there (which may be of other data)."""
     target = default_directory(dataset, index_dir)
     if os.path.exists(target) and not os.path.exists(os.path.join(target, "index.json")):
         raise errors.UserError(f"{target} exists but is no index: remove it or choose another place with --index_dir")
     old = f"{target}.old-{os.getpid()}"
-    _build(dataset, target, on_shard, replace=old)
+    index_build.build(dataset, target, checks, on_shard, workers, replace=old)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def total_bytes(dataset: spec.DatasetSpec) -> int:
-    """Size of all shards."""
-    return sum(sum(_sizes(dataset, split)) for split in dataset.splits.values())
+    """Size of all shards (of objects, as declared)."""
+    return index_build.total_bytes(dataset)
 
 
-def scan_identity(
-    dataset: spec.DatasetSpec, on_shard: Callable[[str, int], None] | None = None
-) -> tuple[str, dict[str, list[shard_scan.ShardTables]]]:
-    """Reads every shard completely (checksums verified); returns (fingerprint, split -> tables by shard)."""
-    tables: dict[str, list[shard_scan.ShardTables]] = {}
-    for name, split in dataset.splits.items():
-        tables[name] = []
-        for number, shard in enumerate(split.shards):
-            tables[name].append(shard_scan.scan_shard(dataset, name, number))
-            if on_shard:
-                on_shard(shard, tables[name][-1].size)
-    return _fingerprint(dataset, tables), tables
+def verify(opened: Index, on_shard: Callable[[str, int], None] | None = None, workers: int = 0) -> None:
+    """Reads every shard and every file of the index again.
 
-
-def _fingerprint(dataset: spec.DatasetSpec, tables: Mapping[str, list[shard_scan.ShardTables]]) -> str:
-    identity = {
-        "format": FORMAT,
-        "name": dataset.name,
-        "version": dataset.version,
-        "features": _feature_rows(dataset),
-        "shards": {
-            name: [[shard, table.size, table.crc] for shard, table in zip(split.shards, tables[name])]
-            for name, split in dataset.splits.items()
-        },
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _feature_rows(dataset: spec.DatasetSpec) -> list[list[Any]]:
-    rows = [dataclasses.astuple(feature) for _, feature in sorted(dataset.features.items())]
-    return json.loads(json.dumps(rows))
-
-
-def _build(
-    dataset: spec.DatasetSpec, target: str, on_shard: Callable[[str, int], None] | None, replace: str = ""
-) -> None:
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix=".building-", dir=os.path.dirname(target))
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    try:
-        fingerprint, tables = scan_identity(dataset, on_shard)
-        try:
-            _write(dataset, scratch, fingerprint, tables)
-            os.chmod(scratch, 0o755)
-            if replace and os.path.exists(target):
-                os.rename(target, replace)
-            os.rename(scratch, target)
-        except OSError as error:
-            # Another process may have finished first: its index is as good as ours, if it is of the same data.
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.exists(os.path.join(target, "index.json")):
-                return
-            raise _cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _cannot_write(target: str, error: OSError) -> errors.UserError:
-    what = {
-        errno.ENOSPC: "the disk is full; free space or choose another place",
-        errno.EDQUOT: "the quota is used up; free space or choose another place",
-        errno.EROFS: "the folder is read-only; choose another place",
-        errno.EACCES: "no permission to write there; choose another place",
-        errno.EPERM: "no permission to write there; choose another place",
-        errno.ENOTEMPTY: "the folder exists but holds no index.json; remove it or choose another place",
-        errno.EEXIST: "the folder exists but holds no index.json; remove it or choose another place",
-    }.get(error.errno, f"{error.strerror}; choose another place")
-    return errors.UserError(f"cannot write the index {target}: {what} with --index_dir (config: data.index_dir)")
-
-
-def _write(
-    dataset: spec.DatasetSpec,
-    directory: str,
-    fingerprint: str,
-    tables: Mapping[str, list[shard_scan.ShardTables]],
-) -> None:
-    splits, warnings = {}, []
-    for name, split in dataset.splits.items():
-        folder = os.path.join(directory, name)
-        for kind in ("span", "column", "text"):
-            os.makedirs(os.path.join(folder, kind))
-        found = [len(table.episodes) for table in tables[name]]
-        if tuple(found) != split.declared:
-            # Policy: what lies in the shards counts. The metadata of hand-cut data sets is often stale; a copy that
-            # lost its tail ends inside a record and has been refused by then.
-            odd = [i for i, (a, b) in enumerate(zip(found, split.declared)) if a != b]
-            warnings.append(
-                f"split {name}: dataset_info.json declares {sum(split.declared)} episodes, the shards hold "
-                f"{sum(found)} (first difference in {split.shards[odd[0]]}); the shards count"
+    Raises:
+      UserError: names the shards whose content, or the files of the index that, are not what was indexed.
+    """
+    _check_content(opened.dataset, opened.directory, _load(opened.directory), None, on_shard, workers)
+    for name, expected in sorted(_load(opened.directory)["files"].items()):
+        size = crc = 0
+        with open(os.path.join(opened.directory, name), "rb") as file:
+            while part := file.read(1 << 20):
+                size, crc = size + len(part), google_crc32c.extend(crc, part)
+        if [size, crc] != expected:
+            raise errors.UserError(
+                f"{opened.directory}/{name} is damaged: {_rebuild_hint(opened.dataset)}, the shards are good"
             )
-        _save(os.path.join(folder, "episodes.npy"), _episode_table([table.episodes for table in tables[name]]))
-        for feature in dataset.features.values():
-            _write_feature(folder, feature, tables[name])
-        extra = sorted(set().union(*(table.extra for table in tables[name])))
-        if extra:
-            warnings.append(f"split {name}: records hold features that features.json does not list: {', '.join(extra)}")
-        splits[name] = {
-            "episodes": sum(found),
-            "frames": int(sum(table.episodes["length"].sum() for table in tables[name])),
-            "shards": [[shard, table.size, table.crc] for shard, table in zip(split.shards, tables[name])],
-        }
-    left_out = {
-        feature.name: feature.reason
-        or (
-            f"{feature.dtype}{list(feature.shape)} is wider than {shard_scan.MAX_COLUMN_VALUES} values"
-            if feature.kind == "tensor"
-            else f"{feature.kind} outside of the steps"
-        )
-        for feature in dataset.features.values()
-        if not shard_scan.storage(feature)
-    }
-    content = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "name": dataset.name,
-        "version": dataset.version,
-        "features": _feature_rows(dataset),
-        "splits": splits,
-        "left_out": left_out,
-        "warnings": warnings,
-    }
-    with open(os.path.join(directory, "index.json"), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
 
 
-def _episode_table(parts: list[np.ndarray]) -> np.ndarray:
-    joined = np.concatenate([np.zeros(0, shard_scan.EPISODE), *parts])
-    table = np.zeros(len(joined), EPISODE)
-    for field in shard_scan.EPISODE.names:
-        table[field] = joined[field]
-    table["start"] = np.cumsum(joined["length"], dtype=np.int64) - joined["length"]
-    return table
-
-
-def _write_feature(folder: str, feature: spec.FeatureSpec, tables: list[shard_scan.ShardTables]) -> None:
-    kind = shard_scan.storage(feature)
-    path = os.path.join(folder, kind, _file_name(feature.name))
-    empty = shard_scan.empty_rows(feature)
-    if kind == "column":
-        _save(path + ".npy", np.concatenate([empty, *(table.columns[feature.name] for table in tables)]))
-    elif kind == "span":
-        _save(path + ".npy", np.concatenate([empty, *(table.spans[feature.name] for table in tables)]))
-    elif kind == "text":
-        merged: dict[bytes, int] = {}
-        ids = [empty]
-        for table in tables:
-            local, strings = table.texts[feature.name]
-            lookup = np.array([merged.setdefault(text, len(merged)) for text in strings], np.int32)
-            ids.append(lookup[local] if len(local) else empty)
-        _save(path + ".npy", np.concatenate(ids))
-        # A text that is not UTF-8 stays readable and distinct instead of stopping the whole data set.
-        with open(path + ".json", "w", encoding="utf-8") as file:
-            json.dump([text.decode(errors="backslashreplace") for text in merged], file, ensure_ascii=False)
-
-
-def _save(path: str, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array)
-
-
-def _open(dataset: spec.DatasetSpec, directory: str) -> Index:
+def _load(directory: str) -> dict[str, Any]:
     path = os.path.join(directory, "index.json")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        found = content["format"], content["features"], {k: v["shards"] for k, v in content["splits"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        missing = {"format", "features", "splits", "fingerprint", "name", "version", "warnings", "left_out"} - {
+            *content
+        }
+        if missing or not all("shards" in split for split in content["splits"].values()):
+            raise KeyError(*sorted(missing or {"shards"}))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise errors.UserError(f"{path} is damaged ({error!r}): delete {directory} and build it again") from error
-    rebuild = f"run `python tools/index_rlds.py {dataset.directory} --rebuild` if the new data is what you want"
-    if found[0] != FORMAT:
-        raise errors.UserError(f"{path} has format {found[0]}, this code reads {FORMAT}: {rebuild}")
-    if found[1] != _feature_rows(dataset) or (content["name"], content["version"]) != (dataset.name, dataset.version):
+    return content
+
+
+def _rebuild_hint(dataset: spec.DatasetSpec) -> str:
+    return f"run `python tools/index_rlds.py {dataset.directory} --rebuild`"
+
+
+def _open(
+    dataset: spec.DatasetSpec, directory: str, on_shard: Callable[[str, int], None] | None, workers: int
+) -> Index:
+    content, path = _load(directory), os.path.join(directory, "index.json")
+    rebuild = f"{_rebuild_hint(dataset)} if the new data is what you want"
+    if content["format"] != FORMAT:
+        raise errors.UserError(
+            f"{path} has format {content['format']}, this code reads {FORMAT}: {_rebuild_hint(dataset)}"
+        )
+    rows = index_build.feature_rows(dataset)
+    if content["features"] != rows or (content["name"], content["version"]) != (dataset.name, dataset.version):
         raise errors.UserError(f"{path} describes other features than {dataset.directory}/features.json: {rebuild}")
+    changed = []
     for name, split in dataset.splits.items():
-        now = [list(item) for item in zip(split.shards, _sizes(dataset, split))]
-        then = [item[:2] for item in found[2].get(name, [])]
-        if now != then:
-            first = next((pair for pair in zip(now, then) if pair[0] != pair[1]), (f"{len(now)} shards", len(then)))
+        known = content["splits"].get(name, {"shards": [], "versions": []})
+        now = index_build.shard_stats(dataset, split)
+        # The size of an object is not told; its generation is.
+        names = [[shard, stat.size if stat.size >= 0 else None] for shard, stat in zip(split.shards, now)]
+        then = [[shard, size if of[1] is not None else None] for (shard, size, _), of in zip(known["shards"], names)]
+        if names != then or len(known["shards"]) != len(names):
+            first = next((pair for pair in zip(names, then) if pair[0] != pair[1]), None)
+            first = first or (f"{len(names)} shards", f"{len(known['shards'])} shards")
             raise errors.UserError(
                 f"{path} is of other data (split {name}: now {first[0]}, then {first[1]}): {rebuild}"
             )
+        changed += [(name, i) for i, (stat, old) in enumerate(zip(now, known["versions"])) if stat.version != old]
+        known["versions"] = [stat.version for stat in now]
+    if changed:
+        logging.warning(
+            "%d shards of %s carry another time than when they were indexed; reading them again to see whether their "
+            "content is the same",
+            len(changed),
+            dataset.directory,
+        )
+        _check_content(dataset, directory, content, changed, on_shard, workers)
+        _remember(path, content)
     splits = {name: SplitIndex(dataset, name, os.path.join(directory, name)) for name in dataset.splits}
-    size = sum(shard[1] for shards in found[2].values() for shard in shards)
+    with open(os.path.join(directory, "quarantine.json"), encoding="utf-8") as file:
+        quarantine_digest = json.load(file)["digest"]
     return Index(
-        dataset, directory, content["fingerprint"], splits, tuple(content["warnings"]), content["left_out"], size
+        dataset,
+        directory,
+        content["fingerprint"],
+        splits,
+        tuple(content["warnings"]),
+        content["left_out"],
+        sum(shard[1] for split in content["splits"].values() for shard in split["shards"]),
+        quarantine_digest,
+        shard_scan.Checks(**{**content["checks"], "finite": tuple(content["checks"]["finite"])}),
     )
 
 
-def _sizes(dataset: spec.DatasetSpec, split: spec.Split) -> list[int]:
-    return [os.path.getsize(dataset.shard_path(shard)) for shard in split.shards]
+def _check_content(
+    dataset: spec.DatasetSpec,
+    directory: str,
+    content: dict[str, Any],
+    shards: list[tuple[str, int]] | None,
+    on_shard: Callable[[str, int], None] | None,
+    workers: int,
+) -> None:
+    """Shards (split, number), None = all, must hold what the index was built from."""
+    if shards is None:
+        shards = [(name, number) for name, split in dataset.splits.items() for number in range(len(split.shards))]
+    found = index_build.content_crcs(dataset, shards, workers, on_shard)
+    bad = [
+        f"{dataset.splits[name].shards[number]} ({found[name, number][2] or 'good records, but others'})"
+        for name, number in shards
+        if list(found[name, number][:2]) != content["splits"][name]["shards"][number][1:]
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise errors.UserError(
+            f"{dataset.directory}: {len(bad)} shards changed since they were indexed in {directory}: "
+            f"{', '.join(bad[:3])}{more}. Restore them, or {_rebuild_hint(dataset)} if the new data is what you want "
+            "(with --quarantine where it is damaged)"
+        )
 
 
-def _file_name(feature: str) -> str:
-    # Readable and without collisions: "steps/observation/state" -> "steps.observation.state".
-    return feature.replace("%", "%25").replace(".", "%2E").replace("/", ".")
+def _remember(path: str, content: dict[str, Any]) -> None:
+    scratch = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+        os.replace(scratch, path)
+    except OSError as error:
+        logging.warning("%s cannot be written (%s): the shards are read again at every start", path, error.strerror)

@@ -1,24 +1,45 @@
-"""One pass over one shard: where every image lies, every low-dimensional column, every text. No image is decoded.
+"""One pass over one shard: where every image lies, every low-dimensional column, every text.
 
-This is the unit of work of an index build: a pure function of (spec, split, shard), so shards can be scanned in any
-order and in parallel. Everything that does not fit features.json is an error that names shard, record and feature.
+This is the unit of work of an index build: a pure function of (spec, split, shard, checks), so shards can be scanned in
+any order and in parallel. Everything that does not fit features.json is an error that names shard, record and feature,
+or a quarantine row where the caller asked for those. No image is decoded unless the caller asks for that.
 """
 
 import dataclasses
-import os
 import zlib
 
 import google_crc32c
 import numpy as np
 
-from qdepth_jax.data import example, spec, tfrecord
+from qdepth_jax import errors
+from qdepth_jax.data import example, quarantine, spec, tfrecord
 
-# Wider per-step tensors (sentence embeddings, point clouds) are left out of the columns, and the index says so:
+# Wider per-step tensors (sentence embeddings, point clouds) are no columns but byte places in their shard, like images:
 # 2.2 M frames x 512 floats would be twenty times the size of everything else in the index.
 MAX_COLUMN_VALUES = 64
 
 EPISODE = np.dtype([("shard", "<i4"), ("record", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("length", "<i4")])
 SPAN = np.dtype([("offset", "<u8"), ("size", "<u4")])
+
+_RAGGED = "ragged_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What a scan looks at beyond structure, and what it does about problems.
+
+    Attributes:
+      tolerate: problems become quarantine rows; otherwise the first one is an error.
+      images: decode every image (slow: a hundred times the CPU of a scan without).
+      finite: per-step float columns in which NaN or infinity is a problem.
+    """
+
+    tolerate: bool = False
+    images: bool = False
+    finite: tuple[str, ...] = ()
+
+
+NO_CHECKS = Checks()
 
 
 @dataclasses.dataclass
@@ -28,11 +49,13 @@ class ShardTables:
     Attributes:
       episodes: EPISODE [E]; `offset` and `size` of the record's payload in the file, `length` in steps.
       columns: name -> array [F, ...] of tensor features, in the dtype of features.json (float64 as float32).
-      spans: name -> SPAN [F]: byte place in the file of one image or one wide encoded tensor.
-      texts: name -> (ids i32 [F], table of distinct bytes in order of first use).
+      spans: name -> SPAN [F]: byte place in the file of one image or one wide tensor.
+      texts: name -> (ids i32 [F, ...], table of distinct bytes in order of first use).
       extra: features found in records that features.json does not list (they are not read).
+      non_finite: per-step float column -> values that are NaN or infinite.
+      problems: quarantine rows; their `episode` counts within this shard.
       size: file size in bytes.
-      crc: crc32c over the checksums of all payloads: the identity of the content.
+      crc: crc32c over the checksums of all payloads (and the marks of what is damaged): the identity of the content.
     """
 
     episodes: np.ndarray
@@ -40,57 +63,121 @@ class ShardTables:
     spans: dict[str, np.ndarray]
     texts: dict[str, tuple[np.ndarray, list[bytes]]]
     extra: set[str]
+    non_finite: dict[str, int]
+    problems: list[quarantine.Row]
     size: int
     crc: int
 
 
 def storage(feature: spec.FeatureSpec) -> str:
     """How the index keeps a feature: "column", "span", "text", or "" (left out)."""
-    if feature.kind == "text":
+    if feature.kind == "text" or _holds_code_units(feature):
         return "text"
     if feature.kind == "image":
-        return "span" if feature.per_step else ""
+        return "span"
     if feature.kind != "tensor":
         return ""
-    if int(np.prod(feature.shape, dtype=np.int64)) <= MAX_COLUMN_VALUES:
-        return "column"
-    return "span" if feature.encoding in ("zlib", "bytes") and feature.per_step else ""
+    return "column" if _width(feature) <= MAX_COLUMN_VALUES else "span"
 
 
-def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int) -> ShardTables:
+def _holds_code_units(feature: spec.FeatureSpec) -> bool:
+    """language_table keeps its instruction as int32[512]: UTF-8 code units, padded with zeros. The name decides."""
+    return (
+        feature.kind == "tensor"
+        and feature.encoding == "none"
+        and np.dtype(feature.dtype).kind in "iu"
+        and len(feature.shape) == 1
+        and _width(feature) > MAX_COLUMN_VALUES
+        and "instruction" in feature.name.rsplit("/", 1)[-1]
+    )
+
+
+def _width(feature: spec.FeatureSpec) -> int:
+    size = 1
+    for dimension in feature.shape:
+        size *= dimension
+    return size
+
+
+class _ProblemError(ValueError):
+    """A record that is to be set aside, or refused."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks = NO_CHECKS) -> ShardTables:
     """Scans shard number `shard` of `split`.
 
     Raises:
-      ValueError: damaged record, an episode without steps, a feature that is missing or does not fit its spec.
+      UserError: a problem that is not tolerated; names data set, shard, record, step where there is one, and the fix.
     """
-    path = dataset.shard_path(dataset.splits[split].shards[shard])
-    kept = {name: feature for name, feature in dataset.features.items() if storage(feature)}
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in kept}
+    name = dataset.splits[split].shards[shard]
+    path = dataset.shard_path(name)
+    kept = {feature.name: feature for feature in dataset.features.values() if storage(feature)}
+    rows: dict[str, list] = {name: [] for name in kept}
     tables: dict[str, dict[bytes, int]] = {name: {} for name, feature in kept.items() if storage(feature) == "text"}
-    episodes, extra, crc = [], set(), 0
-    for record in tfrecord.scan_records(path):
-        crc = google_crc32c.extend(crc, tfrecord.masked_crc(record.payload).to_bytes(4, "little"))
+    episodes, extra, problems, crc, end = [], set(), [], 0, 0
+
+    def problem(reason: str, record: int, step: int | None, message: str, known: bool) -> None:
+        if not checks.tolerate:
+            at = "" if step is None else f", step {step}"
+            raise errors.UserError(
+                f"data set {dataset.name}, split {split}, {path}: record {record}{at} {message}. Repair or copy "
+                f"the shard again, or set the bad parts aside with `python tools/index_rlds.py {dataset.directory} "
+                "--quarantine`"
+            )
+        episode = len(episodes) if known else None
+        problems.append(quarantine.Row(split, name, record, episode, step, reason, message))
+
+    for found in tfrecord.read_records(path):
+        place = f"(payload at byte {found.offset})" if isinstance(found, tfrecord.Record) else ""
+        if isinstance(found, tfrecord.Damage):
+            crc = google_crc32c.extend(crc, found.mark)
+            end = found.end
+            problem(quarantine.LOST if found.length < 0 else quarantine.DAMAGED, found.number, None, found.what, False)
+            continue
+        crc = google_crc32c.extend(crc, found.crc.to_bytes(4, "little"))
+        end = found.offset + found.length + tfrecord.FOOTER_BYTES
         try:
-            features = example.scan(record.payload)
+            features = example.scan(found.payload)
             length = _steps(dataset, features)
-            for name, feature in kept.items():
-                if name not in features:
-                    raise ValueError(f"feature {name!r} is missing")
-                count = length if feature.per_step else 1
-                rows[name].append(_rows(feature, features[name], count, record, tables.get(name)))
+            new = {name: _rows(feature, features, length, found) for name, feature in kept.items()}
         except ValueError as error:
-            raise ValueError(f"{path}: record {record.number} (payload at byte {record.offset}): {error}") from error
-        extra |= {name for name in features if not _listed(dataset, name)}
-        episodes.append((shard, record.number, record.offset, record.length, length))
-    tables_out = {name: list(table) for name, table in tables.items()}
-    joined = {name: _join(kept[name], parts) for name, parts in rows.items()}
+            reason = error.reason if isinstance(error, _ProblemError) else quarantine.MISFIT
+            problem(reason, found.number, None, f"{place}: {error}", False)
+            continue
+        for feature in checks.finite:
+            for step in np.flatnonzero(~np.isfinite(new[feature]).reshape(length, -1).all(1))[:1].tolist():
+                step_or_all = step if not checks.tolerate else None
+                what = f"{place}: {feature!r} holds {new[feature][step].tolist()} at step {step}"
+                problem(quarantine.NON_FINITE, found.number, step_or_all, what, True)
+        if checks.images:
+            for feature, step, error in _undecodable(kept, new, found):
+                problem(quarantine.IMAGE, found.number, step, f"{place}: {feature!r}: {error}", True)
+        for feature, values in new.items():
+            table = tables.get(feature)
+            if table is not None:
+                values = np.array([table.setdefault(text, len(table)) for text in values], np.int32)
+                values = values.reshape(-1, *_text_shape(kept[feature]))
+            rows[feature].append(values)
+        extra |= {name for name in features if name not in dataset.features and not _listed(dataset, name)}
+        episodes.append((shard, found.number, found.offset, found.length, length))
+
+    joined = {name: np.concatenate([empty_rows(kept[name]), *parts]) for name, parts in rows.items()}
+    columns = {name: joined[name] for name in kept if storage(kept[name]) == "column"}
+    floats = {name: column for name, column in columns.items() if column.dtype.kind == "f" and kept[name].per_step}
+    non_finite = {name: int(column.size - np.isfinite(column).sum()) for name, column in floats.items()}
     return ShardTables(
         episodes=np.array(episodes, EPISODE),
-        columns={name: joined[name] for name in kept if storage(kept[name]) == "column"},
+        columns=columns,
         spans={name: joined[name] for name in kept if storage(kept[name]) == "span"},
-        texts={name: (joined[name], tables_out[name]) for name in tables_out},
+        texts={name: (joined[name], list(table)) for name, table in tables.items()},
         extra=extra,
-        size=os.path.getsize(path),
+        non_finite={name: count for name, count in non_finite.items() if count},
+        problems=problems,
+        size=end,
         crc=crc,
     )
 
@@ -100,7 +187,11 @@ def empty_rows(feature: spec.FeatureSpec) -> np.ndarray:
     kind = storage(feature)
     if kind == "column":
         return np.zeros((0, *feature.shape), column_dtype(feature))
-    return np.zeros(0, SPAN if kind == "span" else np.int32)
+    return np.zeros(0, SPAN) if kind == "span" else np.zeros((0, *_text_shape(feature)), np.int32)
+
+
+def _text_shape(feature: spec.FeatureSpec) -> tuple[int, ...]:
+    return feature.shape if feature.kind == "text" else ()
 
 
 def column_dtype(feature: spec.FeatureSpec) -> np.dtype:
@@ -109,15 +200,11 @@ def column_dtype(feature: spec.FeatureSpec) -> np.dtype:
     return np.dtype(np.float32) if dtype.kind == "f" else dtype
 
 
-def _join(feature: spec.FeatureSpec, parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([empty_rows(feature), *parts])
-
-
 def _listed(dataset: spec.DatasetSpec, name: str) -> bool:
-    if name in dataset.features:
+    if name.rpartition(f"/{_RAGGED}")[0] in dataset.features:
         return True
     unread = (feature.name for feature in dataset.features.values() if feature.kind == "unsupported")
-    return any(name.startswith(prefix) for prefix in unread)
+    return any(name == prefix or name.startswith(prefix + "/") for prefix in unread)
 
 
 def _steps(dataset: spec.DatasetSpec, features: dict[str, example.Feature]) -> int:
@@ -125,61 +212,114 @@ def _steps(dataset: spec.DatasetSpec, features: dict[str, example.Feature]) -> i
     for name, feature in dataset.features.items():
         if not feature.per_step or name not in features or feature.kind == "unsupported":
             continue
-        kind, value = features[name]
-        row = 1 if kind == "bytes" else int(np.prod(feature.shape, dtype=np.int64))
+        kind, values = features[name].kind, len(features[name].value)
+        row = 1 if _encoded(feature) and feature.kind != "text" else _width(feature)
         if kind != "empty" and row > 0:
-            if len(value) == 0:
+            if values == 0:
                 break
-            return len(value) // row
-    raise ValueError("the episode has no steps; drop it from the data set")
+            return values // row
+    raise _ProblemError(quarantine.EMPTY, "the episode has no steps")
+
+
+def _find(feature: spec.FeatureSpec, features: dict[str, example.Feature]) -> example.Feature:
+    """The feature in the record. Of any sequence inside a step, TFDS writes values and row lengths."""
+    if feature.name in features:
+        return features[feature.name]
+    flat = features.get(f"{feature.name}/{_RAGGED}flat_values")
+    if flat is None:
+        raise ValueError(f"feature {feature.name!r} is missing")
+    for level, expected in enumerate(feature.shape):
+        lengths = features.get(f"{feature.name}/{_RAGGED}row_lengths_{level}")
+        if lengths is not None and (lengths.value != expected).any():
+            raise ValueError(f"feature {feature.name!r} is a sequence of {expected}, but not in every step")
+    return flat
+
+
+def _encoded(feature: spec.FeatureSpec) -> bool:
+    return feature.kind in ("image", "text") or feature.encoding in ("zlib", "bytes")
 
 
 def _rows(
-    feature: spec.FeatureSpec,
-    scanned: example.Feature,
-    count: int,
-    record: tfrecord.Record,
-    table: dict[bytes, int] | None,
-) -> np.ndarray:
-    """The `count` rows of one feature of one episode, in the form the index keeps."""
-    encoded = feature.kind in ("image", "text") or feature.encoding in ("zlib", "bytes")
+    feature: spec.FeatureSpec, features: dict[str, example.Feature], steps: int, record: tfrecord.Record
+) -> np.ndarray | list[bytes]:
+    """The rows of one feature of one episode, in the form the index keeps; of texts, the bytes."""
+    scanned, encoded = _find(feature, features), _encoded(feature)
     wanted = "bytes" if encoded else ("float" if np.dtype(feature.dtype).kind == "f" else "int")
     if scanned.kind != wanted:
         raise ValueError(f"feature {feature.name!r} is stored as {scanned.kind}, {wanted} expected")
-    width = 1 if encoded else int(np.prod(feature.shape, dtype=np.int64))
+    count = steps if feature.per_step else 1
+    width = 1 if encoded and feature.kind != "text" else _width(feature)
     if len(scanned.value) != count * width:
         raise ValueError(f"feature {feature.name!r} has {len(scanned.value)} values, {count} steps x {width} expected")
     kind = storage(feature)
-    if kind == "text":
-        ids = np.empty(count, np.int32)
-        for row, (offset, size) in enumerate(scanned.value.tolist()):
-            text = record.payload[offset : offset + size]
-            ids[row] = table.setdefault(text, len(table))
-        return ids
+    if not encoded:
+        return _numeric_rows(feature, scanned, count, record, kind)
     if kind == "span":
         spans = np.empty(count, SPAN)
         spans["offset"] = scanned.value[:, 0] + record.offset
         spans["size"] = scanned.value[:, 1]
         return spans
+    pieces = [record.payload[offset : offset + size] for offset, size in scanned.value.tolist()]
+    if kind == "text":
+        return pieces
+    return np.stack([decode_tensor(feature, piece) for piece in pieces]).astype(column_dtype(feature))
+
+
+def _numeric_rows(
+    feature: spec.FeatureSpec, scanned: example.Feature, count: int, record: tfrecord.Record, kind: str
+) -> np.ndarray | list[bytes]:
     dtype = column_dtype(feature)
-    if encoded:
-        pieces = (record.payload[offset : offset + size] for offset, size in scanned.value.tolist())
-        return np.stack([decode_tensor(feature, piece) for piece in pieces]).astype(dtype)
     values = scanned.value.reshape(count, *feature.shape)
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
+    if dtype.kind in "iub" and values.size:
+        limits = np.iinfo(dtype) if dtype.kind != "b" else None
+        lowest, highest = (limits.min, limits.max) if limits else (0, 1)
         low, high = int(values.min()), int(values.max())
-        if low < limits.min or high > limits.max:
+        if low < lowest or high > highest:
             raise ValueError(f"feature {feature.name!r} holds {low}..{high}, which does not fit {dtype}")
-    if dtype.kind == "b" and not np.isin(values, (0, 1)).all():
-        raise ValueError(f"feature {feature.name!r} is bool but holds other values than 0 and 1")
-    return values.astype(dtype)
+    if kind == "column":
+        return values.astype(dtype)
+    if kind == "text":
+        return [_code_units(feature, row) for row in values]
+    if scanned.start < 0:
+        raise ValueError(f"feature {feature.name!r} is not one packed run: its steps have no place in the record")
+    spans = np.empty(count, SPAN)
+    if dtype.kind == "f":
+        ends = scanned.start + 4 * _width(feature) * np.arange(1, count + 1)
+    else:
+        width = _width(feature)
+        ends = example.varint_ends(record.payload, scanned.start, scanned.value.size)[width - 1 :: width]
+    starts = np.concatenate([[scanned.start], ends[:-1]])
+    spans["offset"] = starts + record.offset
+    spans["size"] = ends - starts
+    return spans
+
+
+def _code_units(feature: spec.FeatureSpec, row: np.ndarray) -> bytes:
+    used = int(np.count_nonzero(row))
+    if row[:used].astype(bool).sum() != used:
+        raise ValueError(f"feature {feature.name!r} goes on after its first zero: it is no zero-padded text")
+    if used and (row.min() < 0 or row.max() > 255):
+        raise ValueError(f"feature {feature.name!r} holds {row.min()}..{row.max()}, bytes of UTF-8 expected")
+    return row[:used].astype(np.uint8).tobytes()
 
 
 def decode_tensor(feature: spec.FeatureSpec, data: bytes) -> np.ndarray:
-    """Decodes one `Tensor(encoding="zlib" | "bytes")` entry to its shape and dtype."""
+    """The bytes of one span of a tensor feature, in its shape and dtype (float64 as float32 unless encoded).
+
+    Raises:
+      ValueError: broken or of another size.
+    """
+    if feature.encoding not in ("zlib", "bytes"):
+        dtype = column_dtype(feature)
+        if dtype.kind == "f":
+            values = np.frombuffer(data, "<f4") if len(data) % 4 == 0 else np.zeros(0)
+        else:
+            values = example.decode_varints(data, 0, len(data), feature.name)
+        if values.size != _width(feature):
+            raise ValueError(f"feature {feature.name!r}: {len(data)} bytes hold {values.size} values")
+        return values.reshape(feature.shape).astype(dtype)
     dtype = np.dtype(feature.dtype).newbyteorder("<")
-    expected = int(np.prod(feature.shape, dtype=np.int64)) * dtype.itemsize
+    expected = _width(feature) * dtype.itemsize
     if feature.encoding == "zlib":
         unpack = zlib.decompressobj()
         try:
@@ -190,3 +330,20 @@ def decode_tensor(feature: spec.FeatureSpec, data: bytes) -> np.ndarray:
     if len(data) != expected:
         raise ValueError(f"feature {feature.name!r}: {len(data)} bytes, {expected} expected")
     return np.frombuffer(data, dtype).reshape(feature.shape)
+
+
+def _undecodable(
+    kept: dict[str, spec.FeatureSpec], rows: dict[str, np.ndarray | list[bytes]], record: tfrecord.Record
+) -> list[tuple[str, int | None, ValueError]]:
+    """(feature, step, error) of each image that does not decode."""
+    from qdepth_jax.data import frame_reader  # decoders are needed here alone
+
+    found = []
+    for feature in (feature for feature in kept.values() if feature.kind == "image"):
+        for step, (offset, size) in enumerate(rows[feature.name].tolist()):
+            data = record.payload[offset - record.offset : offset - record.offset + size]
+            try:
+                frame_reader.check(data, feature.dtype)
+            except ValueError as error:
+                found.append((feature.name, step if feature.per_step else None, error))
+    return found

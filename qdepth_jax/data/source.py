@@ -114,6 +114,7 @@ def open_source(
         "name": definition.name,
         "definition_version": definition.version,
         "fingerprint": opened.fingerprint,
+        "quarantine": opened.quarantine_digest,
         "split": config.split,
         "held_out": [config.held_out_every, config.held_out],
         "frames": len(frames.valid),

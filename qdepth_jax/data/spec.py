@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdepth_jax import errors
+from qdepth_jax.data import storage
 
 STEPS = "steps"
 _REQUIRED = ("features.json", "dataset_info.json")
@@ -22,9 +23,10 @@ class FeatureSpec:
 
     Attributes:
       name: slash-joined key in the record.
-      kind: "image", "tensor" (scalars too), "text", or "unsupported".
+      kind: "image", "tensor" (scalars, class labels and boxes too), "text" (arrays of strings too), or "unsupported".
       dtype: numpy name of the decoded values ("uint8", "float32", "bool", ...; "string" for text).
-      shape: per-step shape (per-episode shape outside `steps`); -1 where the file leaves a size open.
+      shape: per-step shape (per-episode shape outside `steps`), the lengths of sequences inside a step leading; -1
+        where the file leaves a size open.
       encoding: "jpeg", "png" or "" for images; "none", "zlib" or "bytes" for tensors.
       per_step: True below `steps`.
       reason: why an unsupported feature is not read; empty otherwise.
@@ -41,16 +43,18 @@ class FeatureSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: shard file names in order, and the number of episodes each is declared to hold (() = unknown)."""
+    """One split: shard file names in order, the number of episodes each is declared to hold (() = unknown), and the
+    declared bytes of all payloads (0 = unknown)."""
 
     name: str
     shards: tuple[str, ...]
     declared: tuple[int, ...]
+    num_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """A data set version on disk. `directory` is where it lies now and is no part of its identity."""
+    """A data set version. `directory` (local or gs://) is where it lies now and is no part of its identity."""
 
     directory: str
     name: str
@@ -59,7 +63,7 @@ class DatasetSpec:
     splits: Mapping[str, Split]
 
     def shard_path(self, shard: str) -> str:
-        return os.path.join(self.directory, shard)
+        return storage.join(self.directory, shard)
 
     def feature(self, name: str) -> FeatureSpec:
         """The feature called `name`; a missing one is an error that lists what there is."""
@@ -77,8 +81,9 @@ def find_version(directory: str | os.PathLike) -> str:
     Raises:
       UserError: nothing there; names the path and what it holds.
     """
-    directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
-    if not os.path.isdir(directory):
+    directory = storage.absolute(directory)
+    remote = storage.is_remote(directory)
+    if not remote and not os.path.isdir(directory):
         near = directory
         while not os.path.isdir(near):
             near = os.path.dirname(near)
@@ -86,33 +91,39 @@ def find_version(directory: str | os.PathLike) -> str:
             f"no data set folder {directory}: the path ends at {near}, which holds {_listing(near)}. "
             "Give the folder with features.json and dataset_info.json."
         )
-
-    def complete(folder: str) -> bool:
-        return all(os.path.isfile(os.path.join(folder, name)) for name in _REQUIRED)
-
-    if complete(directory):
+    missing = _missing(directory)
+    if not missing:
         return directory
-    versions = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
-    versions = [path for path in versions if os.path.isdir(path) and complete(path)]
+    inside = [storage.join(directory, name) for name in storage.names(directory)]
+    if not remote:
+        inside = [path for path in inside if os.path.isdir(path)]
+    versions = [path for path in inside if not _missing(path)]
     if len(versions) == 1:
         return versions[0]
     if versions:
         names = ", ".join(os.path.basename(path) for path in versions)
         raise errors.UserError(f"{directory} holds several data set versions ({names}): name one of them")
-    missing = [name for name in _REQUIRED if not os.path.isfile(os.path.join(directory, name))]
+    hint = " (or the bucket does not exist, or may not be listed: check its name and your credentials)"
     raise errors.UserError(
         f"{directory} is no TFDS data set version: {' and '.join(missing)} missing; it holds {_listing(directory)}"
+        + (hint if remote else "")
     )
+
+
+def _missing(directory: str) -> list[str]:
+    found = storage.stats(storage.join(directory, name) for name in _REQUIRED)
+    return [name for name, stat in zip(_REQUIRED, found) if stat is None]
 
 
 def read_spec(directory: str | os.PathLike) -> DatasetSpec:
     """Reads both json files; every declared shard must exist.
 
     Raises:
-      UserError: missing folder or files, unreadable json, a file format other than tfrecord, missing shards.
+      UserError: missing folder or files, unreadable json, a file format other than tfrecord, missing shards, a store
+        that refuses.
     """
     directory = find_version(directory)
-    tree, info = (_load_json(os.path.join(directory, name)) for name in _REQUIRED)
+    tree, info = (_load_json(storage.join(directory, name)) for name in _REQUIRED)
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
         raise errors.UserError(
@@ -132,7 +143,9 @@ def read_spec(directory: str | os.PathLike) -> DatasetSpec:
         raise errors.UserError(f"{directory}/dataset_info.json lists no split; rewrite the metadata with tfds")
     if not any(feature.per_step for feature in features.values()):
         raise errors.UserError(f"{directory} is no RLDS data set: no feature lies below {STEPS!r}")
-    gone = [shard for split in splits.values() for shard in split.shards if not os.path.isfile(spec.shard_path(shard))]
+    shards = [shard for split in splits.values() for shard in split.shards]
+    found = storage.stats(spec.shard_path(shard) for shard in shards)
+    gone = [shard for shard, stat in zip(shards, found) if stat is None]
     if gone:
         more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
         raise errors.UserError(
@@ -142,7 +155,7 @@ def read_spec(directory: str | os.PathLike) -> DatasetSpec:
 
 
 def _listing(directory: str) -> str:
-    names = sorted(os.listdir(directory))
+    names = storage.names(directory)
     if not names:
         return "nothing"
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -150,8 +163,7 @@ def _listing(directory: str) -> str:
 
 def _load_json(path: str) -> Any:
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(storage.read(path).decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise errors.UserError(f"{path} is not valid json ({error}); copy it again") from error
 
@@ -171,41 +183,55 @@ def _split(dataset: str, item: Mapping[str, Any]) -> Split:
         )
         for shard in range(count)
     )
-    return Split(str(item["name"]), shards, declared)
+    return Split(str(item["name"]), shards, declared, int(item.get("numBytes", 0)))
 
 
-def _flatten(node: Mapping[str, Any], prefix: str, per_step: bool) -> list[FeatureSpec]:
+def _flatten(node: Mapping[str, Any], prefix: str, per_step: bool, outer: tuple[int, ...] = ()) -> list[FeatureSpec]:
+    """The leaves below a node; `outer` are the fixed lengths of the sequences around it, inside of a step."""
+
+    def leaf(kind: str, dtype: str, shape: tuple[int, ...], encoding: str = "none", reason: str = "") -> FeatureSpec:
+        return FeatureSpec(prefix, kind, dtype, outer + shape, encoding, per_step, reason)
+
     if "featuresDict" in node:
         children = node["featuresDict"].get("features", {})
         joined = (
-            _flatten(child, f"{prefix}/{key}" if prefix else key, per_step) for key, child in sorted(children.items())
+            _flatten(child, f"{prefix}/{key}" if prefix else key, per_step, outer)
+            for key, child in sorted(children.items())
         )
         return [feature for group in joined for feature in group]
     if "sequence" in node:
-        # The outer `steps` is the sequence of time steps; a sequence inside a step has no fixed place per step.
+        sequence = node["sequence"]
+        # The outer `steps` is the sequence of time steps.
         if prefix == STEPS and not per_step:
-            return _flatten(node["sequence"]["feature"], prefix, True)
-        return [FeatureSpec(prefix, "unsupported", "", (), "", per_step, "a sequence inside a step")]
+            return _flatten(sequence["feature"], prefix, True)
+        # Of any other, the elements lie at computable places only where each holds the same number.
+        length = int(sequence.get("length", -1))
+        if length >= 1:
+            return _flatten(sequence["feature"], prefix, per_step, (*outer, length))
+        return [FeatureSpec(prefix, "unsupported", "", (), "", per_step, "a sequence of no fixed length")]
     if "image" in node:
         image = node["image"]
-        encoding = image.get("encodingFormat", "")
-        return [FeatureSpec(prefix, "image", image.get("dtype", "uint8"), _shape(image), encoding, per_step)]
+        if outer:
+            return [leaf("unsupported", "uint8", (), "", "a sequence of images inside a step")]
+        return [leaf("image", image.get("dtype", "uint8"), _shape(image), image.get("encodingFormat", ""))]
     if "text" in node:
-        return [FeatureSpec(prefix, "text", "string", (), "none", per_step)]
+        return [leaf("text", "string", ())]
     if "tensor" in node:
         tensor = node["tensor"]
-        dtype, shape = tensor["dtype"], _shape(tensor)
-        encoding = tensor.get("encoding", "none")
-        if dtype in ("string", "object"):
-            reason = "" if not shape else "an array of strings"
-            return [FeatureSpec(prefix, "unsupported" if shape else "text", "string", shape, "none", per_step, reason)]
+        dtype, shape, encoding = tensor["dtype"], _shape(tensor), tensor.get("encoding", "none")
         if dtype == "bfloat16" or -1 in shape:
-            return [FeatureSpec(prefix, "unsupported", dtype, shape, encoding, per_step, f"{dtype} {shape}")]
-        return [FeatureSpec(prefix, "tensor", dtype, shape, encoding, per_step)]
+            return [leaf("unsupported", dtype, shape, encoding, f"{dtype} {shape}")]
+        if dtype in ("string", "object"):
+            return [leaf("text", "string", shape)]
+        if encoding != "none" and outer:
+            return [leaf("unsupported", dtype, shape, encoding, f"a sequence of {encoding} tensors inside a step")]
+        return [leaf("tensor", dtype, shape, encoding)]
     if "classLabel" in node:
-        return [FeatureSpec(prefix, "tensor", "int64", (), "none", per_step)]
+        return [leaf("tensor", "int64", ())]
+    if "boundingBox" in node:
+        return [leaf("tensor", "float32", (4,))]
     known = sorted(set(node) - {"pythonClassName", "description"})
-    return [FeatureSpec(prefix, "unsupported", "", (), "", per_step, f"feature type {known}")]
+    return [leaf("unsupported", "", (), "", f"feature type {known}")]
 
 
 def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ def test_index_builds_opens_verifies_and_notices_damage(libero_dir):
     built = _json(_run("index_rlds", libero_dir))
     assert (built["episodes"], built["frames"], built["action"]) == (5, 29, "built")
     shards = list(pathlib.Path(libero_dir).glob("*.tfrecord-*"))
+    assert built["quarantine"] == {"digest": "", "rows": 0}
     assert built["bytes"] == sum(path.stat().st_size for path in shards)
     assert built["statistics"]["frames"] == 24 and len(built["statistics"]["action"]["q01"]) == 7
     assert _json(_run("index_rlds", libero_dir))["action"] == "opened"

@@ -187,7 +187,7 @@ def test_idle_frames_of_droid_equal_openvla():
 
 def test_instructions_stored_as_code_points():
     rows = GOLDEN["language_table|in|observation/instruction"]
-    feature = spec.FeatureSpec("steps/observation/instruction", "tensor", "int32", (512,), "none", True)
+    feature = spec.FeatureSpec("steps/observation/words", "tensor", "int32", (512,), "none", True)
     split = types.SimpleNamespace(
         dataset=types.SimpleNamespace(feature=lambda _: feature),
         column=lambda _: rows,

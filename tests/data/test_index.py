@@ -1,69 +1,38 @@
-"""The index against TFDS itself on real data, and against every kind of damage on synthetic data."""
+"""The index: identity, damage, changed data, kills. Equality with TFDS is tested in test_tfds_writer.py."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from libero_writer import make_libero
 
 from qdepth_jax import errors
-from qdepth_jax.data import episode_reader, example, frame_reader, index, shard_scan, spec, tfrecord
+from qdepth_jax.data import (
+    episode_reader,
+    example,
+    frame_reader,
+    index,
+    index_build,
+    process_pool,
+    shard_scan,
+    spec,
+    tfrecord,
+    write_rlds,
+)
 
-
-@pytest.fixture(scope="module")
-def bridge(bridge_dir, tmp_path_factory):
-    return index.open_index(bridge_dir, str(tmp_path_factory.mktemp("index")))
-
-
-def test_bridge_every_value_equals_tfds(bridge):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    builder = tfds.builder_from_directory(bridge.dataset.directory)
-    skip = {"steps": tfds.decode.SkipDecoding()}
-    for name in ("train", "val"):
-        split, files = bridge.split(name), frame_reader.ShardFiles()
-        columns = [
-            key
-            for key, feature in bridge.dataset.features.items()
-            if feature.per_step and shard_scan.storage(feature) == "column"
-        ]
-        images = [f"steps/observation/image_{i}" for i in range(4)]
-        ids, strings = split.texts("steps/language_instruction")
-        paths, path_table = split.texts("episode_metadata/file_path")
-        config = tfds.ReadConfig(interleave_cycle_length=1)
-        count = frame = 0
-        for number, theirs in enumerate(tfds.as_numpy(builder.as_dataset(name, decoders=skip, read_config=config))):
-            steps, length = theirs["steps"], int(split.episodes["length"][number])
-            assert split.episodes["start"][number] == frame
-            assert path_table[paths[number]].encode() == theirs["episode_metadata"]["file_path"]
-            assert split.column("episode_metadata/episode_id")[number] == theirs["episode_metadata"]["episode_id"]
-            rows = slice(frame, frame + length)
-            for key in columns:
-                value = steps
-                for part in key.split("/")[1:]:
-                    value = value[part]
-                np.testing.assert_array_equal(split.column(key)[rows], value, err_msg=key)
-            for key in images:
-                spans = split.spans(key)[rows]
-                mine = [files.read(split.shard_path(0), offset, size) for offset, size in spans.tolist()]
-                assert mine == list(steps["observation"][key.rsplit("/", 1)[1]])
-            assert [strings[i].encode() for i in ids[rows]] == list(steps["language_instruction"])
-            count, frame = count + 1, frame + length
-        assert (count, frame) == (len(split.episodes), split.frames) == (25, 250)
-    assert list(bridge.left_out) == ["steps/language_embedding"]
-
-
-def test_bridge_decoded_images_equal_tfds_with_the_exact_dct(bridge):
-    tf = pytest.importorskip("tensorflow")
-    split = bridge.split("train")
-    reader = episode_reader.EpisodeReader(split)
-    mine = reader.images("steps/observation/image_0", 3)
-    row, spans = split.episodes[3], split.spans("steps/observation/image_0")
-    data = pathlib.Path(split.shard_path(0)).read_bytes()
-    for step, (offset, size) in enumerate(spans[row["start"] : row["start"] + row["length"]].tolist()):
-        theirs = tf.io.decode_jpeg(data[offset : offset + size], dct_method="INTEGER_ACCURATE").numpy()
-        np.testing.assert_array_equal(mine[step], theirs)
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_fingerprint_follows_content_and_not_the_place(tmp_path):
@@ -104,12 +73,20 @@ def _flip(path, at):
     pathlib.Path(path).write_bytes(data)
 
 
-def test_damaged_shard_is_named_and_nothing_is_left(libero_dir):
+def test_damaged_shard_is_named_and_a_repaired_one_is_all_that_is_read_again(libero_dir, monkeypatch):
     shard = next(pathlib.Path(libero_dir).glob("*train*00001-of*"))
     _flip(shard, 500)
-    with pytest.raises(ValueError, match=r"00001-of-00002: record 0 at byte 0 .* checksum"):
+    with pytest.raises(errors.UserError, match=r"00001-of-00002: record 0 .* checksum .* --quarantine"):
         index.open_index(libero_dir)
-    assert not [path for path in pathlib.Path(libero_dir).iterdir() if "index" in path.name or "build" in path.name]
+    assert not (pathlib.Path(libero_dir) / index.DEFAULT_FOLDER).exists()
+    # The good shards are not read again once the bad one is repaired.
+    _flip(shard, 500)
+    seen, scanned = [], []
+    scan = shard_scan.scan_shard
+    monkeypatch.setattr(shard_scan, "scan_shard", lambda *args: scanned.append(args[2:0:-1]) or scan(*args))
+    index.open_index(libero_dir, on_shard=lambda *shard: seen.append(shard))
+    assert scanned == [(1, "train"), (0, "val")] and len(seen) == 3
+    assert [path.name for path in pathlib.Path(libero_dir).iterdir() if "index" in path.name] == ["qdepth_index"]
 
 
 def test_missing_feature_and_wrong_count_name_the_record(libero_dir):
@@ -118,7 +95,7 @@ def test_missing_feature_and_wrong_count_name_the_record(libero_dir):
     steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
     steps["gone"] = steps["action"]
     path.write_text(json.dumps(features))
-    with pytest.raises(ValueError, match=r"record 0 .*'steps/gone' is missing"):
+    with pytest.raises(ValueError, match=r"record 0 .*: feature 'steps/gone' is missing"):
         index.open_index(libero_dir)
     del steps["gone"]
     steps["action"]["tensor"]["shape"]["dimensions"] = ["6"]
@@ -152,27 +129,22 @@ def test_bad_folders_name_the_path_and_what_is_there(tmp_path, libero_dir):
 
 
 def test_full_disk_is_a_clear_error(libero_dir, monkeypatch):
-    def full(path, array):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "_save", full)
-    with pytest.raises(errors.UserError, match="the disk is full"):
-        index.open_index(libero_dir)
-    assert not [path.name for path in pathlib.Path(libero_dir).iterdir() if "build" in path.name]
+    for name in ("_save_json", "_join_tables"):
+        with monkeypatch.context() as patch:
+            patch.setattr(index_build, name, full)
+            with pytest.raises(errors.UserError, match="the disk is full"):
+                index.open_index(libero_dir)
+        assert not (pathlib.Path(libero_dir) / index.DEFAULT_FOLDER).exists()
+    index.open_index(libero_dir)
 
 
 def test_unwritable_place_is_a_clear_error(tmp_path, libero_dir):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(errors.UserError, match="--index_dir"):
         index.open_index(libero_dir, str(tmp_path / "file" / "index"))
-
-
-def test_tfds_still_reads_a_data_set_that_carries_an_index(libero_dir):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    index.open_index(libero_dir)
-    builder = tfds.builder_from_directory(libero_dir)
-    lengths = [len(list(episode["steps"])) for episode in tfds.as_numpy(builder.as_dataset("train"))]
-    assert lengths == [7, 3, 9, 5]
 
 
 def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_dir):
@@ -184,7 +156,7 @@ def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_
     features = {
         name: [b"\xff\xd8" + bytes(8)] * len(value) if "image" in name or "depth" in name
         else [good[a : a + n] for a, n in value.tolist()] if kind == "bytes" else value
-        for name, (kind, value) in example.scan(good).items()
+        for name, (kind, value, _) in example.scan(good).items()
     }  # fmt: skip
     small, rng, refused = example.encode(features), np.random.default_rng(0), 0
     for _ in range(1500):
@@ -205,3 +177,221 @@ def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_
         for table in tables.spans.values():
             assert (table["offset"] + table["size"] <= path.stat().st_size).all()
     assert 300 < refused < 1500
+
+
+def _tree(directory) -> dict[str, bytes]:
+    root = pathlib.Path(directory)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_any_number_of_workers_writes_the_same_files(libero_dir, tmp_path):
+    trees = []
+    for workers in (1, 3):
+        opened = index.open_index(libero_dir, str(tmp_path / str(workers)), workers=workers)
+        trees.append(_tree(opened.directory))
+    assert trees[0] == trees[1] and len(trees[0]) > 10
+    for name, (size, _) in json.loads(trees[0]["index.json"])["files"].items():
+        assert len(trees[0][name]) == size
+
+
+def test_a_worker_that_dies_or_fails_is_an_error(libero_dir, tmp_path):
+    with pytest.raises(RuntimeError, match="worker process ended with code 7"):
+        list(process_pool.each(os._exit, [(7,), (7,)], 2))
+    found = [result for _, result in process_pool.each(divmod, [(n, 3) for n in range(20)], 2)]
+    assert sorted(found) == sorted(divmod(n, 3) for n in range(20))
+    for number in (0, 1):
+        _flip(next(pathlib.Path(libero_dir).glob(f"*train*0000{number}-of*")), 500)
+    with pytest.raises(errors.UserError, match=r"record 0 .* checksum"):
+        index.open_index(libero_dir, str(tmp_path), workers=2)
+
+
+class _KilledError(BaseException):
+    pass
+
+
+def test_a_build_that_was_killed_goes_on(libero_dir, tmp_path, monkeypatch):
+    expected = _tree(index.open_index(libero_dir, str(tmp_path / "whole")).directory)
+    scan, save = shard_scan.scan_shard, index_build._save_json
+    for kill_at in range(6):
+        root, scanned, steps = str(tmp_path / str(kill_at)), [], iter(range(100))
+
+        def step():
+            if next(steps) == kill_at:  # noqa: B023 - used within this turn alone
+                raise _KilledError
+
+        def killed_scan(*args):
+            step()
+            scanned.append(args[1:3])  # noqa: B023
+            return scan(*args)
+
+        def killed_save(*args):
+            step()
+            return save(*args)
+
+        monkeypatch.setattr(shard_scan, "scan_shard", killed_scan)
+        monkeypatch.setattr(index_build, "_save_json", killed_save)
+        with pytest.raises(_KilledError):
+            index.open_index(libero_dir, root)
+        assert not list(pathlib.Path(root).glob("*/index.json"))
+        opened = index.open_index(libero_dir, root)
+        assert sorted(scanned) == [("train", 0), ("train", 1), ("val", 0)]  # each once, over both runs
+        assert _tree(opened.directory) == expected and os.listdir(root) == [os.path.basename(opened.directory)]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(tmp_path):
+    """SIGKILL of the command with two workers; restarted, it ends with the files of an uninterrupted build."""
+    rng = np.random.default_rng(0)
+    directory = make_libero(tmp_path, tuple(rng.integers(3, 60, 40).tolist()))
+    expected = _tree(index.open_index(directory, str(tmp_path / "whole")).directory)
+    root = tmp_path / "root"
+    command = [sys.executable, str(ROOT / "tools" / "index_rlds.py"), directory, f"--index_dir={root}", "--workers=2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = 0
+    for _ in range(10):
+        with subprocess.Popen(command, **quiet) as running:
+            time.sleep(rng.uniform(0.3, 2.5))
+            killed += running.poll() is None
+            running.kill()
+        for found in root.glob("*/index.json"):  # it was quick enough: what is there is whole
+            assert _tree(found.parent).keys() >= expected.keys()
+            shutil.rmtree(found.parent)
+    subprocess.run(command, check=True, **quiet)
+    (found,) = root.glob("*/index.json")
+    files = {name: data for name, data in _tree(found.parent).items() if not name.startswith("statistics-")}
+    assert killed >= 3 and files == expected
+
+
+def test_builds_at_the_same_time_end_with_one_index(libero_dir, tmp_path):
+    expected = index.open_index(libero_dir, str(tmp_path / "alone"))
+    barrier = threading.Barrier(4)
+
+    def build(_):
+        barrier.wait()
+        return index.open_index(libero_dir, str(tmp_path / "together")).fingerprint
+
+    for _ in range(5):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(build, range(4))) == {expected.fingerprint}
+        (found,) = (tmp_path / "together").glob("*/index.json")
+        assert _tree(found.parent) == _tree(expected.directory)
+        shutil.rmtree(tmp_path / "together")
+
+
+def test_a_changed_time_is_looked_into_once_and_changed_bytes_are_refused(libero_dir, monkeypatch):
+    first = index.open_index(libero_dir)
+    shard = next(pathlib.Path(libero_dir).glob("*train*00001-of*"))
+    stamp = shard.stat().st_mtime_ns
+
+    def reads() -> list[str]:
+        seen = []
+        assert index.open_index(libero_dir, on_shard=lambda name, _: seen.append(name)).fingerprint == first.fingerprint
+        return seen
+
+    assert reads() == []
+    os.utime(shard, ns=(stamp + 10**9, stamp + 10**9))  # copied: same bytes, another time
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        assert reads() == [shard.name] == reads()  # it cannot be remembered
+    assert reads() == [shard.name] and reads() == []
+    _flip(shard, 500)
+    with pytest.raises(errors.UserError, match=r"1 shards changed .*00001-of-00002 \(record 0 .*checksum.*--rebuild"):
+        index.open_index(libero_dir)
+    # A change that hides behind the old time is found by reading everything.
+    os.utime(shard, ns=(stamp + 10**9, stamp + 10**9))
+    hidden = index.open_index(libero_dir)
+    with pytest.raises(errors.UserError, match="1 shards changed"):
+        index.verify(hidden)
+    _flip(shard, 500)
+    index.verify(index.open_index(libero_dir))
+    # Good records, but others.
+    other = make_libero(pathlib.Path(libero_dir).parent / "other", seed=3)
+    shard.write_bytes(next(pathlib.Path(other).glob("*train*00001-of*")).read_bytes()[: shard.stat().st_size])
+    with pytest.raises(errors.UserError, match=r"is of other data|shards changed"):
+        index.open_index(libero_dir)
+
+
+def test_a_damaged_index_file_is_found_by_verify(libero_dir):
+    opened = index.open_index(libero_dir)
+    _flip(pathlib.Path(opened.directory) / "train" / "column" / "steps.action.npy", 300)
+    with pytest.raises(errors.UserError, match=r"steps.action.npy is damaged.*--rebuild"):
+        index.verify(opened)
+
+
+def test_joining_holds_one_part_at_a_time(tmp_path):
+    """40 shards of 256 KB of columns each: the peak stays near one part, not forty."""
+    features = {
+        "steps": {"action": write_rlds.Tensor((64,)), "text": write_rlds.Text()},
+        "episode_metadata": {"id": write_rlds.Tensor((), "int64")},
+    }
+
+    def episode(number):
+        steps = {"action": np.full((1000, 64), number, np.float32), "text": [f"task {number}"] * 1000}
+        return write_rlds.encode_episode(features, steps, {"id": np.int64(number)})
+
+    split = write_rlds.write_split(tmp_path, "wide", "train", [[n] for n in range(40)], episode)
+    write_rlds.write_metadata(tmp_path, "wide", "1.0.0", features, [split], "wide columns")
+    tracemalloc.start()
+    try:
+        opened = index.open_index(tmp_path, workers=1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    column = opened.split("train").column("steps/action")
+    assert column.nbytes == 40 * 256_000 and peak < 4e6
+    assert (column[::1000, 0] == np.arange(40)).all()
+    ids, strings = opened.split("train").texts("steps/text")
+    assert [strings[i] for i in ids[::1000]] == [f"task {n}" for n in range(40)]
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(st.data())
+def test_any_numbers_in_any_shape_come_back(data):
+    """Columns and spans of random dtype, shape and length, over random shards."""
+    kinds = ("float32", "float64", "int8", "uint8", "int32", "int64", "uint16", "bool")
+    shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
+    names = {f"x{n}": data.draw(st.tuples(st.sampled_from(kinds), shapes)) for n in range(data.draw(st.integers(1, 3)))}
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+
+    def values(dtype, shape):
+        if dtype == "bool":
+            return rng.integers(0, 2, shape).astype(bool)
+        if dtype.startswith("float"):
+            return rng.normal(size=shape).astype(dtype)
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+
+    features = {
+        "steps": {name: write_rlds.Tensor(shape, dtype) for name, (dtype, shape) in names.items()},
+        "episode_metadata": {"id": write_rlds.Tensor((), "int64")},
+    }
+    episodes = [{name: values(dtype, (n, *shape)) for name, (dtype, shape) in names.items()} for n in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        cut = data.draw(st.integers(0, len(lengths)))
+        shards = [part for part in (list(range(cut)), list(range(cut, len(lengths)))) if part]
+        split = write_rlds.write_split(
+            folder,
+            "any",
+            "train",
+            shards,
+            lambda n: write_rlds.encode_episode(features, episodes[n], {"id": np.int64(n)}),
+        )
+        write_rlds.write_metadata(folder, "any", "1.0.0", features, [split], "any")
+        opened, files = index.open_index(folder).split("train"), frame_reader.ShardFiles()
+        assert opened.episodes["length"].tolist() == lengths
+        assert opened.column("episode_metadata/id").tolist() == list(range(len(lengths)))
+        shard_of = np.repeat(opened.episodes["shard"], lengths)
+        for name, (dtype, shape) in names.items():
+            expected = np.concatenate([episode[name] for episode in episodes])
+            expected = expected.astype(np.float32) if dtype == "float64" else expected
+            feature = opened.dataset.feature(f"steps/{name}")
+            if shard_scan.storage(feature) == "column":
+                mine = np.array(opened.column(feature.name))
+            else:
+                spans = zip(shard_of.tolist(), opened.spans(feature.name).tolist())
+                rows = [files.read(opened.shard_path(shard), *span) for shard, span in spans]
+                mine = np.stack([shard_scan.decode_tensor(feature, row) for row in rows])
+            np.testing.assert_array_equal(mine, expected)
+            assert mine.dtype == expected.dtype and mine.shape[1:] == shape
+        files.close()

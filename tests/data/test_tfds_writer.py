@@ -1,4 +1,6 @@
-"""Data sets written by TFDS itself: every encoding that Open-X sets use, read through the index and through TFDS."""
+"""Against TFDS itself: the real Bridge sample, and a data set that TFDS wrote with every encoding of Open-X sets."""
+
+import pathlib
 
 import numpy as np
 import pytest
@@ -32,6 +34,15 @@ class Fractal20220817Data(tfds.core.GeneratorBasedBuilder):
             "double": f.Tensor(shape=(2,), dtype=np.float64),
             "small": f.Tensor(shape=(), dtype=np.uint8),
             "big": f.Scalar(dtype=np.int64),
+            "rgb_png": f.Image(shape=(8, 10, 3), encoding_format="png"),
+            "instruction": f.Tensor(shape=(512,), dtype=np.int32),  # as language_table keeps it
+            "tokens": f.Tensor(shape=(100,), dtype=np.uint16),
+            "signed": f.Tensor(shape=(10, 7), dtype=np.int64),
+            "flags": f.Tensor(shape=(3,), dtype=np.bool_),
+            "zipped_double": f.Tensor(shape=(2,), dtype=np.float64, encoding="zlib"),
+            "phrases": f.Tensor(shape=(2,), dtype=np.str_),
+            "box": f.BBoxFeature(),
+            "kind": f.ClassLabel(names=["a", "b"]),
         }
         action = {
             "world_vector": f.Tensor(shape=(3,), dtype=np.float32),
@@ -41,7 +52,14 @@ class Fractal20220817Data(tfds.core.GeneratorBasedBuilder):
         }
         steps = f.Dataset({"observation": observation, "action": action, "is_first": f.Scalar(dtype=np.bool_)})
         return self.dataset_info_from_configs(
-            features=f.FeaturesDict({"steps": steps, "label": f.ClassLabel(num_classes=3)})
+            features=f.FeaturesDict(
+                {
+                    "steps": steps,
+                    "label": f.ClassLabel(num_classes=3),
+                    "first": f.Image(shape=(8, 10, 3), encoding_format="png"),
+                    "names": f.Tensor(shape=(2,), dtype=np.str_),
+                }
+            )
         )
 
     def _split_generators(self, dl_manager):
@@ -65,6 +83,15 @@ class Fractal20220817Data(tfds.core.GeneratorBasedBuilder):
                     "double": rng.normal(size=2),
                     "small": np.uint8(250 + t),
                     "big": np.int64(-(2**50) + t),
+                    "rgb_png": rng.integers(0, 256, (8, 10, 3), np.uint8),
+                    "instruction": _code_units(f"push the bl\u00f6ck {number}"),
+                    "tokens": rng.integers(0, 2**16, 100).astype(np.uint16),
+                    "signed": rng.integers(-(2**62), 2**62, (10, 7)),
+                    "flags": rng.integers(0, 2, 3).astype(np.bool_),
+                    "zipped_double": rng.normal(size=2),
+                    "phrases": np.array([f"phrase {t}", "\u00e9t\u00e9"], dtype=object),
+                    "box": tfds.features.BBox(ymin=0.1, xmin=0.2, ymax=0.3, xmax=0.5 + t / 10),
+                    "kind": ["a", "b"][t % 2],
                 }
                 action = {
                     "world_vector": rng.normal(size=3).astype(np.float32),
@@ -73,7 +100,13 @@ class Fractal20220817Data(tfds.core.GeneratorBasedBuilder):
                     "terminate_episode": np.int32([0, 0, -1]),
                 }
                 steps.append({"observation": observation, "action": action, "is_first": t == 0})
-            yield number, {"steps": steps, "label": number}
+            first = np.full((8, 10, 3), number, np.uint8)
+            yield number, {"steps": steps, "label": number, "first": first, "names": ["left", f"right {number}"]}
+
+
+def _code_units(text: str) -> np.ndarray:
+    data = text.encode()
+    return np.pad(np.frombuffer(data, np.uint8), (0, 512 - len(data))).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -83,33 +116,68 @@ def directory(tmp_path_factory):
     return str(builder.data_dir)
 
 
-def _frames(directory):
+def _episodes(directory):
     builder = tfds.builder_from_directory(directory)
     config = tfds.ReadConfig(interleave_cycle_length=1)
-    return [list(episode["steps"]) for episode in tfds.as_numpy(builder.as_dataset("train", read_config=config))]
+    return list(tfds.as_numpy(builder.as_dataset("train", read_config=config)))
 
 
-def test_every_column_equals_tfds(directory):
+def _frames(directory):
+    return [list(episode["steps"]) for episode in _episodes(directory)]
+
+
+def test_every_kind_of_feature_equals_tfds(directory):
     opened = index.open_index(directory)
     split = opened.split("train")
-    episodes = _frames(directory)
-    assert split.episodes["length"].tolist() == [len(episode) for episode in episodes]
-    frames = [step for episode in episodes for step in episode]
-    for name in ("zipped", "plain_bytes", "double", "small", "big", "base_pose_tool_reached", "gripper_closed"):
-        theirs = np.stack([step["observation"][name] for step in frames])
-        mine = split.column(f"steps/observation/{name}")
-        np.testing.assert_array_equal(mine, theirs.astype(mine.dtype), err_msg=name)
-    for name in ("world_vector", "terminate_episode"):
-        np.testing.assert_array_equal(
-            split.column(f"steps/action/{name}"), np.stack([step["action"][name] for step in frames])
-        )
-    assert sorted(split.column("label").tolist()) == [0, 1, 2]
-    assert list(opened.left_out) == ["steps/observation/natural_language_embedding"]
-    wide = opened.dataset.feature("steps/observation/wide_zipped")
-    files, spans = frame_reader.ShardFiles(), split.spans(wide.name)
-    for span, step in zip(spans.tolist(), frames):
-        mine = shard_scan.decode_tensor(wide, files.read(split.shard_path(0), *span))
-        np.testing.assert_array_equal(mine, step["observation"]["wide_zipped"])
+    episodes = _episodes(directory)
+    steps = [list(episode["steps"]) for episode in episodes]
+    frames = [step for episode in steps for step in episode]
+    assert split.episodes["length"].tolist() == [len(episode) for episode in steps]
+    files = frame_reader.ShardFiles()
+
+    def theirs(name: str) -> list:
+        if not name.startswith("steps/"):
+            return [episode[name] for episode in episodes]
+        values = frames
+        for part in name.split("/")[1:]:
+            values = [value[part] for value in values]
+        return values
+
+    kinds = set()
+    for name, feature in opened.dataset.features.items():
+        kind = shard_scan.storage(feature)
+        kinds.add((feature.kind, kind))
+        if kind == "column":
+            mine, expected = split.column(name), np.stack(theirs(name))
+            np.testing.assert_array_equal(mine, expected.astype(mine.dtype), err_msg=name)
+            # Only float64 loses anything, and it has lost it in the record already.
+            assert mine.dtype == expected.dtype or expected.dtype == np.float64, name
+        elif kind == "text":
+            ids, strings = split.texts(name)
+            expected = np.stack(theirs(name))
+            if feature.kind == "tensor":
+                expected = np.array([bytes(row[row > 0].astype(np.uint8)) for row in expected], object)
+            mine = np.vectorize(lambda i, strings=strings: strings[i].encode(), otypes=[object])(ids)
+            np.testing.assert_array_equal(mine, expected, err_msg=name)
+        elif kind == "span":
+            for span, expected in zip(split.spans(name).tolist(), theirs(name), strict=True):
+                data = files.read(split.shard_path(0), *span)
+                if feature.kind == "tensor":
+                    mine = shard_scan.decode_tensor(feature, data)
+                    assert mine.dtype == expected.dtype
+                elif feature.dtype == "uint16":
+                    mine = np.empty(expected.shape[:2], np.uint16)
+                    frame_reader.decode_depth(data, mine)
+                    mine = mine[..., None]
+                elif feature.encoding == "png":
+                    mine = np.empty(expected.shape, np.uint8)
+                    frame_reader.decode_rgb(data, mine)
+                else:
+                    continue  # TensorFlow decodes JPEG by the fast DCT; see the test with the exact one
+                np.testing.assert_array_equal(mine, expected, err_msg=name)
+    pairs = [("image", "span"), ("tensor", "column"), ("tensor", "span"), ("tensor", "text"), ("text", "text")]
+    assert sorted(kinds) == pairs
+    assert not opened.left_out and not opened.warnings
 
 
 def test_depth_and_recipe_equal_tfds(directory):
@@ -130,3 +198,115 @@ def test_depth_and_recipe_equal_tfds(directory):
     assert {len(s): s for s in states} == {4: [1, 0, 0, 1], 2: [1, 0], 6: [1, 0, 0, 1, 1, 1]}
     images = episode_reader.EpisodeReader(reader.sources[0].split).images("steps/observation/image", 0)
     np.testing.assert_array_equal(images, batch["image_main"][: len(images)])
+
+
+class Sequences(tfds.core.GeneratorBasedBuilder):
+    """Sequences inside a step."""
+
+    name = "sequences"
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = tfds.core.Path(__file__).parent
+
+    def _info(self):
+        f = tfds.features
+        step = {
+            "fixed": f.Sequence(f.Tensor(shape=(2,), dtype=np.float32), length=3),
+            "parts": f.Sequence({"x": f.Scalar(dtype=np.int32), "y": f.Text()}, length=2),
+            "ragged": f.Sequence(f.Scalar(dtype=np.float32)),
+            "action": f.Tensor(shape=(7,), dtype=np.float32),
+        }
+        return self.dataset_info_from_configs(features=f.FeaturesDict({"steps": f.Dataset(step)}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"steps": [self.step(t) for t in range(4)]}
+
+    @staticmethod
+    def step(t):
+        return {
+            "fixed": np.arange(6, dtype=np.float32).reshape(3, 2) + t,
+            "parts": [{"x": t, "y": "one"}, {"x": -t, "y": f"two {t}"}],
+            "ragged": [1.0] * t,
+            "action": np.full(7, t, np.float32),
+        }
+
+
+def test_sequences_inside_a_step(tmp_path):
+    """Compared with what was given to TFDS: 4.9.10 writes them, but its own reader fails on them."""
+    builder = Sequences(data_dir=str(tmp_path))
+    builder.download_and_prepare()
+    opened = index.open_index(str(builder.data_dir))
+    split, expected = opened.split("train"), [Sequences.step(t) for t in range(4)]
+    np.testing.assert_array_equal(split.column("steps/fixed"), [step["fixed"] for step in expected])
+    np.testing.assert_array_equal(
+        split.column("steps/parts/x"), [[part["x"] for part in step["parts"]] for step in expected]
+    )
+    ids, strings = split.texts("steps/parts/y")
+    assert [[strings[i] for i in row] for row in ids] == [[part["y"] for part in step["parts"]] for step in expected]
+    assert opened.left_out == {"steps/ragged": "a sequence of no fixed length"} and not opened.warnings
+
+
+@pytest.fixture(scope="module")
+def bridge(bridge_dir, tmp_path_factory):
+    return index.open_index(bridge_dir, str(tmp_path_factory.mktemp("index")))
+
+
+def test_bridge_every_value_equals_tfds(bridge):
+    builder = tfds.builder_from_directory(bridge.dataset.directory)
+    skip = {"steps": tfds.decode.SkipDecoding()}
+    for name in ("train", "val"):
+        split, files = bridge.split(name), frame_reader.ShardFiles()
+        columns = [
+            key
+            for key, feature in bridge.dataset.features.items()
+            if feature.per_step and shard_scan.storage(feature) == "column"
+        ]
+        images = [f"steps/observation/image_{i}" for i in range(4)]
+        wide = bridge.dataset.feature("steps/language_embedding")
+        ids, strings = split.texts("steps/language_instruction")
+        paths, path_table = split.texts("episode_metadata/file_path")
+        config = tfds.ReadConfig(interleave_cycle_length=1)
+        count = frame = 0
+        for number, theirs in enumerate(tfds.as_numpy(builder.as_dataset(name, decoders=skip, read_config=config))):
+            steps, length = theirs["steps"], int(split.episodes["length"][number])
+            assert split.episodes["start"][number] == frame
+            assert path_table[paths[number]].encode() == theirs["episode_metadata"]["file_path"]
+            assert split.column("episode_metadata/episode_id")[number] == theirs["episode_metadata"]["episode_id"]
+            rows = slice(frame, frame + length)
+            for key in columns:
+                value = steps
+                for part in key.split("/")[1:]:
+                    value = value[part]
+                np.testing.assert_array_equal(split.column(key)[rows], value, err_msg=key)
+            for key in images:
+                spans = split.spans(key)[rows]
+                mine = [files.read(split.shard_path(0), offset, size) for offset, size in spans.tolist()]
+                assert mine == list(steps["observation"][key.rsplit("/", 1)[1]])
+            assert [strings[i].encode() for i in ids[rows]] == list(steps["language_instruction"])
+            spans = split.spans(wide.name)[rows].tolist()
+            mine = [shard_scan.decode_tensor(wide, files.read(split.shard_path(0), *span)) for span in spans]
+            np.testing.assert_array_equal(mine, steps["language_embedding"])
+            count, frame = count + 1, frame + length
+        assert (count, frame) == (len(split.episodes), split.frames) == (25, 250)
+    assert not bridge.left_out
+
+
+def test_bridge_decoded_images_equal_tfds_with_the_exact_dct(bridge):
+    tf = pytest.importorskip("tensorflow")
+    split = bridge.split("train")
+    reader = episode_reader.EpisodeReader(split)
+    mine = reader.images("steps/observation/image_0", 3)
+    row, spans = split.episodes[3], split.spans("steps/observation/image_0")
+    data = pathlib.Path(split.shard_path(0)).read_bytes()
+    for step, (offset, size) in enumerate(spans[row["start"] : row["start"] + row["length"]].tolist()):
+        theirs = tf.io.decode_jpeg(data[offset : offset + size], dct_method="INTEGER_ACCURATE").numpy()
+        np.testing.assert_array_equal(mine[step], theirs)
+
+
+def test_tfds_still_reads_a_data_set_that_carries_an_index(libero_dir):
+    index.open_index(libero_dir)
+    builder = tfds.builder_from_directory(libero_dir)
+    lengths = [len(list(episode["steps"])) for episode in tfds.as_numpy(builder.as_dataset("train"))]
+    assert lengths == [7, 3, 9, 5]

@@ -1,8 +1,10 @@
 """TFRecord framing: equal to TensorFlow's own, and every damaged byte is noticed."""
 
 import io
+import random
 
 import pytest
+import test_example
 
 from qdepth_jax.data import tfrecord
 
@@ -31,6 +33,7 @@ def test_roundtrip_and_offsets(tmp_path):
         assert data[record.offset : record.offset + record.length] == record.payload
 
 
+@pytest.mark.slow  # imports TensorFlow
 def test_same_bytes_as_tensorflow(tmp_path):
     tf = pytest.importorskip("tensorflow")
     with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
@@ -60,3 +63,64 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
             continue
         with pytest.raises(ValueError, match="truncated"):
             list(tfrecord.scan_records(path))
+
+
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 1_000), pytest.param(1, 10_000, marks=pytest.mark.slow)], ids=["1000", "10000"]
+)
+def test_mutated_shards_give_an_error_or_records_that_were_written(tmp_path, seed, count):
+    rng, path = random.Random(seed), tmp_path / "shard"
+    payloads = [bytes(rng.randrange(256) for _ in range(rng.randrange(60))) for _ in range(6)]
+    good, ends = io.BytesIO(), set()
+    for payload in payloads:
+        tfrecord.write_record(good, payload)
+        ends.add(good.tell())
+    refused = survivors = 0
+    for _ in range(count):
+        bad = test_example.mutate(rng, good.getvalue())
+        path.write_bytes(bad)
+        try:
+            strict = [record.payload for record in tfrecord.scan_records(path)]
+        except ValueError as error:
+            refused += 1
+            assert "record" in str(error) and str(path) in str(error)
+        else:
+            # Nothing else than a cut between two records goes unnoticed (the index knows the size of a shard).
+            assert bad == good.getvalue() or (bad == good.getvalue()[: len(bad)] and len(bad) in ends | {0})
+            assert strict == payloads[: len(strict)]
+        # The tolerant reader: every byte is accounted for, and what it calls good was written so.
+        at = 0
+        for number, found in enumerate(tfrecord.read_records(path)):
+            assert found.number == number
+            if isinstance(found, tfrecord.Record):
+                assert found.payload in payloads and found.offset == at + tfrecord.HEADER_BYTES
+                at = found.offset + found.length + tfrecord.FOOTER_BYTES
+                survivors += 1
+            else:
+                assert found.start == at and found.end > at
+                at = found.end
+        assert at == len(bad)
+    assert refused > 0.9 * count and survivors > count
+
+
+def test_one_wrong_payload_costs_one_record(tmp_path):
+    path = _write(tmp_path / "shard")
+    first = next(tfrecord.scan_records(path))
+    data = bytearray(path.read_bytes())
+    for at, lost in ((len(data) - 5, [2]), (first.offset + first.length + tfrecord.FOOTER_BYTES + 12, [1])):
+        bad = bytearray(data)
+        bad[at] ^= 1
+        path.write_bytes(bad)
+        found = list(tfrecord.read_records(path))
+        assert [item.number for item in found if isinstance(item, tfrecord.Damage)] == lost and len(found) == 3
+    path.write_bytes(data[:-1])
+    *good, tail = tfrecord.read_records(path)
+    assert len(good) == 2 and (tail.length, tail.end) == (-1, len(data) - 1) and "truncated" in tail.what
+    marks = set()
+    places = [*range(len(data) - 5 - len(PAYLOADS[2]), len(data), 40), len(data) - 1]
+    for at in places:  # every damage has a mark of its own
+        bad = bytearray(data)
+        bad[at] ^= 1
+        path.write_bytes(bad)
+        marks.add(list(tfrecord.read_records(path))[2].mark)
+    assert len(marks) == len(places)
