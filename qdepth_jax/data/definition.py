@@ -15,7 +15,8 @@ class Definition:
       action, proprio: recipes, f32 [F, A] and f32 [F, Dp].
       language: instruction features, the default first; empty = the data set has no instructions.
       language_kind: "text", or "code_points": an int32 row of code points, zero padded.
-      depth: view -> depth feature (image or tensor); a copy of the data set may lack it.
+      depth: view -> depth feature (image or tensor). Default: where tools/convert_rlds.py puts depth that was annotated;
+        a copy of the data set may lack it.
       depth_metres: metres per unit of stored depth.
       raw_action_dims: action dimensions that normalisation leaves as they are (the gripper).
       absolute_action_dims: dimensions that are a target rather than a change: past the end of an episode the neutral

@@ -49,7 +49,6 @@ def _droid(name: str, **differs) -> Definition:
             "wrist": "observation/wrist_image_left",
         },
         language=("language_instruction", "language_instruction_2", "language_instruction_3"),
-        depth={},
         swap=("main", "secondary"),
         rate_hz=15.0,
         **differs,

@@ -235,7 +235,7 @@ def test_rows_are_consistent():
         assert row.language_kind in ("text", "code_points") and row.language
         assert set(row.raw_action_dims) <= set(row.absolute_action_dims)
     assert definitions.find("nyu_door_opening_surprising_effectiveness").main_view == "observation/image"
-    assert definitions.find("droid").main_depth == ""
+    assert definitions.find("droid").main_depth == "observation/depth"  # of a copy that was annotated and converted
 
 
 def test_repaired_copies_keep_their_channels():
