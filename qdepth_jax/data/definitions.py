@@ -21,7 +21,6 @@ def _bridge(name: str, **differs) -> Definition:
         name=name,
         views={"main": "observation/image_0", "secondary": "observation/image_1"},
         action=recipes.bridge_action,
-        depth={"main": "observation/depth_0"},
         drop_last=True,
         rate_hz=5.0,
         **differs,
