@@ -15,7 +15,8 @@ class Definition:
       action, proprio: recipes, f32 [F, A] and f32 [F, Dp].
       language: instruction features, the default first; empty = the data set has no instructions.
       language_kind: "text", or "code_points": an int32 row of code points, zero padded.
-      depth: view -> depth feature (image or tensor); a copy of the data set may lack it.
+      depth: view -> depth feature (image or tensor). Views that are not given have it where tools/convert_rlds.py puts
+        annotated depth. A copy of the data set may lack it.
       depth_metres: metres per unit of stored depth.
       raw_action_dims: action dimensions that normalisation leaves as they are (the gripper).
       absolute_action_dims: dimensions that are a target rather than a change: past the end of an episode the neutral
@@ -36,7 +37,7 @@ class Definition:
     proprio: recipes.Recipe
     language: tuple[str, ...] = ("language_instruction",)
     language_kind: str = "text"
-    depth: dict[str, str] = dataclasses.field(default_factory=lambda: {"main": "observation/depth"})
+    depth: dict[str, str] = dataclasses.field(default_factory=dict)
     depth_metres: float = 0.001
     raw_action_dims: tuple[int, ...] = (6,)
     absolute_action_dims: tuple[int, ...] = (6,)
@@ -51,6 +52,10 @@ class Definition:
     version: int = 1
     source: str = ""
 
+    def __post_init__(self):
+        annotated = {view: annotated_depth(feature) for view, feature in self.views.items()}
+        object.__setattr__(self, "depth", annotated | self.depth)
+
     @property
     def main_view(self) -> str:
         """Image feature that stands for the main view: a robot with wrist cameras alone has its first one there."""
@@ -58,8 +63,14 @@ class Definition:
 
     @property
     def main_depth(self) -> str:
-        """Depth feature of the main view, "" if the data set never has one."""
-        return self.depth.get("main", "")
+        """Depth feature of the main view (see `main_view`)."""
+        return self.depth.get("main") or next(iter(self.depth.values()))
+
+
+def annotated_depth(image: str) -> str:
+    """Name of the depth of a camera in a converted copy: "observation/wrist_image" -> "observation/depth_wrist"."""
+    folder, _, leaf = image.rpartition("/")
+    return "/".join([folder, "_".join(["depth", *(part for part in leaf.split("_") if part and part != "image")])])
 
 
 def swapped_channels(definition: Definition, dataset: spec.DatasetSpec) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ class Source:
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
         name = f"steps/{self.definition.main_depth}"
-        return name if self.definition.main_depth and name in self.index.dataset.features else ""
+        return name if name in self.index.dataset.features else ""
 
     @property
     def swapped_channels(self) -> tuple[str, ...]:

@@ -235,7 +235,19 @@ def test_rows_are_consistent():
         assert row.language_kind in ("text", "code_points") and row.language
         assert set(row.raw_action_dims) <= set(row.absolute_action_dims)
     assert definitions.find("nyu_door_opening_surprising_effectiveness").main_view == "observation/image"
-    assert definitions.find("droid").main_depth == ""
+
+
+def test_depth_of_a_converted_copy_is_found():
+    """The names that tools/convert_rlds.py gives to annotated depth, unless the data set has depth of its own."""
+    main = {name: definitions.find(name).main_depth for name in ("bridge_dataset", "libero_10", "droid", "taco_play")}
+    assert main == {
+        "bridge_dataset": "observation/depth_0",
+        "libero_10": "observation/depth",
+        "droid": "observation/depth_exterior_1_left",
+        "taco_play": "observation/depth_static",
+    }
+    assert definitions.find("libero_10").depth["wrist"] == "observation/depth_wrist"
+    assert definitions.find("nyu_door_opening_surprising_effectiveness").main_depth == "observation/depth"
 
 
 def test_repaired_copies_keep_their_channels():
