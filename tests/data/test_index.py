@@ -147,7 +147,8 @@ def test_unwritable_place_is_a_clear_error(tmp_path, libero_dir):
         index.open_index(libero_dir, str(tmp_path / "file" / "index"))
 
 
-def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_dir):
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_dir, count):
     """Damage below the checksum (a broken writer): scanning ends in a ValueError or in tables that fit together."""
     dataset = spec.read_spec(libero_dir)
     path = pathlib.Path(dataset.shard_path(dataset.splits["val"].shards[0]))
@@ -159,7 +160,7 @@ def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_
         for name, (kind, value, _) in example.scan(good).items()
     }  # fmt: skip
     small, rng, refused = example.encode(features), np.random.default_rng(0), 0
-    for _ in range(1500):
+    for _ in range(count):
         bad = bytearray(small)
         for _ in range(int(rng.integers(1, 3))):
             bad[rng.integers(len(bad))] = rng.integers(256)
@@ -176,7 +177,7 @@ def test_mutated_episodes_with_right_checksums_are_errors_or_well_formed(libero_
             assert len(table) == (length if dataset.feature(name).per_step else 1)
         for table in tables.spans.values():
             assert (table["offset"] + table["size"] <= path.stat().st_size).all()
-    assert 300 < refused < 1500
+    assert 0.2 * count < refused < count
 
 
 def _tree(directory) -> dict[str, bytes]:
@@ -319,17 +320,17 @@ def test_a_damaged_index_file_is_found_by_verify(libero_dir):
 
 
 def test_joining_holds_one_part_at_a_time(tmp_path):
-    """40 shards of 256 KB of columns each: the peak stays near one part, not forty."""
+    """30 shards of 128 KB of columns each: the peak stays near one part, not thirty."""
     features = {
         "steps": {"action": write_rlds.Tensor((64,)), "text": write_rlds.Text()},
         "episode_metadata": {"id": write_rlds.Tensor((), "int64")},
     }
 
     def episode(number):
-        steps = {"action": np.full((1000, 64), number, np.float32), "text": [f"task {number}"] * 1000}
+        steps = {"action": np.full((500, 64), number, np.float32), "text": [f"task {number}"] * 500}
         return write_rlds.encode_episode(features, steps, {"id": np.int64(number)})
 
-    split = write_rlds.write_split(tmp_path, "wide", "train", [[n] for n in range(40)], episode)
+    split = write_rlds.write_split(tmp_path, "wide", "train", [[n] for n in range(30)], episode)
     write_rlds.write_metadata(tmp_path, "wide", "1.0.0", features, [split], "wide columns")
     tracemalloc.start()
     try:
@@ -338,13 +339,13 @@ def test_joining_holds_one_part_at_a_time(tmp_path):
     finally:
         tracemalloc.stop()
     column = opened.split("train").column("steps/action")
-    assert column.nbytes == 40 * 256_000 and peak < 4e6
-    assert (column[::1000, 0] == np.arange(40)).all()
+    assert column.nbytes == 30 * 128_000 and peak < 1.9e6
+    assert (column[::500, 0] == np.arange(30)).all()
     ids, strings = opened.split("train").texts("steps/text")
-    assert [strings[i] for i in ids[::1000]] == [f"task {n}" for n in range(40)]
+    assert [strings[i] for i in ids[::500]] == [f"task {n}" for n in range(30)]
 
 
-@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.settings(deadline=None, max_examples=15)
 @hypothesis.given(st.data())
 def test_any_numbers_in_any_shape_come_back(data):
     """Columns and spans of random dtype, shape and length, over random shards."""
