@@ -231,7 +231,7 @@ def _info(directory: str, version: str, old: str) -> dict[str, Any]:
     """The source's dataset_info.json with the new version; what describes the old shards is left to `finish`."""
     info = json.loads(Path(directory, "dataset_info.json").read_text(encoding="utf-8"))
     notes = dict(info.get("releaseNotes", {}))
-    notes[version] = f"Converted from version {old} (see metadata.json). " + notes.get(version, "")
+    notes[version] = f"Converted from version {old} (see metadata.json). {notes.get(version, '')}".rstrip()
     return {**info, "fileFormat": "tfrecord", "version": version, "releaseNotes": notes}
 
 
