@@ -323,7 +323,7 @@ def test_full_disk_is_a_plain_message(seven_episodes, tmp_path, monkeypatch):
 
 
 def test_memory_is_one_episode(tmp_path):
-    source = libero_writer.make_libero(tmp_path, (40,) * 12)
+    source = libero_writer.make_libero(tmp_path, (12,) * 12)
     plan = convert.plan(source, str(tmp_path / "new"), convert.Options(splits=("train",), resize=(20, 20)))
     largest = max(int(task.rows["size"].max()) for task in plan.tasks)
     assert plan.bytes_in > 8 * largest

@@ -38,7 +38,7 @@ def test_command_line(libero_dir, tmp_path):
         libero_dir, f"--output={tmp_path}/new", "--split=train", "--episodes=0", "--resize=12,16", "--workers=2"
     )
     assert (made["action"], made["episodes"], made["shards"]) == ("converted", 1, 1)
-    assert made["images_resized"] == 3 * made["frames"] and made["dropped"] == {"outside of --episodes": 1}
+    assert made["images_resized"] == 3 * made["frames"] and made["dropped"] == {"outside of --episodes": 3}
     for wrong, message in (("--resize=12", "height,width"), ("--split=test", "has no split 'test'")):
         done = subprocess.run(command(libero_dir, f"--output={tmp_path}/x", wrong), capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
