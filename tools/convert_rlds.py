@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 def convert(directory: str) -> dict:
     """Plans, runs and finishes; returns the summary."""
     from qdepth_jax import errors, progress
-    from qdepth_jax.data import convert, convert_beam, convert_run
+    from qdepth_jax.data import convert, convert_beam, convert_claim, convert_run
 
     started = time.monotonic()
     if _BEAM_ARG.value and not _RUNNER.value:
@@ -68,9 +68,9 @@ def convert(directory: str) -> dict:
     if _RUNNER.value:
         convert_beam.check_installed()
     kept = 0
-    with convert_run.claimed(plan) as finished:
+    with convert_claim.claimed(plan.target) as finished:
         if finished:
-            action, counts = "opened", convert_run.counts_of_finished(plan)
+            action, counts = "opened", convert_claim.read_notes(plan.output, plan.target.notes)["counts"]
         elif _RUNNER.value:
             action, counts = "converted", convert_beam.run(plan, _RUNNER.value, _BEAM_ARG.value)
         else:

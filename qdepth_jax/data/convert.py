@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert_features, convert_shard, index, source, write_rlds
+from qdepth_jax.data import convert_claim, convert_features, convert_shard, index, source, write_rlds
 
 FORMAT = 1
-STATE = "convert_state"
 _SAMPLE_EPISODES = 3
 
 
@@ -82,6 +81,11 @@ class Plan:
     bytes_in: int
     bytes_out: int
 
+    @property
+    def target(self) -> convert_claim.Target:
+        files = tuple(task.output for task in self.tasks)
+        return convert_claim.Target(self.output, self.provenance, self.digest, files, self.bytes_out)
+
 
 def plan(directory: str, output: str, options: Options, index_dir: str = "") -> Plan:
     """Decides everything; converts a few episodes in memory to see that it works and how large the result will be.
@@ -92,7 +96,7 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
     """
     opened = index.open_index(directory, index_dir)
     output = os.path.abspath(os.path.expanduser(output))
-    _check_place(opened.dataset.directory, output)
+    convert_claim.check_place(opened.dataset.directory, output)
     kept, dropped = select(opened, options)
     changes = convert_features.plan_changes(opened, tuple(kept), options)
     version = _version(output, options.version, opened.dataset.version)
@@ -183,12 +187,6 @@ def parse_episodes(text: str, count: int) -> np.ndarray:
     return mask
 
 
-def _check_place(directory: str, output: str) -> None:
-    inside, outside = os.path.realpath(output), os.path.realpath(directory)
-    if inside == outside or inside.startswith(outside + os.sep) or outside.startswith(inside + os.sep):
-        raise errors.UserError(f"--output={output} and the data set {directory} contain one another: choose another")
-
-
 def _version(output: str, wanted: str, old: str) -> str:
     name = os.path.basename(output)
     version = wanted or (name if re.fullmatch(r"\d+\.\d+\.\d+", name) else old)
@@ -215,7 +213,7 @@ def _tasks(
                 convert_shard.ShardTask(
                     source=opened.split(name).shard_path(shard),
                     output=os.path.join(output, file),
-                    done=os.path.join(output, STATE, "done", file + ".json"),
+                    done=convert_claim.done_path(output, file),
                     digest=digest,
                     split=name,
                     rows=rows[episodes["shard"][chosen] == shard],

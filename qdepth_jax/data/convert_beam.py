@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert, convert_run, convert_shard
+from qdepth_jax.data import convert, convert_claim, convert_run, convert_shard
 
 
 def check_installed() -> None:
@@ -55,4 +55,4 @@ def run(plan: convert.Plan, runner: str, arguments: Sequence[str] = ()) -> dict[
     state = pipeline.run().wait_until_finish()
     if str(state) != "DONE":
         raise errors.UserError(f"--runner={runner}: the pipeline ended as {state}; run the same command again")
-    return convert_run.counts_of_finished(plan)
+    return convert_claim.read_notes(plan.output, plan.target.notes)["counts"]

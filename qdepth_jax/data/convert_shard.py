@@ -7,15 +7,13 @@ holds. Memory is one episode.
 
 import collections
 import dataclasses
-import errno
-import json
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert_record, frame_reader, sidecar, tfrecord, write_rlds
+from qdepth_jax.data import convert_claim, convert_record, frame_reader, sidecar, tfrecord, write_rlds
 
 # `episode` and `start` (first frame id) are of the input split: rows of a sidecar.
 ROW = np.dtype(
@@ -87,7 +85,7 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
       ValueError: a damaged record or image (names shard, record and episode).
       UserError: the disk is full, a sidecar is gone, a done file of another conversion.
     """
-    finished = read_done(task)
+    finished = convert_claim.read_done(task.done, task.output, task.digest)
     if finished is not None:
         if on_bytes:
             on_bytes(int(task.rows["size"].sum()))
@@ -117,7 +115,7 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
         }
         write_rlds.write_json(task.done, result)
     except OSError as error:
-        raise cannot_write(task.output, error) from error
+        raise convert_claim.cannot_write(task.output, error) from error
     return {**result, "kept": False}
 
 
@@ -147,41 +145,6 @@ def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes,
             yield row, new, counts
     finally:
         files.close()
-
-
-def read_done(task: ShardTask) -> dict | None:
-    """What an earlier run wrote about this shard; None if it is not finished.
-
-    Raises:
-      UserError: the done file is damaged or of another conversion.
-    """
-    try:
-        with open(task.done, encoding="utf-8") as file:
-            content = json.load(file)
-        digest, size = content["digest"], content["file_bytes"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise errors.UserError(
-            f"{task.done} is damaged ({error!r}): delete it, the shard is then made again"
-        ) from error
-    if digest != task.digest:
-        raise errors.UserError(
-            f"{task.done} belongs to a conversion with other options: use another --output or delete this one"
-        )
-    # A done file is written after its shard is on the disk, so a difference means that somebody changed the shard.
-    if not os.path.exists(task.output) or os.path.getsize(task.output) != size:
-        raise errors.UserError(
-            f"{task.output} is not what an earlier run finished ({size} bytes): delete {task.done}, the shard is then "
-            "made again"
-        )
-    return content
-
-
-def cannot_write(path: str, error: OSError) -> errors.UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fix = "free space and run the same command again" if full else "choose another --output"
-    return errors.UserError(f"cannot write {path}: {error.strerror}; {fix} (finished shards are kept)")
 
 
 def _read(files: frame_reader.ShardFiles, path: str, offset: int, size: int) -> bytes:

@@ -18,6 +18,7 @@ from PIL import Image
 from qdepth_jax import errors
 from qdepth_jax.data import (
     convert,
+    convert_claim,
     convert_features,
     convert_record,
     convert_run,
@@ -37,9 +38,9 @@ TOKENS = "steps/observation/depth_tokens"
 
 def convert_all(directory, output, workers=1, **options):
     plan = convert.plan(directory, str(output), convert.Options(**options))
-    with convert_run.claimed(plan) as finished:
+    with convert_claim.claimed(plan.target) as finished:
         if finished:
-            return convert_run.counts_of_finished(plan)
+            return convert_claim.read_notes(plan.output, "metadata.json")["counts"]
         return convert_run.finish(plan, convert_run.run_local(plan, workers))
 
 
@@ -72,7 +73,7 @@ def test_without_options_every_record_stays_as_it_is(libero_dir, tmp_path):
     assert int(info["splits"][0]["numBytes"]) == sum(map(len, payloads(libero_dir, info["splits"][0]["name"])))
     assert counts["episodes"] == sum(sum(split.declared) for split in old.splits.values())
     assert counts["bytes_in"] == counts["bytes_out"] and counts["images_resized"] == 0
-    assert not (tmp_path / "new" / "1.2.0" / convert.STATE).exists()
+    assert not (tmp_path / "new" / "1.2.0" / convert_claim.STATE).exists()
 
 
 @pytest.mark.parametrize("encoding", ["none", "bytes"])
@@ -251,17 +252,17 @@ def test_restart_continues_and_ends_alike(seven_episodes, tmp_path, monkeypatch)
         convert_all(seven_episodes, tmp_path / "cut", resize=(12, 16))
     monkeypatch.setattr(convert_record, "convert", original)
     names = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert names == {convert.STATE, write_rlds.shard_name("libero_object", "train", 0, 3)}
+    assert names == {convert_claim.STATE, write_rlds.shard_name("libero_object", "train", 0, 3)}
     with pytest.raises(errors.UserError, match=r"other options \(resize was \[12, 16\], is \[6, 8\]"):
         convert_all(seven_episodes, tmp_path / "cut", resize=(6, 8))
     (tmp_path / "cut" / "x.tfrecord.partial.1").write_bytes(b"left by a killed run")
     plan = convert.plan(seven_episodes, str(tmp_path / "cut"), convert.Options(resize=(12, 16)))
-    with convert_run.claimed(plan) as finished:
+    with convert_claim.claimed(plan.target) as finished:
         results = convert_run.run_local(plan, 1)
         convert_run.finish(plan, results)
     assert not finished and [result["kept"] for result in results] == [True, False, False]
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    with convert_run.claimed(plan) as finished:
+    with convert_claim.claimed(plan.target) as finished:
         assert finished
     with pytest.raises(errors.UserError, match="other options"):
         convert_all(seven_episodes, tmp_path / "cut")
@@ -269,7 +270,7 @@ def test_restart_continues_and_ends_alike(seven_episodes, tmp_path, monkeypatch)
 
 def test_a_finished_shard_that_changed_is_refused(seven_episodes, tmp_path):
     plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
-    with convert_run.claimed(plan):
+    with convert_claim.claimed(plan.target):
         convert_shard.convert_shard(plan.tasks[1])
         with open(plan.tasks[1].output, "ab") as file:
             file.write(b"x")
@@ -282,9 +283,9 @@ def test_a_finished_shard_that_changed_is_refused(seven_episodes, tmp_path):
 def test_two_commands_do_not_write_one_folder(seven_episodes, tmp_path):
     plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
     with (
-        convert_run.claimed(plan),
+        convert_claim.claimed(plan.target),
         pytest.raises(errors.UserError, match="another command"),
-        convert_run.claimed(plan),
+        convert_claim.claimed(plan.target),
     ):
         pass
 
@@ -300,14 +301,14 @@ def test_damage_is_named_and_leaves_no_shard(seven_episodes, tmp_path):
     path.write_bytes(data)
     plan = convert.plan(source, str(tmp_path / "new"), convert.Options())
     message = r"00001-of-00002: record 1 .*episode 2\): the checksum does not match"
-    with convert_run.claimed(plan), pytest.raises(ValueError, match=message):
+    with convert_claim.claimed(plan.target), pytest.raises(ValueError, match=message):
         convert_run.run_local(plan, 1)
     assert [path.name for path in (tmp_path / "new").glob("*.tfrecord*")] == [os.path.basename(plan.tasks[0].output)]
 
 
 def test_full_disk_is_a_plain_message(seven_episodes, tmp_path, monkeypatch):
     plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
-    with convert_run.claimed(plan):
+    with convert_claim.claimed(plan.target):
 
         def full(_):
             raise OSError(28, "No space left on device")
@@ -317,8 +318,11 @@ def test_full_disk_is_a_plain_message(seven_episodes, tmp_path, monkeypatch):
             convert_run.run_local(plan, 1)
     assert not list((tmp_path / "new").glob("*.tfrecord*"))
     monkeypatch.undo()
-    monkeypatch.setattr(convert_run.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(errors.UserError, match=r"GB are needed .* 0.000 GB are free"), convert_run.claimed(plan):
+    monkeypatch.setattr(convert_claim.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with (
+        pytest.raises(errors.UserError, match=r"GB are needed .* 0.000 GB are free"),
+        convert_claim.claimed(plan.target),
+    ):
         pass
 
 
@@ -380,7 +384,7 @@ def test_output_must_be_free(libero_dir, tmp_path):
             convert.plan(libero_dir, output, convert.Options())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    with pytest.raises(errors.UserError, match=r"not empty \(thesis.tex\)"):
+    with pytest.raises(errors.UserError, match=r"other things \(thesis.tex\)"):
         convert_all(libero_dir, tmp_path / "full")
     other = libero_writer.make_libero(tmp_path / "other", seed=1)
     with pytest.raises(errors.UserError, match="not made by this command"):

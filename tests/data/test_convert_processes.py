@@ -111,13 +111,15 @@ def test_killed_at_ten_moments_it_ends_alike(many_shards, tmp_path):
 
     def start(folder):
         """A running conversion, returned when it begins to write."""
+        lock = folder / "1.1.0" / "convert_state" / "lock"
+        lock.unlink(missing_ok=True)  # of a run that is dead; it is made anew when writing begins
         process = subprocess.Popen(
             command(many_shards, f"--output={folder}/1.1.0", *flags),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        _until(lambda: (folder / "1.1.0" / "convert_state" / "lock").exists() or process.poll() is not None)
+        _until(lambda: lock.exists() or process.poll() is not None)
         return process
 
     process = start(tmp_path / "whole")
