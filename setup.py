@@ -33,8 +33,18 @@ EXTRAS = {
     ],
     # Grain's iterator protocol over our batches (qdepth_jax/data/grain_batches.py), for tooling that expects it.
     "grain": ["grain>=0.2.16"],
-    # Reading and writing RLDS through TensorFlow Datasets itself.
-    "convert": ["tensorflow-datasets>=4.9.9", "tensorflow-cpu>=2.20"],
+    "convert": [
+        # Reading and writing RLDS through TensorFlow Datasets itself.
+        "tensorflow-datasets>=4.9.9",
+        "tensorflow-cpu>=2.20",
+        # `convert_rlds.py --runner=...`: conversions that outgrow one machine. Local processes need none of it.
+        "apache-beam>=2.77,<3",
+    ],
+    # LeRobot v3 in and out: its format is parquet files and videos, read and written without the lerobot package.
+    "lerobot": [
+        "pyarrow>=21",
+        "av>=15",  # decodes the videos; images in parquet need no decoder
+    ],
     # Foreign checkpoints that only torch can open.
     "interop": ["torch>=2.5", "safetensors>=0.4.5"],
     # Policy server.

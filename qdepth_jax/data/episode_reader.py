@@ -3,7 +3,7 @@
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import frame_reader, index, sidecar
+from qdepth_jax.data import depth_images, frame_reader, index, sidecar
 
 
 class EpisodeReader:
@@ -22,13 +22,17 @@ class EpisodeReader:
             self._decode(frame_reader.decode_rgb, encoded, out[step], episode, step)
         return out
 
-    def depth(self, feature: str, episode: int) -> np.ndarray:
-        """u16 [T, H, W] of a depth image feature; 0 = invalid."""
-        data = self._encoded(feature, episode)
-        out = np.empty((len(data), *frame_reader.image_size(data[0])), np.uint16)
+    def depth(self, feature: str, metres: float, episode: int) -> tuple[np.ndarray, float]:
+        """u16 [T, H, W] of a depth feature (0 = invalid), and metres per unit of it; `metres` per stored unit."""
+        declared = self._split.dataset.feature(feature)
+        decode, scale = depth_images.decoder(declared, metres)
+        data, shape = self._encoded(feature, episode), declared.shape[:2]
+        if min(shape) < 1:
+            shape = frame_reader.image_size(data[0])
+        out = np.empty((len(data), *shape), np.uint16)
         for step, encoded in enumerate(data):
-            self._decode(frame_reader.decode_depth, encoded, out[step], episode, step)
-        return out
+            self._decode(decode, encoded, out[step], episode, step)
+        return out, scale
 
     def depth_of(
         self, feature: str, metres: float, annotated: sidecar.Sidecar | None, episode: int
@@ -47,7 +51,7 @@ class EpisodeReader:
                 f"data set {self._split.dataset.name} in {self._split.dataset.directory} has no depth feature "
                 f"{feature!r}: annotate it with tools/annotate_depth.py"
             )
-        return self.depth(feature, episode), metres, 0.0
+        return *self.depth(feature, metres, episode), 0.0
 
     def close(self) -> None:
         self._files.close()

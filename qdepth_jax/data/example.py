@@ -48,12 +48,17 @@ def encode(features: Mapping[str, np.ndarray | Sequence[bytes] | Sequence[float]
     Raises:
       ValueError: a value of another type, or an unsigned integer beyond int64.
     """
-    entries = []
-    for name in sorted(features):
-        feature = _encode_feature(name, features[name])
-        entry = _delimited(1, name.encode()) + _delimited(2, feature)
-        entries.append(_delimited(1, entry))
-    return _delimited(1, b"".join(entries))
+    return join([encode_entry(name, features[name]) for name in sorted(features)])
+
+
+def encode_entry(name: str, value: Any) -> bytes:
+    """One feature as a map entry, for `join`; `value` as in `encode`."""
+    return _delimited(1, name.encode()) + _delimited(2, _encode_feature(name, value))
+
+
+def join(entries: Sequence[bytes]) -> bytes:
+    """Map entries (of `encode_entry` or cut out at the places that `entries` names) as one Example, in this order."""
+    return _delimited(1, b"".join(_delimited(1, entry) for entry in entries))
 
 
 def _encode_feature(name: str, value: Any) -> bytes:
@@ -116,6 +121,27 @@ def scan(payload: bytes) -> dict[str, Feature]:
                 raise _error(entry_start, f"feature {name!r} appears twice")
             features[name] = feature
     return features
+
+
+def entries(payload: bytes) -> dict[str, tuple[int, int]]:
+    """Feature name -> (start, end) of its serialised map entry, in the order of the payload: values stay unread.
+
+    Raises:
+      ValueError: as `scan`.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    for field, start, end in _messages(payload, 0, len(payload), "Example"):
+        if field != 1:
+            raise _error(start, f"unknown field {field} in Example")
+        for entry_field, low, high in _messages(payload, start, end, "Features"):
+            keys = [part for part in _messages(payload, low, high, "feature entry") if part[0] == 1]
+            if entry_field != 1 or len(keys) != 1:
+                raise _error(low, "not one named feature entry")
+            name = payload[keys[0][1] : keys[0][2]].decode()
+            if name in places:
+                raise _error(low, f"feature {name!r} appears twice")
+            places[name] = (low, high)
+    return places
 
 
 def _scan_entry(payload: bytes, start: int, end: int) -> tuple[str, Feature]:

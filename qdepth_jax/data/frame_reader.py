@@ -105,7 +105,7 @@ def decode_rgb(data: bytes, out: np.ndarray) -> None:
             return
         image = Image.fromarray(simplejpeg.decode_jpeg(data))
     else:
-        image = _load_image(data).convert("RGB")
+        image = load_image(data).convert("RGB")
     if image.size != (out.shape[1], out.shape[0]):
         image = image.resize((out.shape[1], out.shape[0]), Image.Resampling.LANCZOS)
     out[:] = np.asarray(image)
@@ -123,7 +123,7 @@ def decode_depth(data: bytes, out: np.ndarray) -> None:
     Raises:
       ValueError: no such image, damaged, of another size or with colour.
     """
-    array = np.asarray(_load_image(data))
+    array = np.asarray(load_image(data))
     if array.shape != out.shape:
         raise ValueError(f"depth image of shape {list(array.shape)}, {list(out.shape)} expected")
     if array.dtype.kind not in "iu" or (array.dtype.itemsize > 2 and (array.min() < 0 or array.max() > 65535)):
@@ -144,7 +144,7 @@ def check(data: bytes, dtype: str = "uint8") -> None:
     elif data[:2] == _JPEG:
         simplejpeg.decode_jpeg(data)
     else:
-        _load_image(data)
+        load_image(data)
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -154,7 +154,7 @@ def _open_image(data: bytes) -> Image.Image:
         raise ValueError(f"not an image: {error}") from error
 
 
-def _load_image(data: bytes) -> Image.Image:
+def load_image(data: bytes) -> Image.Image:
     image = _open_image(data)
     try:
         image.load()

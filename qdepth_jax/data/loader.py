@@ -325,8 +325,7 @@ class Loader:
         if "depth_tokens_mask" in out:
             out["depth_tokens_mask"][rows] = inside[:, None]
         if "depth_scale" in out:
-            own = item.definition.depth_metres
-            out["depth_scale"][rows] = own if item.depth is None else item.depth.scale[episode]
+            out["depth_scale"][rows] = item.own_depth()[1] if item.depth is None else item.depth.scale[episode]
         if "depth_offset" in out:
             out["depth_offset"][rows] = 0.0 if item.depth is None else item.depth.offset[episode]
         if "depth" not in out:
@@ -334,8 +333,8 @@ class Loader:
         if item.depth is not None:
             out["depth"][rows[inside]] = item.depth.values[later[inside]]
             return []
-        feature, decode = item.depth_feature(), frame_reader.decode_depth
-        return self._read_jobs(out["depth"], item, feature, decode, rows[inside], later[inside])
+        decode, _ = item.own_depth()
+        return self._read_jobs(out["depth"], item, item.depth_feature(), decode, rows[inside], later[inside])
 
     # ---- reading ----
 

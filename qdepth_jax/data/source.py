@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, definitions, index, normalise, sidecar, standardise
+from qdepth_jax.data import data_config, definitions, depth_images, index, normalise, sidecar, standardise
 
 _SLICE = re.compile(r"^([^\[\]]+?)(?:\[(\d*%?):(\d*%?)\])?$")
 
@@ -57,6 +57,10 @@ class Source:
         name = f"steps/{self.definition.main_depth}"
         return name if name in self.index.dataset.features else ""
 
+    def own_depth(self) -> tuple[depth_images.Decode, float]:
+        """How the data set's own depth of the main view is decoded into u16, and metres per unit of it."""
+        return depth_images.decoder(self.index.dataset.feature(self.depth_feature()), self.definition.depth_metres)
+
     @property
     def swapped_channels(self) -> tuple[str, ...]:
         """Views whose red and blue must be exchanged after decoding this copy of the data set."""
@@ -64,8 +68,8 @@ class Source:
 
     def instructions(self) -> list[tuple[np.ndarray, list[str]]]:
         """(ids i32 [F], distinct strings) of every instruction feature; one empty text for data without language."""
-        kind = self.definition.language_kind
-        found = [standardise.texts(self.split, f"steps/{name}", kind) for name in self.definition.language]
+        names = present_instructions(self.index, self.definition)
+        found = [standardise.texts(self.split, name, self.definition.language_kind) for name in names]
         return found or [(np.zeros(self.split.frames, np.int32), [""])]
 
     def end(self, frames: np.ndarray) -> np.ndarray:
@@ -183,7 +187,8 @@ def _select(
         drop_last=definition.drop_last,
         keep=definition.keep,
         keep_reason=definition.keep_reason,
-        language=_instructions(definition, config),
+        # A label is the default instruction, or any where variants are drawn.
+        language=present_instructions(opened, definition)[: None if config.instructions == "random" else 1],
         language_kind=definition.language_kind,
         skip_unlabelled=config.skip_unlabelled,
         episodes=episodes,
@@ -202,9 +207,10 @@ def _select(
     return split, frames
 
 
-def _instructions(definition: definitions.Definition, config: data_config.DataConfig) -> list[str]:
-    """Instruction features that count as a label: the default one, or any where variants are drawn."""
-    return [f"steps/{name}" for name in definition.language[: None if config.instructions == "random" else 1]]
+def present_instructions(opened: index.Index, definition: definitions.Definition) -> list[str]:
+    """Instruction features of this copy of a data set: variants beside the first may be missing (early DROID)."""
+    features = [f"steps/{name}" for name in definition.language]
+    return [name for name in features if name == features[0] or name in opened.dataset.features]
 
 
 def _normalisers(

@@ -43,14 +43,18 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Numbers; at most the first dimension may be None (of any length)."""
+    """Numbers; at most the first dimension may be None (of any length).
+
+    encoding: "none" (a list of numbers) or "bytes" (each step's values as little-endian bytes).
+    """
 
     shape: tuple[int | None, ...] = ()
     dtype: str = "float32"
+    encoding: str = "none"
 
     def spec(self) -> dict[str, Any]:
         kind = "tensor_feature.Tensor" if self.shape else "scalar.Scalar"
-        tensor = {"shape": _dimensions(self.shape), "dtype": self.dtype, "encoding": "none"}
+        tensor = {"shape": _dimensions(self.shape), "dtype": self.dtype, "encoding": self.encoding}
         return {"pythonClassName": _FEATURES + kind, "tensor": tensor}
 
 
@@ -111,6 +115,9 @@ def _encode(name: str, feature: Feature, value: Any, rows: tuple[int, ...]) -> A
         fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
         if array.dtype != np.dtype(feature.dtype) or not fits:
             raise ValueError(f"{name}: declared {feature.dtype} {shape}, got {array.dtype} {array.shape}")
+        if feature.encoding == "bytes":
+            data = array.astype(array.dtype.newbyteorder("<"))
+            return [row.tobytes() for row in data] if rows else [data.tobytes()]
         return array
     values = list(value) if rows else [value]
     if isinstance(feature, Text):
@@ -145,7 +152,7 @@ def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int
                 episodes, size = episodes + 1, size + len(payload)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return episodes, size
@@ -183,37 +190,43 @@ def write_metadata(
         "fileFormat": "tfrecord",
         "name": dataset,
         "releaseNotes": {version: description.split("\n")[0]},
-        "splits": [
-            {
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                "name": split.name,
-                "numBytes": str(split.num_bytes),
-                "shardLengths": [str(n) for n in split.shard_lengths],
-            }
-            for split in splits
-        ],
+        "splits": splits_json(splits),
         "version": version,
     }
     directory = Path(directory)
-    _write_json(directory / "features.json", features_json(features))
+    write_json(directory / "features.json", features_json(features))
     if notes is not None:
-        _write_json(directory / "metadata.json", notes)
-    _write_json(directory / "dataset_info.json", info)
+        write_json(directory / "metadata.json", notes)
+    write_json(directory / "dataset_info.json", info)
+
+
+def splits_json(splits: Iterable[Split]) -> list[dict[str, Any]]:
+    """The splits as dataset_info.json lists them."""
+    return [
+        {
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "name": split.name,
+            "numBytes": str(split.num_bytes),
+            "shardLengths": [str(n) for n in split.shard_lengths],
+        }
+        for split in splits
+    ]
 
 
 def features_json(features: Tree) -> dict[str, Any]:
     """The features.json of a tree whose branch "steps" is one row per step."""
-    spec = _dict_spec({name: f for name, f in features.items() if name != _STEPS})
+    spec = dict_spec({name: f for name, f in features.items() if name != _STEPS})
     spec["featuresDict"]["features"][_STEPS] = {
         "pythonClassName": _FEATURES + "dataset_feature.Dataset",
-        "sequence": {"feature": _dict_spec(features[_STEPS]), "length": "-1"},
+        "sequence": {"feature": dict_spec(features[_STEPS]), "length": "-1"},
     }
     return spec
 
 
-def _dict_spec(features: Tree) -> dict[str, Any]:
+def dict_spec(features: Tree) -> dict[str, Any]:
+    """A branch of features.json."""
     members = {
-        name: _dict_spec(feature) if isinstance(feature, Mapping) else feature.spec()
+        name: dict_spec(feature) if isinstance(feature, Mapping) else feature.spec()
         for name, feature in sorted(features.items())
     }
     return {"pythonClassName": _FEATURES + "features_dict.FeaturesDict", "featuresDict": {"features": members}}
@@ -223,7 +236,25 @@ def _dimensions(shape: tuple[int | None, ...]) -> dict[str, Any]:
     return {"dimensions": [str(-1 if n is None else n) for n in shape]} if shape else {}
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes a json file that is either complete and on the disk, or absent."""
+    path = Path(path)
     partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def publish(partial: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a finished file its name, and puts the name on the disk too: a later file may rely on it."""
     os.replace(partial, path)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qdepth_jax import errors, progress
-from qdepth_jax.data import data_config, definitions, frame_reader, index, normalise, shard_scan, sidecar, source, spec
+from qdepth_jax.data import (
+    data_config,
+    definitions,
+    depth_images,
+    frame_reader,
+    index,
+    normalise,
+    shard_scan,
+    sidecar,
+    source,
+    spec,
+)
 
 CHUNK = 1 << 16  # rows of a column held at a time
 FAR_OUT = 10.0  # an outlier lies more than this many q01..q99 widths outside of them
@@ -237,9 +248,13 @@ class Images:
         picture = self._decode(feature, frame, frame_reader.decode_rgb, np.uint8, (3,))
         return picture[..., ::-1] if bgr and picture is not None else picture
 
-    def depth(self, feature: str, frame: int) -> np.ndarray | None:
-        """u16 [H, W]; 0 = invalid."""
-        return self._decode(feature, frame, frame_reader.decode_depth, np.uint16, ())
+    def depth(self, feature: str, metres: float, frame: int) -> tuple[np.ndarray, float] | None:
+        """u16 [H, W] (0 = invalid) and metres per unit of it; `metres` per stored unit."""
+        declared = self._split.dataset.feature(feature)
+        decode, scale = depth_images.decoder(declared, metres)
+        shape = declared.shape[:2] if min(declared.shape[:2]) > 0 else None
+        raw = self._decode(feature, frame, decode, np.uint16, (), shape)
+        return None if raw is None else (raw, scale)
 
     def size(self, feature: str, frame: int) -> tuple[int, int] | None:
         """(height, width) from the header."""
@@ -248,9 +263,9 @@ class Images:
     def close(self) -> None:
         self._files.close()
 
-    def _decode(self, feature: str, frame: int, decode: Callable, dtype: type, tail: tuple[int, ...]):
+    def _decode(self, feature: str, frame: int, decode: Callable, dtype: type, tail: tuple[int, ...], shape=None):
         def run(data: bytes) -> np.ndarray:
-            out = np.empty((*frame_reader.image_size(data), *tail), dtype)
+            out = np.empty((*(shape or frame_reader.image_size(data)), *tail), dtype)
             decode(data, out)
             return out
 

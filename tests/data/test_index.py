@@ -52,7 +52,8 @@ def test_columns_spans_and_shards_line_up(libero_dir):
     expected = np.concatenate([e + np.arange(n) / 100 for e, n in enumerate((7, 3, 9, 5))])
     np.testing.assert_array_equal(state, expected.astype(np.float32))
     reader = episode_reader.EpisodeReader(split)
-    assert reader.depth("steps/observation/depth", 2)[:, 0, 0].tolist() == list(range(201, 210))
+    raw, scale = reader.depth("steps/observation/depth", 0.001, 2)
+    assert raw[:, 0, 0].tolist() == list(range(201, 210)) and scale == 0.001
     assert split.episode_of(np.array([0, 6, 7, 9, 10, 23])).tolist() == [0, 0, 1, 1, 2, 3]
     assert "record 0 (episode 2), step 4" in split.where(14)
 

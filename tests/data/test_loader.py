@@ -11,7 +11,7 @@ import pytest
 from libero_writer import HEIGHT, WIDTH, make_libero
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, definitions, index, loader, normalise, order, sidecar
+from qdepth_jax.data import data_config, definitions, index, loader, normalise, order, sidecar, source
 
 TOKENIZER = str(pathlib.Path(__file__).parents[2] / "data" / "text_tokenizer" / "libero.model")
 FEATURES = (
@@ -330,6 +330,7 @@ def test_instruction_variants_are_drawn_among_those_that_say_something(libero_di
         return ids, strings
 
     monkeypatch.setattr(index.SplitIndex, "texts", texts)
+    monkeypatch.setattr(source, "present_instructions", lambda _, d: [f"steps/{name}" for name in d.language])
     _define(monkeypatch, language=("language_instruction", "language_instruction_2"))
     keys = ("text", "frame")
     first = loader.Loader(_config(libero_dir), keys, 24).batch(0)

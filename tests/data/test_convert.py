@@ -1,0 +1,391 @@
+"""The converter: what it keeps to the byte, what it adds, what it refuses, and that it continues where it stopped."""
+
+import io
+import itertools
+import json
+import os
+import pathlib
+import tracemalloc
+
+import libero_writer
+import numpy as np
+import pytest
+import sidecar_writer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from qdepth_jax import errors
+from qdepth_jax.data import (
+    convert,
+    convert_claim,
+    convert_features,
+    convert_record,
+    convert_run,
+    convert_shard,
+    example,
+    frame_reader,
+    index,
+    sidecar,
+    spec,
+    tfrecord,
+    write_rlds,
+)
+
+DEPTH = "steps/observation/depth_new"
+TOKENS = "steps/observation/depth_tokens"
+
+
+def convert_all(directory, output, workers=1, **options):
+    plan = convert.plan(directory, str(output), convert.Options(**options))
+    with convert_claim.claimed(plan.target) as finished:
+        if finished:
+            return convert_claim.read_notes(plan.output, "metadata.json")["counts"]
+        return convert_run.finish(plan, convert_run.run_local(plan, workers))
+
+
+def payloads(directory, split="train"):
+    """Records of a split, and their shard names."""
+    dataset = spec.read_spec(directory)
+    shards = dataset.splits[split].shards
+    return [record.payload for shard in shards for record in tfrecord.scan_records(dataset.shard_path(shard))]
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()
+    }
+
+
+def entries(payload):
+    return {name: payload[start:end] for name, (start, end) in example.entries(payload).items()}
+
+
+def test_without_options_every_record_stays_as_it_is(libero_dir, tmp_path):
+    counts = convert_all(libero_dir, tmp_path / "new" / "1.2.0")
+    new = spec.read_spec(tmp_path / "new" / "1.2.0")
+    old = spec.read_spec(libero_dir)
+    assert new.version == "1.2.0" and new.name == old.name and new.features == old.features
+    for split in old.splits:
+        assert payloads(new.directory, split) == payloads(libero_dir, split)
+        assert new.splits[split].declared == old.splits[split].declared
+    info = json.loads((tmp_path / "new" / "1.2.0" / "dataset_info.json").read_text())
+    assert int(info["splits"][0]["numBytes"]) == sum(map(len, payloads(libero_dir, info["splits"][0]["name"])))
+    assert counts["episodes"] == sum(sum(split.declared) for split in old.splits.values())
+    assert counts["bytes_in"] == counts["bytes_out"] and counts["images_resized"] == 0
+    assert not (tmp_path / "new" / "1.2.0" / convert_claim.STATE).exists()
+
+
+@pytest.mark.parametrize("encoding", ["none", "bytes"])
+def test_depth_and_tokens_are_those_of_the_sidecars(libero_dir, tmp_path, encoding):
+    opened = index.open_index(libero_dir)
+    depth = sidecar_writer.make_sidecar(tmp_path / "depth", opened, "depth")
+    tokens = sidecar_writer.make_sidecar(tmp_path / "tokens", opened, "depth_tokens", seed=1)
+    counts = convert_all(
+        libero_dir, tmp_path / "new", depth=(f"depth_new={depth}",), depth_tokens=(tokens,), token_encoding=encoding
+    )
+    assert counts["depth_maps"] == counts["token_rows"] == counts["frames"]
+    new = index.open_index(tmp_path / "new")
+    assert new.dataset.feature(DEPTH).shape == (6, 8, 1) and new.dataset.feature(TOKENS).encoding == encoding
+    for name, split in new.splits.items():
+        maps, codes = sidecar.open_sidecar(depth, name), sidecar.open_sidecar(tokens, name)
+        reader, frame = frame_reader.ShardFiles(), 0
+        for at, (old, payload) in enumerate(
+            zip(payloads(libero_dir, name), payloads(tmp_path / "new", name), strict=True)
+        ):
+            before, after = entries(old), entries(payload)
+            assert {key: after[key] for key in before} == before  # bytes, not values
+            names = {"depth_new_scale", "depth_new_offset", "depth_new_kind"}
+            assert set(after) - set(before) == {DEPTH, TOKENS, *(f"episode_metadata/{n}" for n in names)}
+            scanned = example.scan(payload)
+            assert scanned["episode_metadata/depth_new_scale"].value.tolist() == [0.5 + at]
+            assert scanned["episode_metadata/depth_new_offset"].value.tolist() == [-at]
+            length = len(scanned[DEPTH].value)
+            for step, (offset, size) in enumerate(scanned[DEPTH].value.tolist()):
+                np.testing.assert_array_equal(
+                    Image.open(io.BytesIO(payload[offset : offset + size])), maps.values[frame + step]
+                )
+            frame += length
+        spans = split.spans(DEPTH)
+        shards = split.episodes["shard"][split.episode_of(np.arange(split.frames))]
+        for row in range(split.frames):
+            out = np.zeros((6, 8), np.uint16)
+            frame_reader.decode_depth(reader.read(split.shard_path(shards[row]), *spans[row].tolist()), out)
+            np.testing.assert_array_equal(out, maps.values[row])
+        np.testing.assert_array_equal(split.column(TOKENS), codes.values)
+
+
+def test_wide_tokens_as_bytes_can_be_read_frame_by_frame(libero_dir, tmp_path):
+    opened = index.open_index(libero_dir)
+    tokens = sidecar_writer.make_sidecar(tmp_path / "tokens", opened, "depth_tokens", shape=(256,))
+    convert_all(libero_dir, tmp_path / "new", depth_tokens=(tokens,), token_encoding="bytes", splits=("train",))
+    split = index.open_index(tmp_path / "new").split("train")
+    values = sidecar.open_sidecar(tokens, "train").values
+    for payload, row in zip(payloads(tmp_path / "new"), split.episodes, strict=True):
+        for step, (offset, size) in enumerate(example.scan(payload)[TOKENS].value.tolist()):
+            np.testing.assert_array_equal(
+                np.frombuffer(payload[offset : offset + size], "<u2"), values[row["start"] + step]
+            )
+
+
+def test_names_follow_the_camera():
+    names = {"image": "depth", "image_0": "depth_0", "wrist_image": "depth_wrist", "rgb": "depth_rgb"}
+    names["exterior_image_1_left"] = "depth_exterior_1_left"
+    for camera, expected in names.items():
+        assert convert_features.feature_leaf("depth", f"steps/observation/{camera}") == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(keep=st.lists(st.booleans(), min_size=7, max_size=7).filter(any))
+def test_any_subset_is_kept_in_order_and_shards_without_episodes_go(keep, seven_episodes, tmp_path_factory):
+    text = ",".join(str(number) for number in np.flatnonzero(keep))
+    output = tmp_path_factory.mktemp("subset") / "new"
+    counts = convert_all(seven_episodes, output, splits=("train",), episodes=text)
+    assert payloads(output) == [payload for payload, kept in zip(payloads(seven_episodes), keep) if kept]
+    lengths = spec.read_spec(output).splits["train"].declared
+    # Shards hold episodes 0-1, 2-4, 5-6: output shard k comes from one of them alone.
+    expected = [sum(part) for part in (keep[:2], keep[2:5], keep[5:])]
+    assert lengths == tuple(count for count in expected if count)
+    assert counts["dropped"].get("outside of --episodes", 0) == keep.count(False)
+
+
+@pytest.fixture(scope="module")
+def seven_episodes(tmp_path_factory):
+    source = libero_writer.make_libero(
+        tmp_path_factory.mktemp("source"), (2, 1, 1, 3, 1, 1, 2), instructions=("a", " ", "b")
+    )
+    return reshard(source, tmp_path_factory.mktemp("seven"), [2, 3, 2])
+
+
+def reshard(source, folder, lengths):
+    """A copy of all episodes of all splits as split `train`, in shards of `lengths`."""
+    old = spec.read_spec(source)
+    records = [payload for split in old.splits for payload in payloads(source, split)][: sum(lengths)]
+    assert len(records) == sum(lengths)
+    bounds = np.cumsum([0, *lengths])
+    parts = [records[low:high] for low, high in itertools.pairwise(bounds)]
+    split = write_rlds.write_split(folder, old.name, "train", parts)
+    features = json.loads(pathlib.Path(source, "features.json").read_text())
+    info = {"name": old.name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": write_rlds.splits_json([split])}
+    pathlib.Path(folder, "features.json").write_text(json.dumps(features))
+    pathlib.Path(folder, "dataset_info.json").write_text(json.dumps(info))
+    return str(folder)
+
+
+def test_a_shard_depends_on_its_input_shard_alone(seven_episodes, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = reshard(seven_episodes, tmp_path / "other", [2, 3, 1])
+    convert_all(seven_episodes, tmp_path / "a", resize=(12, 16))
+    convert_all(other, tmp_path / "b", resize=(12, 16))
+    for shard in range(2):
+        name = write_rlds.shard_name("libero_object", "train", shard, 3)
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_only_labelled_episodes(seven_episodes, tmp_path):
+    opened = index.open_index(seven_episodes)
+    ids, strings = opened.split("train").texts("steps/language_instruction")
+    blank = [not strings[ids[row["start"]]].strip() for row in opened.split("train").episodes]
+    assert 0 < sum(blank) < 7
+    counts = convert_all(seven_episodes, tmp_path / "new", keep_labelled=True)
+    assert counts["dropped"] == {"no instruction": sum(blank)}
+    assert payloads(tmp_path / "new") == [p for p, b in zip(payloads(seven_episodes), blank) if not b]
+
+
+def test_ranges_round_as_tfds_does(seven_episodes, tmp_path):
+    convert_all(seven_episodes, tmp_path / "new", splits=("train[30%:]",))
+    assert payloads(tmp_path / "new") == payloads(seven_episodes)[2:]  # 2.1 episodes
+
+
+def test_resize_reencodes_colour_and_picks_depth(libero_dir, tmp_path):
+    counts = convert_all(libero_dir, tmp_path / "new", resize=(12, 16))
+    assert counts["images_resized"] == 3 * counts["frames"] and counts["images_untouched"] == 0
+    new = spec.read_spec(tmp_path / "new")
+    assert new.feature("steps/observation/image").shape == (12, 16, 3)
+    assert new.feature("steps/observation/depth").shape == (12, 16, 1)
+    old, changed = example.scan(payloads(libero_dir)[0]), example.scan(payloads(tmp_path / "new")[0])
+
+    def load(payload, scanned, name, step=0):
+        offset, size = scanned[name].value[step]
+        return Image.open(io.BytesIO(payload[offset : offset + size]))
+
+    before, after = payloads(libero_dir)[0], payloads(tmp_path / "new")[0]
+    wrist = load(before, old, "steps/observation/wrist_image").resize((16, 12), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(load(after, changed, "steps/observation/wrist_image"), wrist)  # PNG: exact
+    image = load(after, changed, "steps/observation/image")
+    expected = load(before, old, "steps/observation/image").resize((16, 12), Image.Resampling.LANCZOS)
+    assert image.format == "JPEG" and np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 6
+    depth = np.asarray(load(before, old, "steps/observation/depth"))
+    np.testing.assert_array_equal(load(after, changed, "steps/observation/depth"), depth[1::2, 1::2])
+    # A second resize to the same size touches nothing.
+    again = convert_all(tmp_path / "new", tmp_path / "again", resize=(12, 16))
+    assert again["images_resized"] == 0 and payloads(tmp_path / "again") == payloads(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "picked"), [(4, 2, [1, 3]), (6, 2, [1, 4]), (2, 4, [0, 0, 1, 1]), (5, 3, [0, 2, 4])]
+)
+def test_nearest_takes_the_pixel_at_the_centre(old, new, picked):
+    values = np.arange(old, dtype=np.uint16)[None, :, None]
+    assert convert_record.nearest(values, (new, 1))[0, :, 0].tolist() == picked
+    assert convert_record.nearest(values.transpose(0, 2, 1), (1, new))[0, 0].tolist() == picked
+
+
+def test_sixteen_bits_survive_a_resize():
+    values = np.array([[0, 1], [300, 65535]], np.uint16)
+    data = convert_record.resize_nearest(convert_record.png(values), (4, 4))
+    np.testing.assert_array_equal(Image.open(io.BytesIO(data)), values.repeat(2, 0).repeat(2, 1))
+
+
+def test_restart_continues_and_ends_alike(seven_episodes, tmp_path, monkeypatch):
+    convert_all(seven_episodes, tmp_path / "whole", resize=(12, 16))
+    original, calls = convert_record.convert, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3 + 4:  # three for the estimate, two of the first shard, one of the second
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(convert_record, "convert", failing)
+    with pytest.raises(KeyboardInterrupt):
+        convert_all(seven_episodes, tmp_path / "cut", resize=(12, 16))
+    monkeypatch.setattr(convert_record, "convert", original)
+    names = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert names == {convert_claim.STATE, write_rlds.shard_name("libero_object", "train", 0, 3)}
+    with pytest.raises(errors.UserError, match=r"other options \(resize was \[12, 16\], is \[6, 8\]"):
+        convert_all(seven_episodes, tmp_path / "cut", resize=(6, 8))
+    (tmp_path / "cut" / "x.tfrecord.partial.1").write_bytes(b"left by a killed run")
+    plan = convert.plan(seven_episodes, str(tmp_path / "cut"), convert.Options(resize=(12, 16)))
+    with convert_claim.claimed(plan.target) as finished:
+        results = convert_run.run_local(plan, 1)
+        convert_run.finish(plan, results)
+    assert not finished and [result["kept"] for result in results] == [True, False, False]
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    with convert_claim.claimed(plan.target) as finished:
+        assert finished
+    with pytest.raises(errors.UserError, match="other options"):
+        convert_all(seven_episodes, tmp_path / "cut")
+
+
+def test_a_finished_shard_that_changed_is_refused(seven_episodes, tmp_path):
+    plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
+    with convert_claim.claimed(plan.target):
+        convert_shard.convert_shard(plan.tasks[1])
+        with open(plan.tasks[1].output, "ab") as file:
+            file.write(b"x")
+        with pytest.raises(errors.UserError, match="not what an earlier run finished"):
+            convert_run.run_local(plan, 1)
+        with pytest.raises(ValueError, match="not finished"):
+            convert_run.finish(plan, [])
+
+
+def test_two_commands_do_not_write_one_folder(seven_episodes, tmp_path):
+    plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
+    with (
+        convert_claim.claimed(plan.target),
+        pytest.raises(errors.UserError, match="another command"),
+        convert_claim.claimed(plan.target),
+    ):
+        pass
+
+
+def test_damage_is_named_and_leaves_no_shard(seven_episodes, tmp_path):
+    (tmp_path / "source").mkdir()
+    source = reshard(seven_episodes, tmp_path / "source", [1, 6])
+    opened = index.open_index(source)
+    row = opened.split("train").episodes[2]
+    path = pathlib.Path(opened.split("train").shard_path(1))
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + 50] ^= 4
+    path.write_bytes(data)
+    plan = convert.plan(source, str(tmp_path / "new"), convert.Options())
+    message = r"00001-of-00002: record 1 .*episode 2\): the checksum does not match"
+    with convert_claim.claimed(plan.target), pytest.raises(ValueError, match=message):
+        convert_run.run_local(plan, 1)
+    assert [path.name for path in (tmp_path / "new").glob("*.tfrecord*")] == [os.path.basename(plan.tasks[0].output)]
+
+
+def test_full_disk_is_a_plain_message(seven_episodes, tmp_path, monkeypatch):
+    plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
+    with convert_claim.claimed(plan.target):
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(errors.UserError, match="free space and run the same command again"):
+            convert_run.run_local(plan, 1)
+    assert not list((tmp_path / "new").glob("*.tfrecord*"))
+    monkeypatch.undo()
+    monkeypatch.setattr(convert_claim.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with (
+        pytest.raises(errors.UserError, match=r"GB are needed .* 0.000 GB are free"),
+        convert_claim.claimed(plan.target),
+    ):
+        pass
+
+
+def test_memory_is_one_episode(tmp_path):
+    source = libero_writer.make_libero(tmp_path, (12,) * 12)
+    plan = convert.plan(source, str(tmp_path / "new"), convert.Options(splits=("train",), resize=(20, 20)))
+    largest = max(int(task.rows["size"].max()) for task in plan.tasks)
+    assert plan.bytes_in > 8 * largest
+    tracemalloc.start()
+    for task in plan.tasks:
+        convert_shard.convert_shard(task)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * largest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"splits": ("test",)}, "has no split 'test'; it has: train, val"),
+        ({"splits": ("train[:900]",)}, r"--split='train\[:900\]' reaches episode 900"),
+        ({"splits": ("train[:1]", "train[2:]")}, "names 'train' twice"),
+        ({"splits": ("train[1:1]",)}, "no episode of split 'train' is left"),
+        ({"episodes": "0"}, "train, val are chosen: use --split"),
+        ({"splits": ("train",), "episodes": "0-99"}, "'0-99' is not within the split's 0-"),
+        ({"splits": ("train",), "episodes": "one"}, "'one' is not understood"),
+        ({"resize": (0, 4)}, "between 1 and 4096"),
+        ({"keep_labelled": True, "language": ("action",)}, "is no text; there is steps/language_instruction"),
+        ({"version": "2"}, "MAJOR.MINOR.PATCH"),
+        ({"depth": ("nowhere",)}, r"no sidecar .*--split"),
+    ],
+)
+def test_bad_options_name_the_fix(libero_dir, tmp_path, options, message):
+    with pytest.raises(errors.UserError, match=message):
+        convert.plan(libero_dir, str(tmp_path / "new"), convert.Options(**options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_sidecars_that_do_not_fit_are_refused(libero_dir, tmp_path):
+    opened = index.open_index(libero_dir)
+    strange = sidecar_writer.make_sidecar(tmp_path / "strange", opened, "depth", fingerprint="0" * 32)
+    depth = sidecar_writer.make_sidecar(tmp_path / "depth", opened, "depth")
+    train = sidecar_writer.make_sidecar(tmp_path / "train", opened, "depth_tokens", splits=["train"])
+    for options, message in (
+        ({"depth": (strange,)}, "has fingerprint '0000"),
+        ({"depth_tokens": (depth,)}, "has kind 'depth'"),
+        ({"depth": (depth,)}, r"has 'steps/observation/depth' already: .*--depth=NAME="),
+        ({"depth_tokens": (train,)}, "convert other splits only"),
+        ({"depth": (f"a={depth}", f"a={depth}")}, "already"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            convert.plan(libero_dir, str(tmp_path / "new"), convert.Options(**options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_output_must_be_free(libero_dir, tmp_path):
+    for output in (libero_dir, os.path.join(libero_dir, "new"), os.path.dirname(libero_dir)):
+        with pytest.raises(errors.UserError, match="contain one another"):
+            convert.plan(libero_dir, output, convert.Options())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(errors.UserError, match=r"other things \(thesis.tex\)"):
+        convert_all(libero_dir, tmp_path / "full")
+    other = libero_writer.make_libero(tmp_path / "other", seed=1)
+    with pytest.raises(errors.UserError, match="not made by this command"):
+        convert_all(libero_dir, other)
