@@ -16,6 +16,7 @@ from qdepth_jax.data import data_config, definitions, frame_reader, index, norma
 CHUNK = 1 << 16  # rows of a column held at a time
 FAR_OUT = 10.0  # an outlier lies more than this many q01..q99 widths outside of them
 HEADERS = 200  # images whose size is looked at
+RAW_COLUMNS = 16  # columns without a definition that are wider get no statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ def open_subject(
             metres=0.001,
             rate_hz=0.0,
         )
+    kinds = {f.name: f.kind for f in features.values()}
     item, problem = _source(directory, known, table.name, index_dir)
     views = {view: f"steps/{feature}" for view, feature in definition.views.items()}
     gone = [f"{view} ({feature})" for view, feature in views.items() if feature not in features]
@@ -111,8 +113,9 @@ def open_subject(
         defined=True,
         views={view: feature for view, feature in views.items() if feature in features},
         bgr=tuple(getattr(definition, "bgr", ())),
-        languages=tuple(f"steps/{text}" for text in languages if f"steps/{text}" in features),
-        depth={view: f"steps/{feature}" for view, feature in depth.items() if f"steps/{feature}" in features},
+        # Anything else than text or images (code points, compressed tensors) is not shown.
+        languages=tuple(n for n in (f"steps/{text}" for text in languages) if kinds.get(n) == "text"),
+        depth={view: f"steps/{feature}" for view, feature in depth.items() if kinds.get(f"steps/{feature}") == "image"},
         metres=definition.depth_metres,
         rate_hz=definition.rate_hz,
     )
@@ -283,7 +286,15 @@ def warnings(subject: Subject, horizon: int, images: Images) -> list[str]:
     out += _non_finite(subject)
     if subject.item is not None:
         for name, values, normaliser in pairs(subject):
-            out += _constant(name, normaliser) + _outliers(name, values, subject, normaliser)
+            out += _constant(name, normaliser) + _outliers(name, values, subject.item.frames.valid, split, normaliser)
+    else:
+        for feature in columns(subject):
+            values = split.column(feature.name)
+            if not feature.dtype.startswith("float") or len(feature.shape) != 1 or values.shape[1] > RAW_COLUMNS:
+                continue
+            normaliser = normalise.Normaliser(raw_statistics(values))
+            out += _constant(feature.name, normaliser)
+            out += _outliers(feature.name, values, np.arange(split.frames), split, normaliser)
     quarantined = getattr(split, "quarantined", None)
     if quarantined is not None and len(quarantined):
         out.append(f"{len(quarantined)} frames are quarantined and never sampled: {_some(quarantined)}")
@@ -346,22 +357,24 @@ def constant_dims(normaliser: normalise.Normaliser) -> list[int]:
     return [d for d in np.flatnonzero(width < 2 * normaliser.floor).tolist() if d not in normaliser.raw_dims]
 
 
-def _outliers(name: str, values: np.ndarray, subject: Subject, normaliser: normalise.Normaliser) -> list[str]:
-    s, frames, out = normaliser.statistics, subject.item.frames.valid, []
+def _outliers(
+    name: str, values: np.ndarray, frames: np.ndarray, split: index.SplitIndex, normaliser: normalise.Normaliser
+) -> list[str]:
+    """Values f32 [F, D] at `frames` that lie far outside of q01..q99; the farthest one is named."""
+    s, out = normaliser.statistics, []
     for dim in range(s.dims):
         low, high = s.q01[dim], s.q99[dim]
-        if dim in normaliser.raw_dims or high - low < 2 * normaliser.floor:
+        if dim in normaliser.raw_dims or not high - low >= 2 * normaliser.floor:
             continue
-        x = values[frames, dim]
+        x = np.asarray(values[:, dim])[frames]
         beyond = np.maximum(low - x, x - high) / (high - low)
         bad = np.flatnonzero(beyond > FAR_OUT)
         if len(bad):
             worst = bad[np.argmax(beyond[bad])]
             out.append(
-                f"{name} dimension {dim}: {len(bad)} values lie more than {FAR_OUT:g} times the q01..q99 width "
-                f"({low:.4g}..{high:.4g}) outside of it, the farthest {x[worst]:.4g} at "
-                f"{subject.split.where(int(frames[worst]))} (frame {int(frames[worst])}); frames "
-                f"{_some(frames[bad].tolist(), 5)}"
+                f"{name} dimension {dim}: {len(bad)} of {len(x)} values farther than {FAR_OUT:g} times the q01..q99 "
+                f"width outside of {low:.4g}..{high:.4g}, the farthest {x[worst]:.4g} at "
+                f"{split.where(int(frames[worst]))}; frames {_some(frames[bad].tolist(), 5)}"
             )
     return out
 

@@ -14,7 +14,6 @@ from qdepth_jax.eval import data_facts, data_figures, inspect_depth, report
 STRIP = 8  # frames of an episode shown
 INSTRUCTIONS = 30
 BLACK = 6.0  # mean grey value below which a frame counts as black
-RAW_COLUMNS = 16  # wider raw columns get no statistics
 
 STYLE = """body{max-width:1260px}.plain tr:first-child{display:none}.plain td,.text td,.text th{text-align:left}
 .warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.2em 1em .2em 2em}
@@ -173,6 +172,8 @@ def statistics_table(names: list[str], s: normalise.Statistics, notes: list[str]
         [names[d], *(f"{column[d]:.4g}" for column in (s.mean, s.std, s.low, s.q01, s.q99, s.high)), notes[d]]
         for d in range(s.dims)
     ]
+    if not any(notes):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return report.table(header, rows)
 
 
@@ -227,7 +228,7 @@ def _raw_columns(subject: data_facts.Subject) -> str:
     out = ["<p>As stored, over all frames of the split; nothing is standardised.</p>"]
     for feature in data_facts.columns(subject):
         dims = int(np.prod(feature.shape, dtype=np.int64))
-        if dims > RAW_COLUMNS:
+        if dims > data_facts.RAW_COLUMNS:
             out.append(f"<h3>{html.escape(feature.name)}</h3><p>{dims} numbers per step: not shown.</p>")
             continue
         array = subject.split.column(feature.name)
@@ -258,7 +259,7 @@ def text_section(subject: data_facts.Subject, texts: list[tuple[str, int, int]],
     if not subject.languages:
         return "<p>No text feature was found.</p>"
     said = (
-        f"<p>{len(texts)} different instructions; {1 - labelled.mean():.1%} of the frames have none "
+        f"<p>Different instructions: {len(texts)}. {1 - labelled.mean():.1%} of the frames have none "
         f"({int((~labelled).sum())} of {len(labelled)}).</p>"
     )
     rows = [[text, frames, episodes, f"{frames / len(labelled):.1%}"] for text, frames, episodes in texts]

@@ -137,7 +137,7 @@ def test_every_planted_fault_is_named(tmp_path):
         hits = [w for w in found if all(part in w for part in parts)]
         assert len(hits) == 1, (parts, found)
 
-    named("action dimension 2: 1 values", "farthest 500", "record 1 (episode 1), step 7", "(frame 47)")
+    named("action dimension 2: 1 of 244 values", "farthest 500", "record 1 (episode 1), step 7", "frames 47")
     named("proprio: dimensions [3]", "constant")
     named("have no instruction", "1 of 9 episodes", "40 of 284")
     named("1 of 9 episodes have one single frame: 6")
@@ -164,9 +164,15 @@ def test_nan_and_damaged_images_still_give_a_page(tmp_path):
 
 
 def test_a_set_without_definition_gets_its_raw_columns(tmp_path):
-    directory = write_set(tmp_path, [make_episode(n) for n in range(3)], name="our_own_robot")
+    episodes = [make_episode(n, 40) for n in range(3)]
+    episodes[2]["observation/state"][5, 1] = -900
+    for episode in episodes:
+        episode["action"][:, 4] = 1
+    directory = write_set(tmp_path, episodes, name="our_own_robot")
     subject, summary, page = look(directory, tmp_path)
     check_page(page)
+    assert any("steps/action: dimensions [4]" in w for w in summary["warnings"])
+    assert any("steps/observation/state dimension 1: 1 of 120" in w and "step 5" in w for w in summary["warnings"])
     assert summary["warnings"][0].startswith("no definition for 'our_own_robot'") and summary["sampled_frames"] is None
     assert set(subject.views) == {"image", "wrist_image"} and list(subject.depth) == ["depth"]
     assert "steps/observation/state" in page and "steps/language_instruction" in page
