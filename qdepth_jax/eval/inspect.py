@@ -9,7 +9,7 @@ import numpy as np
 
 from qdepth_jax import errors, progress
 from qdepth_jax.data import normalise, shard_scan
-from qdepth_jax.eval import data_facts, data_figures, inspect_depth, report
+from qdepth_jax.eval import data_facts, data_figures, data_warnings, inspect_depth, report
 
 STRIP = 8  # frames of an episode shown
 INSTRUCTIONS = 30
@@ -56,7 +56,7 @@ def write(subject: data_facts.Subject, output: str, options: Options) -> dict[st
         subject, annotation=options.depth, tokenizer_dir=options.tokenizer, tokens=options.depth_tokens
     )
     images = data_facts.Images(subject.split)
-    warnings = data_facts.warnings(subject, options.horizon, images)
+    warnings = data_warnings.find(subject, options.horizon, images)
     texts, labelled = data_facts.instructions(subject)
     drawn = episodes(subject, images, options.episodes, warnings)
     sections = [("What it is", overview(subject)), ("Features", feature_table(subject)), *statistics(subject)]
@@ -273,13 +273,13 @@ def text_section(subject: data_facts.Subject, texts: list[tuple[str, int, int]],
 def episodes(subject: data_facts.Subject, images: data_facts.Images, count: int, warnings: list[str]) -> str:
     """Strips and action curves of `count` episodes spread over the split; black frames are added to `warnings`."""
     split, item, out, black = subject.split, subject.item, [], []
-    texts = [split.texts(name) for name in subject.languages]
+    texts = data_facts.texts(subject)
     picks = report.spread(len(split.episodes), count)
     for number in progress.track(picks.tolist(), len(picks), "episodes drawn", "episode"):
         start, length = int(split.episodes["start"][number]), int(split.episodes["length"][number])
         steps = report.spread(length, STRIP)
-        said = dict.fromkeys(strings[ids[start if len(ids) == split.frames else number]] for ids, strings in texts)
-        title = " / ".join(f"“{text.strip()}”" for text in said if text.strip()) or "no instruction"
+        said = dict.fromkeys(strings[ids[start]] for ids, strings in texts)
+        title = " / ".join(f"“{text}”" for text in said if text) or "no instruction"
         seconds = f", {length / subject.rate_hz:.1f} s" if subject.rate_hz else ""
         out.append(
             f"<h3>{html.escape(title)}</h3><small>episode {number}, {length} frames{seconds}; frames at steps "
