@@ -90,7 +90,7 @@ def train(directories: list[str]) -> dict:
 def collect(directories: list[str]) -> set[str]:
     """Distinct instructions of all splits of the data sets and of --texts."""
     from qdepth_jax import errors
-    from qdepth_jax.data import definitions, index, standardise
+    from qdepth_jax.data import definitions, index
 
     found: set[str] = set()
     for directory in directories:
@@ -98,7 +98,7 @@ def collect(directories: list[str]) -> set[str]:
         definition = definitions.find(_NAME.value or opened.dataset.name)
         for split in opened.splits.values():
             for name in definition.language:
-                found |= set(standardise.texts(split, f"steps/{name}", definition.language_kind)[1])
+                found |= set(split.texts(f"steps/{name}")[1])
     if _TEXTS.value:
         if not os.path.isfile(_TEXTS.value):
             raise errors.UserError(f"no file {_TEXTS.value} (--texts)")

@@ -14,7 +14,6 @@ class Definition:
       views: "main", "secondary", "wrist" -> image feature; a view that the robot lacks is absent.
       action, proprio: recipes, f32 [F, A] and f32 [F, Dp].
       language: instruction features, the default first; empty = the data set has no instructions.
-      language_kind: "text", or "code_points": an int32 row of code points, zero padded.
       depth: view -> depth feature (image or tensor). Views that are not given have it where tools/convert_rlds.py puts
         annotated depth. A copy of the data set may lack it.
       depth_metres: metres per unit of stored depth.
@@ -36,7 +35,6 @@ class Definition:
     action: recipes.Recipe
     proprio: recipes.Recipe
     language: tuple[str, ...] = ("language_instruction",)
-    language_kind: str = "text"
     depth: dict[str, str] = dataclasses.field(default_factory=dict)
     depth_metres: float = 0.001
     raw_action_dims: tuple[int, ...] = (6,)
@@ -79,6 +77,9 @@ def swapped_channels(definition: Definition, dataset: spec.DatasetSpec) -> tuple
     rlds_dataset_mod, through which most copies went, repairs the order and resizes to 256x256 in one run, and keeps
     name and version. None of the originals has images of 256x256, so the declared size tells the two apart.
     """
+    features = {view: f"steps/{definition.views[view]}" for view in definition.bgr}
     return tuple(
-        view for view in definition.bgr if dataset.feature(f"steps/{definition.views[view]}").shape[:2] != (256, 256)
+        view
+        for view, name in features.items()
+        if name in dataset.features and dataset.feature(name).shape[:2] != (256, 256)
     )

@@ -154,7 +154,6 @@ ROWS = (
         name="language_table",
         views={"main": "observation/rgb"},
         language=("observation/instruction",),
-        language_kind="code_points",
         action=recipes.language_table_action,
         proprio=recipes.pieces(("observation/effector_translation", None, None), 6),
         proprio_padding=tuple(range(2, 8)),

@@ -41,8 +41,8 @@ def _plane(feature: spec.FeatureSpec) -> tuple[int, ...]:
     shape = feature.shape[:2]
     if feature.kind not in ("image", "tensor") or len(shape) != 2 or int(np.prod(feature.shape[2:])) != 1:
         raise errors.UserError(
-            f"depth feature {feature.name!r} is {feature.kind} {feature.dtype}{list(feature.shape)}: one value per pixel "
-            "expected, as an image or a tensor"
+            f"depth feature {feature.name!r} is {feature.kind} {feature.dtype}{list(feature.shape)}: one value per "
+            "pixel expected, as an image or a tensor"
         )
     return shape
 

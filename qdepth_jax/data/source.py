@@ -69,7 +69,7 @@ class Source:
     def instructions(self) -> list[tuple[np.ndarray, list[str]]]:
         """(ids i32 [F], distinct strings) of every instruction feature; one empty text for data without language."""
         names = present_instructions(self.index, self.definition)
-        found = [standardise.texts(self.split, name, self.definition.language_kind) for name in names]
+        found = [self.split.texts(name) for name in names]
         return found or [(np.zeros(self.split.frames, np.int32), [""])]
 
     def end(self, frames: np.ndarray) -> np.ndarray:
@@ -189,7 +189,6 @@ def _select(
         keep_reason=definition.keep_reason,
         # A label is the default instruction, or any where variants are drawn.
         language=present_instructions(opened, definition)[: None if config.instructions == "random" else 1],
-        language_kind=definition.language_kind,
         skip_unlabelled=config.skip_unlabelled,
         episodes=episodes,
         max_frames_per_episode=config.max_frames_per_episode,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import index, shard_scan
+from qdepth_jax.data import index
 
 # Rows that are looked at together where a whole column would need a temporary of its own size.
 _ROWS = 1 << 20
@@ -114,7 +114,6 @@ def standardise(
     keep: Recipe | None = None,
     keep_reason: str = "left out by the data set's rule",
     language: str | Sequence[str] = (),
-    language_kind: str = "text",
     skip_unlabelled: bool = False,
     episodes: np.ndarray | None = None,
     max_frames_per_episode: int = 0,
@@ -131,7 +130,6 @@ def standardise(
       drop_first, drop_last: the first, the last step of an episode has no action (relabelled actions).
       keep, keep_reason: bool [F]; False = never sampled, counted under this reason.
       language: instruction features with "steps/"; needed for `skip_unlabelled`.
-      language_kind: "text" or "code_points".
       skip_unlabelled: leave out frames whose instructions are all empty.
       episodes: bool [E]; episodes to use (None = all).
       max_frames_per_episode: of longer episodes, keep this many frames, drawn once from `seed` (0 = all).
@@ -168,7 +166,7 @@ def standardise(
     if keep is not None:
         drop(keep_reason, ~keep(columns))
     if skip_unlabelled:
-        drop("no instruction", ~_labelled(split, language, language_kind, frames))
+        drop("no instruction", ~_labelled(split, language, frames))
     if whole_chunks:
         last = np.maximum(end - horizon + 1, start)
         drop(f"fewer than {horizon} actions to the end of the episode", np.arange(frames) >= last[episode])
@@ -199,36 +197,6 @@ def standardise(
     )
 
 
-def texts(split: index.SplitIndex, feature: str, kind: str = "text") -> tuple[np.ndarray, list[str]]:
-    """Instructions of every frame: (ids i32 [F], table of distinct strings).
-
-    Args:
-      split: the opened split.
-      feature: full feature name ("steps/language_instruction").
-      kind: "text", or "code_points": integer rows [n], zero padded (language_table), up to the first zero.
-    """
-    if kind == "text" or shard_scan.storage(split.dataset.feature(feature)) == "text":
-        return split.texts(feature)
-    rows = split.column(feature)
-    table: dict[str, int] = {}
-    ids = np.empty(len(rows), np.int32)
-    for first in range(0, len(rows), _ROWS // 64):
-        part = np.ascontiguousarray(rows[first : first + _ROWS // 64])
-        # The same instruction stands on every frame of an episode: decode a row only where it changes.
-        change = np.concatenate([[True], (part[1:] != part[:-1]).any(1)])
-        decoded = []
-        for at in np.flatnonzero(change).tolist():
-            try:
-                text = "".join(map(chr, part[at][: _first_zero(part[at])].tolist()))
-            except (ValueError, OverflowError) as error:
-                raise errors.UserError(
-                    f"{feature} is no row of code points at {split.where(first + at)} ({error})"
-                ) from error
-            decoded.append(table.setdefault(text, len(table)))
-        ids[first : first + len(part)] = np.array(decoded, np.int32)[np.cumsum(change) - 1]
-    return ids, list(table)
-
-
 # ---- parts of `standardise` ----
 
 
@@ -238,11 +206,11 @@ def _marked(frames: int, ids: np.ndarray) -> np.ndarray:
     return out
 
 
-def _labelled(split: index.SplitIndex, features: str | Sequence[str], kind: str, frames: int) -> np.ndarray:
+def _labelled(split: index.SplitIndex, features: str | Sequence[str], frames: int) -> np.ndarray:
     """bool [F]: one of the instruction features has text."""
     out = np.zeros(frames, bool)
     for feature in [features] if isinstance(features, str) else features:
-        ids, strings = texts(split, feature, kind)
+        ids, strings = split.texts(feature)
         out |= np.array([bool(text.strip()) for text in strings], bool)[ids]
     return out
 
@@ -292,8 +260,3 @@ def _subsample(episode: np.ndarray, keep: np.ndarray, limit: int, seed: int) -> 
     chosen = np.zeros(len(episode), bool)
     chosen[order] = np.arange(len(episode)) - first < limit
     return chosen
-
-
-def _first_zero(row: np.ndarray) -> int:
-    zeros = np.flatnonzero(row == 0)
-    return int(zeros[0]) if len(zeros) else len(row)

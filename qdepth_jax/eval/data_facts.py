@@ -1,16 +1,15 @@
-"""What there is to say about a data set without decoding more than a few images: statistics, labels, and what is odd.
+"""What there is to say about a data set without decoding more than a few images: columns, statistics, instructions.
 
 Everything that depends on how a definition is written is read in `open_subject` alone.
 """
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from qdepth_jax import errors, progress
+from qdepth_jax import errors
 from qdepth_jax.data import (
     data_config,
     definitions,
@@ -25,8 +24,7 @@ from qdepth_jax.data import (
 )
 
 CHUNK = 1 << 16  # rows of a column held at a time
-FAR_OUT = 10.0  # an outlier lies more than this many q01..q99 widths outside of them
-HEADERS = 200  # images whose size is looked at
+RAW_COLUMNS = 16  # columns without a definition that are wider get no statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +109,6 @@ def open_subject(
     gone = [f"{view} ({feature})" for view, feature in views.items() if feature not in features]
     if gone:
         problem = f"{problem}; " * bool(problem) + f"this copy lacks views of its definition: {', '.join(gone)}"
-    # One feature or several; one depth feature of the main view or one for each view.
-    languages = (definition.language,) if isinstance(definition.language, str) else tuple(definition.language)
-    depth = {"main": definition.depth} if isinstance(definition.depth, str) else dict(definition.depth or {})
     return Subject(
         opened=opened,
         split=table,
@@ -121,9 +116,11 @@ def open_subject(
         problem=problem,
         defined=True,
         views={view: feature for view, feature in views.items() if feature in features},
-        bgr=tuple(getattr(definition, "bgr", ())),
-        languages=tuple(f"steps/{text}" for text in languages if f"steps/{text}" in features),
-        depth={view: f"steps/{feature}" for view, feature in depth.items() if f"steps/{feature}" in features},
+        bgr=definitions.swapped_channels(definition, opened.dataset),
+        languages=tuple(n for n in (f"steps/{text}" for text in definition.language) if n in features),
+        depth={
+            view: f"steps/{feature}" for view, feature in definition.depth.items() if f"steps/{feature}" in features
+        },
         metres=definition.depth_metres,
         rate_hz=definition.rate_hz,
     )
@@ -204,24 +201,45 @@ def clipped_share(values: np.ndarray, frames: np.ndarray, normaliser: normalise.
     return cut / max(len(frames), 1)
 
 
+def pairs(subject: Subject) -> list[tuple[str, np.ndarray, normalise.Normaliser]]:
+    """("action", f32 [F, A], its normaliser) and ("proprio", ...)."""
+    item = subject.item
+    return [("action", item.frames.action, item.action), ("proprio", item.frames.proprio, item.proprio)]
+
+
+def constant_dims(normaliser: normalise.Normaliser) -> list[int]:
+    """Dimensions that hardly move; raw ones (a gripper) are left out."""
+    s = normaliser.statistics
+    width = np.array(s.q99) - np.array(s.q01)
+    return [d for d in np.flatnonzero(width < 2 * normaliser.floor).tolist() if d not in normaliser.raw_dims]
+
+
 # ---- instructions ----
+
+
+def texts(subject: Subject) -> list[tuple[np.ndarray, list[str]]]:
+    """For each language feature the ids i32 [F] of its texts, and the texts without blanks around them."""
+    split, out = subject.split, []
+    for name in subject.languages:
+        ids, strings = split.texts(name)
+        ids = np.asarray(ids).reshape(len(ids), -1)[:, 0]  # of several strings in a step, the first
+        if len(ids) != split.frames:  # one for the whole episode
+            ids = np.repeat(ids, split.episodes["length"].astype(np.int64))
+        out.append((ids, [text.strip() for text in strings]))
+    return out
 
 
 def instructions(subject: Subject) -> tuple[list[tuple[str, int, int]], np.ndarray]:
     """Rows (text, frames, episodes), most frames first, blank ones left out; and bool [F]: frame has an instruction."""
     split = subject.split
-    lengths = split.episodes["length"].astype(np.int64)
     labelled = np.zeros(split.frames, bool)
     frames: collections.Counter[str] = collections.Counter()
     episodes: collections.Counter[str] = collections.Counter()
-    for name in subject.languages:
-        ids, strings = split.texts(name)
-        ids = np.asarray(ids) if len(ids) == split.frames else np.repeat(ids, lengths)
-        texts = [text.strip() for text in strings]
-        labelled |= np.array([bool(text) for text in texts])[ids]
-        count = np.bincount(ids, minlength=len(texts))
-        first = np.bincount(ids[split.episodes["start"]], minlength=len(texts))
-        for text, n, m in zip(texts, count.tolist(), first.tolist()):
+    for ids, strings in texts(subject):
+        labelled |= np.array([bool(text) for text in strings])[ids]
+        count = np.bincount(ids, minlength=len(strings))
+        first = np.bincount(ids[split.episodes["start"]], minlength=len(strings))
+        for text, n, m in zip(strings, count.tolist(), first.tolist()):
             if text:
                 frames[text] += n
                 episodes[text] += m
@@ -277,146 +295,6 @@ class Images:
         except ValueError as error:
             self.damaged.append(f"{feature} of {self._split.where(frame)}: {error}")
             return None
-
-
-# ---- what is odd ----
-
-
-def warnings(subject: Subject, horizon: int, images: Images) -> list[str]:
-    """Everything a person should look at before training on this split, one sentence each."""
-    split = subject.split
-    out = [subject.problem] if subject.problem else []
-    out += list(subject.opened.warnings)
-    lengths = split.episodes["length"]
-    for what, these in (
-        ("have one single frame", lengths == 1),
-        (f"have fewer frames than the horizon of {horizon}", lengths < horizon),
-    ):
-        if these.any():
-            out.append(f"{int(these.sum())} of {len(lengths)} episodes {what}: {_some(np.flatnonzero(these))}")
-    out += _label_warnings(subject)
-    out += _non_finite(subject)
-    if subject.item is not None:
-        for name, values, normaliser in pairs(subject):
-            out += _constant(name, normaliser) + _outliers(name, values, subject, normaliser)
-    quarantined = getattr(split, "quarantined", None)
-    if quarantined is not None and len(quarantined):
-        out.append(f"{len(quarantined)} frames are quarantined and never sampled: {_some(quarantined)}")
-    out += _duplicates(subject) + _sizes(subject, images)
-    return out
-
-
-def pairs(subject: Subject) -> list[tuple[str, np.ndarray, normalise.Normaliser]]:
-    """("action", f32 [F, A], its normaliser) and ("proprio", ...)."""
-    item = subject.item
-    return [("action", item.frames.action, item.action), ("proprio", item.frames.proprio, item.proprio)]
-
-
-def _some(items, count: int = 8) -> str:
-    items = list(items)
-    return ", ".join(str(i) for i in items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
-
-
-def _label_warnings(subject: Subject) -> list[str]:
-    if not subject.languages:
-        return ["no feature with an instruction was found"]
-    _, labelled = instructions(subject)
-    if labelled.all():
-        return []
-    by_episode = np.maximum.reduceat(labelled, subject.split.episodes["start"])
-    return [
-        f"{1 - labelled.mean():.1%} of the frames have no instruction ({int((~labelled).sum())} of {len(labelled)}; "
-        f"{int((~by_episode).sum())} of {len(by_episode)} episodes have none at all); training leaves them out unless "
-        "data.skip_unlabelled=False"
-    ]
-
-
-def _non_finite(subject: Subject) -> list[str]:
-    out = []
-    for feature in columns(subject):
-        if not feature.dtype.startswith("float"):
-            continue
-        bad, first = 0, -1
-        for start, part in chunks(subject.split.column(feature.name)):
-            rows = np.flatnonzero(~np.isfinite(part).all(1))
-            if len(rows) and first < 0:
-                first = start + int(rows[0])
-            bad += len(rows)
-        if bad:
-            out.append(f"{feature.name} is not finite in {bad} frames, first {subject.split.where(first)}")
-    return out
-
-
-def _constant(name: str, normaliser: normalise.Normaliser) -> list[str]:
-    dims = constant_dims(normaliser)
-    if not dims:
-        return []
-    return [f"{name}: dimensions {dims} are (nearly) constant, q01 to q99 spans less than {2 * normaliser.floor:g}"]
-
-
-def constant_dims(normaliser: normalise.Normaliser) -> list[int]:
-    """Dimensions that hardly move; raw ones (a gripper) are left out."""
-    s = normaliser.statistics
-    width = np.array(s.q99) - np.array(s.q01)
-    return [d for d in np.flatnonzero(width < 2 * normaliser.floor).tolist() if d not in normaliser.raw_dims]
-
-
-def _outliers(name: str, values: np.ndarray, subject: Subject, normaliser: normalise.Normaliser) -> list[str]:
-    s, frames, out = normaliser.statistics, subject.item.frames.valid, []
-    for dim in range(s.dims):
-        low, high = s.q01[dim], s.q99[dim]
-        if dim in normaliser.raw_dims or high - low < 2 * normaliser.floor:
-            continue
-        x = values[frames, dim]
-        beyond = np.maximum(low - x, x - high) / (high - low)
-        bad = np.flatnonzero(beyond > FAR_OUT)
-        if len(bad):
-            worst = bad[np.argmax(beyond[bad])]
-            out.append(
-                f"{name} dimension {dim}: {len(bad)} values lie more than {FAR_OUT:g} times the q01..q99 width "
-                f"({low:.4g}..{high:.4g}) outside of it, the farthest {x[worst]:.4g} at "
-                f"{subject.split.where(int(frames[worst]))} (frame {int(frames[worst])}); frames "
-                f"{_some(frames[bad].tolist(), 5)}"
-            )
-    return out
-
-
-def _duplicates(subject: Subject) -> list[str]:
-    """Groups of episodes with equal columns, texts and image sizes, byte for byte, in every step."""
-    split, table = subject.split, subject.split.episodes
-    features = [f for f in subject.opened.dataset.features.values() if f.per_step and shard_scan.storage(f)]
-    spans = [split.spans(f.name)["size"] for f in features if shard_scan.storage(f) == "span"]
-    # Only episodes of equal length and equal sums of image sizes can be equal: hashing is left to those.
-    sums = [np.add.reduceat(sizes.astype(np.int64), table["start"]) for sizes in spans]
-    keys = np.stack([table["length"].astype(np.int64), *sums], 1)
-    _, group, count = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero(count[group.reshape(-1)] > 1)
-    arrays = [*spans, *(split.column(f.name) for f in features if shard_scan.storage(f) == "column")]
-    arrays += [split.texts(f.name)[0] for f in features if shard_scan.storage(f) == "text"]
-    found: dict[bytes, list[int]] = collections.defaultdict(list)
-    for episode in progress.track(candidates.tolist(), len(candidates), "equal episodes", "episode"):
-        start, digest = int(table["start"][episode]), hashlib.blake2b(digest_size=16)
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array[start : start + int(table["length"][episode])]).tobytes())
-        found[digest.digest()].append(episode)
-    groups = [episodes for episodes in found.values() if len(episodes) > 1]
-    if not groups:
-        return []
-    more = sum(len(g) - 1 for g in groups)
-    return [f"{more} episodes repeat another one (equal columns, texts and image sizes): {_some(groups, 5)}"]
-
-
-def _sizes(subject: Subject, images: Images) -> list[str]:
-    """Image sizes of the first frame of up to HEADERS episodes, by view."""
-    starts, out = subject.split.episodes["start"], []
-    picks = np.unique(np.linspace(0, len(starts) - 1, min(HEADERS, len(starts))).astype(int))
-    for view, feature in {**subject.views, **{f"depth {k}": v for k, v in subject.depth.items()}}.items():
-        found = collections.Counter(images.size(feature, int(starts[e])) for e in picks)
-        found.pop(None, None)
-        if len(found) > 1:
-            sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in found.most_common())
-            out.append(f"images of view {view} differ in size: {sizes}; set data.image_size to resize on the host")
-    return out
 
 
 # ---- depth ----

@@ -189,6 +189,7 @@ def depth_table(
     ends: tuple[float, float],
     label: str,
     reconstruction: list[np.ndarray] | None = None,
+    inverse: bool = False,
 ) -> str:
     """One row per frame: camera, depth, and where given reconstruction and absolute error, with colour bars.
 
@@ -196,8 +197,10 @@ def depth_table(
       titles: of the N rows. pictures: u8 [H, W, 3] or None.
       depth: f32 [R, R] with NaN = invalid (grey). reconstruction: the same, without NaN.
       ends: (low, high) of the colour scale. label: of its bar.
+      inverse: large values are near; near has the same colour in both cases.
     """
-    cells, bars = [], colour_bar(label + ", grey is invalid", *ends, figures.DEPTH_COLOURS)
+    colours = figures.DEPTH_COLOURS + ("_r" if inverse else "")
+    cells, bars = [], colour_bar(label + ", grey is invalid", *ends, colours)
     gaps, worst = [], 1.0
     if reconstruction:
         gaps = [np.abs(r - d) for r, d in zip(reconstruction, depth)]
@@ -208,12 +211,12 @@ def depth_table(
         invalid = 1 - np.isfinite(depth[row]).mean()
         line = [
             (title, png(pictures[row]) if pictures[row] is not None else ""),
-            (f"depth, {invalid:.1%} invalid", png(coloured(depth[row], *ends, figures.DEPTH_COLOURS))),
+            (f"depth, {invalid:.1%} invalid", png(coloured(depth[row], *ends, colours))),
         ]
         if reconstruction:
             error = gaps[row][np.isfinite(gaps[row])]
             rmse = f"RMSE {np.sqrt(np.mean(error**2)):.3g}" if len(error) else "nothing valid"
-            line.append(("from tokens", png(coloured(reconstruction[row], *ends, figures.DEPTH_COLOURS))))
+            line.append(("from tokens", png(coloured(reconstruction[row], *ends, colours))))
             line.append((f"error, {rmse}", png(coloured(gaps[row], 0.0, worst, "magma"))))
         cells.append("<tr>" + "".join(f"<td>{html.escape(text)}{image}</td>" for text, image in line) + "</tr>")
     return f"{bars}<table class='maps'>{''.join(cells)}</table>"

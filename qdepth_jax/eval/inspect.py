@@ -9,12 +9,11 @@ import numpy as np
 
 from qdepth_jax import errors, progress
 from qdepth_jax.data import normalise, shard_scan
-from qdepth_jax.eval import data_facts, data_figures, inspect_depth, report
+from qdepth_jax.eval import data_facts, data_figures, data_warnings, inspect_depth, report
 
 STRIP = 8  # frames of an episode shown
 INSTRUCTIONS = 30
 BLACK = 6.0  # mean grey value below which a frame counts as black
-RAW_COLUMNS = 16  # wider raw columns get no statistics
 
 STYLE = """body{max-width:1260px}.plain tr:first-child{display:none}.plain td,.text td,.text th{text-align:left}
 .warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.2em 1em .2em 2em}
@@ -57,7 +56,7 @@ def write(subject: data_facts.Subject, output: str, options: Options) -> dict[st
         subject, annotation=options.depth, tokenizer_dir=options.tokenizer, tokens=options.depth_tokens
     )
     images = data_facts.Images(subject.split)
-    warnings = data_facts.warnings(subject, options.horizon, images)
+    warnings = data_warnings.find(subject, options.horizon, images)
     texts, labelled = data_facts.instructions(subject)
     drawn = episodes(subject, images, options.episodes, warnings)
     sections = [("What it is", overview(subject)), ("Features", feature_table(subject)), *statistics(subject)]
@@ -173,6 +172,8 @@ def statistics_table(names: list[str], s: normalise.Statistics, notes: list[str]
         [names[d], *(f"{column[d]:.4g}" for column in (s.mean, s.std, s.low, s.q01, s.q99, s.high)), notes[d]]
         for d in range(s.dims)
     ]
+    if not any(notes):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return report.table(header, rows)
 
 
@@ -227,7 +228,7 @@ def _raw_columns(subject: data_facts.Subject) -> str:
     out = ["<p>As stored, over all frames of the split; nothing is standardised.</p>"]
     for feature in data_facts.columns(subject):
         dims = int(np.prod(feature.shape, dtype=np.int64))
-        if dims > RAW_COLUMNS:
+        if dims > data_facts.RAW_COLUMNS:
             out.append(f"<h3>{html.escape(feature.name)}</h3><p>{dims} numbers per step: not shown.</p>")
             continue
         array = subject.split.column(feature.name)
@@ -258,7 +259,7 @@ def text_section(subject: data_facts.Subject, texts: list[tuple[str, int, int]],
     if not subject.languages:
         return "<p>No text feature was found.</p>"
     said = (
-        f"<p>{len(texts)} different instructions; {1 - labelled.mean():.1%} of the frames have none "
+        f"<p>Different instructions: {len(texts)}. {1 - labelled.mean():.1%} of the frames have none "
         f"({int((~labelled).sum())} of {len(labelled)}).</p>"
     )
     rows = [[text, frames, episodes, f"{frames / len(labelled):.1%}"] for text, frames, episodes in texts]
@@ -272,13 +273,13 @@ def text_section(subject: data_facts.Subject, texts: list[tuple[str, int, int]],
 def episodes(subject: data_facts.Subject, images: data_facts.Images, count: int, warnings: list[str]) -> str:
     """Strips and action curves of `count` episodes spread over the split; black frames are added to `warnings`."""
     split, item, out, black = subject.split, subject.item, [], []
-    texts = [split.texts(name) for name in subject.languages]
+    texts = data_facts.texts(subject)
     picks = report.spread(len(split.episodes), count)
     for number in progress.track(picks.tolist(), len(picks), "episodes drawn", "episode"):
         start, length = int(split.episodes["start"][number]), int(split.episodes["length"][number])
         steps = report.spread(length, STRIP)
-        said = dict.fromkeys(strings[ids[start if len(ids) == split.frames else number]] for ids, strings in texts)
-        title = " / ".join(f"“{text.strip()}”" for text in said if text.strip()) or "no instruction"
+        said = dict.fromkeys(strings[ids[start]] for ids, strings in texts)
+        title = " / ".join(f"“{text}”" for text in said if text) or "no instruction"
         seconds = f", {length / subject.rate_hz:.1f} s" if subject.rate_hz else ""
         out.append(
             f"<h3>{html.escape(title)}</h3><small>episode {number}, {length} frames{seconds}; frames at steps "

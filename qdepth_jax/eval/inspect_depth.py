@@ -106,13 +106,14 @@ class Depth:
             cameras.append(images.rgb(self.camera, frames[-1], self.view in self.subject.bgr))
         if not maps:
             return "<p>None of the depth maps to draw can be decoded.</p>"
+        inverse = self.kind == "relative"
         if self.model is None:
             values = [np.where(raw > 0, raw * np.float32(s) + np.float32(o), np.nan) for raw, s, o in maps]
-            return data_figures.depth_table(titles, cameras, values, ends, self.label)
+            return data_figures.depth_table(titles, cameras, values, ends, self.label, inverse=inverse)
         values, decoded, said = self._reconstruct(maps, frames)
         low, high = sorted((self.model[0].range.near, self.model[0].range.far))
         ends = max(ends[0], low), min(ends[1], high)
-        return said + data_figures.depth_table(titles, cameras, values, ends, self.label, decoded)
+        return said + data_figures.depth_table(titles, cameras, values, ends, self.label, decoded, inverse)
 
     def _reconstruct(self, maps, frames) -> tuple[list[np.ndarray], list[np.ndarray], str]:
         """Truth (NaN = masked) and reconstruction at the tokenizer's size, and the figures as a table."""

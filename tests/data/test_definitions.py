@@ -6,7 +6,6 @@ repositories' own code: octo 241fb35, OpenVLA c8f03f4, tensorflow_graphics ad932
 """
 
 import pathlib
-import types
 
 import numpy as np
 import pytest
@@ -120,7 +119,9 @@ def _write(directory, name):
     for feature in row.views.values():
         flat[f"steps/{feature}"] = write_rlds.Image((1, 1, 3))
         steps[f"steps/{feature}"] = [[b"image"] * n for n in lengths]
-    for feature in row.language if row.language_kind == "text" else ():
+    for feature in row.language:
+        if feature in found:  # language_table's is a row of numbers
+            continue
         flat[f"steps/{feature}"] = write_rlds.Text()
         steps[f"steps/{feature}"] = [[b"do it"] * n for n in lengths]
     extra = [{} for _ in lengths]
@@ -151,10 +152,9 @@ def test_a_data_set_of_that_layout_is_read_from_disk(name, tmp_path):
     """The features a row names are found through the index, those outside the steps as well."""
     row, columns, lengths = definitions.find(name), _columns(name), GOLDEN[f"{name}|lengths"]
     split = index.open_index(_write(tmp_path, name)).split("train")
-    text = row.language_kind == "text"
     got = standardise.standardise(
         split, row.action, row.proprio, drop_first=row.drop_first, drop_last=row.drop_last, keep=row.keep,
-        keep_reason=row.keep_reason, language=[f"steps/{feature}" for feature in row.language], skip_unlabelled=text,
+        keep_reason=row.keep_reason, language=[f"steps/{feature}" for feature in row.language], skip_unlabelled=True,
     )  # fmt: skip
     np.testing.assert_array_equal(got.action, row.action(columns))
     np.testing.assert_array_equal(got.proprio, row.proprio(columns))
@@ -185,21 +185,10 @@ def test_idle_frames_of_droid_equal_openvla():
     assert 0 < keep.sum() < len(keep)
 
 
-def test_instructions_stored_as_code_points():
-    rows = GOLDEN["language_table|in|observation/instruction"]
-    feature = spec.FeatureSpec("steps/observation/words", "tensor", "int32", (512,), "none", True)
-    split = types.SimpleNamespace(
-        dataset=types.SimpleNamespace(feature=lambda _: feature),
-        column=lambda _: rows,
-        where=lambda frame: f"frame {frame}",
-    )
-    ids, strings = standardise.texts(split, feature.name, "code_points")
+def test_instructions_stored_as_code_units(tmp_path):
+    split = index.open_index(_write(tmp_path, "language_table")).split("train")
+    ids, strings = split.texts("steps/observation/instruction")
     assert [strings[i] for i in ids] == GOLDEN["language_table|octo|text"].tolist()
-    assert len(strings) == len(set(strings)) <= 2
-    rows = rows.copy()
-    rows[3, 1] = -5
-    with pytest.raises(errors.UserError, match="no row of code points at frame 3"):
-        standardise.texts(split, feature.name, "code_points")
 
 
 def test_success_filters_use_the_value_of_the_episode():
@@ -232,7 +221,7 @@ def test_rows_are_consistent():
         assert row.main_view in row.views.values()
         assert not row.swap or set(row.swap) <= set(row.views)
         assert bool(row.keep) == bool(row.keep_reason)
-        assert row.language_kind in ("text", "code_points") and row.language
+        assert row.language
         assert set(row.raw_action_dims) <= set(row.absolute_action_dims)
     assert definitions.find("nyu_door_opening_surprising_effectiveness").main_view == "observation/image"
 
@@ -254,8 +243,9 @@ def test_repaired_copies_keep_their_channels():
     row = definitions.find("berkeley_autolab_ur5")
 
     def copy(size):
-        feature = spec.FeatureSpec("", "image", "uint8", (*size, 3), "jpeg", True)
-        return types.SimpleNamespace(feature=lambda _: feature)
+        name = f"steps/{row.views['wrist']}"
+        feature = spec.FeatureSpec(name, "image", "uint8", (*size, 3), "jpeg", True)
+        return spec.DatasetSpec("", row.name, "0.1.0", {name: feature}, {})
 
     assert definitions.swapped_channels(row, copy((480, 640))) == ("wrist",)
     assert definitions.swapped_channels(row, copy((256, 256))) == ()  # went through rlds_dataset_mod

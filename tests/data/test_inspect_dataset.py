@@ -1,6 +1,7 @@
 """The page of a data set: every planted fault is named, a clean set has none, and figures are NumPy's own."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 
 from qdepth_jax import errors
 from qdepth_jax.data import normalise, sidecar, write_rlds
-from qdepth_jax.eval import data_facts, data_figures, inspect
+from qdepth_jax.eval import data_facts, data_figures, data_warnings, inspect
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = (24, 32)
@@ -137,7 +138,7 @@ def test_every_planted_fault_is_named(tmp_path):
         hits = [w for w in found if all(part in w for part in parts)]
         assert len(hits) == 1, (parts, found)
 
-    named("action dimension 2: 1 values", "farthest 500", "record 1 (episode 1), step 7", "(frame 47)")
+    named("action dimension 2: 1 of 244 values", "farthest 500", "record 1 (episode 1), step 7", "frames 47")
     named("proprio: dimensions [3]", "constant")
     named("have no instruction", "1 of 9 episodes", "40 of 284")
     named("1 of 9 episodes have one single frame: 6")
@@ -146,6 +147,17 @@ def test_every_planted_fault_is_named(tmp_path):
     named("view main differ in size", "30x40 (1)", "24x32 (8)")
     named("nearly) black", "8 of the frames drawn", "wrist of episode 0 step 0")
     assert len(found) == 8, found
+
+
+def test_quarantined_frames_and_several_languages_are_named(tmp_path):
+    directory = write_set(tmp_path, [make_episode(n) for n in range(3)])
+    subject = data_facts.open_subject(directory)
+    subject.split.__dict__["quarantined"] = np.array([3, 17])
+    images = data_facts.Images(subject.split)
+    assert data_warnings.find(subject, 4, images) == ["2 frames are quarantined and never sampled: 3, 17"]
+    twice = dataclasses.replace(subject, languages=subject.languages * 2)
+    rows, labelled = data_facts.instructions(twice)
+    assert rows == [("pick up", 72, 6)] and labelled.all()
 
 
 def test_nan_and_damaged_images_still_give_a_page(tmp_path):
@@ -164,9 +176,15 @@ def test_nan_and_damaged_images_still_give_a_page(tmp_path):
 
 
 def test_a_set_without_definition_gets_its_raw_columns(tmp_path):
-    directory = write_set(tmp_path, [make_episode(n) for n in range(3)], name="our_own_robot")
+    episodes = [make_episode(n, 40) for n in range(3)]
+    episodes[2]["observation/state"][5, 1] = -900
+    for episode in episodes:
+        episode["action"][:, 4] = 1
+    directory = write_set(tmp_path, episodes, name="our_own_robot")
     subject, summary, page = look(directory, tmp_path)
     check_page(page)
+    assert any("steps/action: dimensions [4]" in w for w in summary["warnings"])
+    assert any("steps/observation/state dimension 1: 1 of 120" in w and "step 5" in w for w in summary["warnings"])
     assert summary["warnings"][0].startswith("no definition for 'our_own_robot'") and summary["sampled_frames"] is None
     assert set(subject.views) == {"image", "wrist_image"} and list(subject.depth) == ["depth"]
     assert "steps/observation/state" in page and "steps/language_instruction" in page
