@@ -10,7 +10,7 @@ Anything that the schema above does not know is an error, never skipped: a damag
 shorter good one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,11 +182,20 @@ def _scan_bytes(payload: bytes, start: int, end: int, name: str) -> np.ndarray:
                     raise _error(low, f"unknown field {field} in {what}")
                 spans.append((low, high - low))
             break
-        size, low = _read_varint(payload, at + 1, end, what)
-        at = low + size
+        at += 1
+        size = shift = 0
+        byte = 0x80
+        while byte > 0x7F:  # `_read_varint`, without a call for each image
+            if at == end or shift > 28:
+                _read_varint(payload, at - shift // 7, end, what)  # an error, or a length that no payload has
+                raise _error(at, f"impossible length in {what}")
+            byte = payload[at]
+            size |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+        spans.append((at, size))
+        at += size
         if at > end:
-            raise _error(low, f"field 1 of {what} reaches {at - end} bytes past its end")
-        spans.append((low, size))
+            raise _error(at - size, f"field 1 of {what} reaches {at - end} bytes past its end")
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
@@ -259,8 +268,17 @@ def _messages(payload: bytes, start: int, end: int, what: str) -> Iterator[tuple
         yield field, low, high
 
 
-def _fields(payload: bytes, start: int, end: int, what: str) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (field number, wire type, start, end); every step moves forward, so it always ends."""
+def _fields(payload: bytes, start: int, end: int, what: str) -> Iterable[tuple[int, int, int, int]]:
+    """(field number, wire type, start, end) of each field. Most messages here are one field, which needs no loop."""
+    if start < end and payload[start] & 7 == _BYTES and 7 < payload[start] < 0x80:
+        length, low = _read_varint(payload, start + 1, end, what)
+        if low + length == end:
+            return ((payload[start] >> 3, _BYTES, low, end),)
+    return _each_field(payload, start, end, what)
+
+
+def _each_field(payload: bytes, start: int, end: int, what: str) -> Iterator[tuple[int, int, int, int]]:
+    """Every step moves forward, so it always ends."""
     at = start
     while at < end:
         tag, low = _read_varint(payload, at, end, what)

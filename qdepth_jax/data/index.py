@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -211,7 +212,7 @@ def rebuild(
     target = default_directory(dataset, index_dir)
     if os.path.exists(target) and not os.path.exists(os.path.join(target, "index.json")):
         raise errors.UserError(f"{target} exists but is no index: remove it or choose another place with --index_dir")
-    old = f"{target}.old-{os.getpid()}"
+    old = f"{target}.old-{uuid.uuid4().hex[:8]}"
     index_build.build(dataset, target, checks, on_shard, workers, replace=old)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -337,7 +338,7 @@ def _check_content(
 
 
 def _remember(path: str, content: dict[str, Any]) -> None:
-    scratch = f"{path}.{os.getpid()}.tmp"
+    scratch = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(scratch, "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)

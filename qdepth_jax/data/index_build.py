@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -217,7 +217,7 @@ def _scan_part(dataset: spec.DatasetSpec, part: _Part, checks: shard_scan.Checks
         arrays[f"sizes:{file_name(name)}"] = np.array([len(text) for text in table], np.int64)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    partial = f"{part.path}.{os.getpid()}-{threading.get_ident()}.tmp"
+    partial = f"{part.path}.{uuid.uuid4().hex}.tmp"  # hosts that share the disk may have equal process numbers
     with open(partial, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()

@@ -7,6 +7,7 @@ or a quarantine row where the caller asked for those. No image is decoded unless
 
 import dataclasses
 import zlib
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -99,6 +100,28 @@ def _width(feature: spec.FeatureSpec) -> int:
     return size
 
 
+class _Plan(NamedTuple):
+    """What reading one feature needs, worked out once per shard.
+
+    kind: as `storage`; wanted: the list it must be stored as; width: entries of that list per row; dtype of the column.
+    """
+
+    feature: spec.FeatureSpec
+    kind: str
+    wanted: str
+    width: int
+    dtype: np.dtype
+
+
+def _plan(feature: spec.FeatureSpec) -> _Plan:
+    if _encoded(feature):
+        wanted, width = "bytes", _width(feature) if feature.kind == "text" else 1
+    else:
+        wanted, width = "float" if np.dtype(feature.dtype).kind == "f" else "int", _width(feature)
+    dtype = column_dtype(feature) if feature.kind == "tensor" else np.dtype(np.int32)
+    return _Plan(feature, storage(feature), wanted, width, dtype)
+
+
 class _ProblemError(ValueError):
     """A record that is to be set aside, or refused."""
 
@@ -116,8 +139,9 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
     name = dataset.splits[split].shards[shard]
     path = dataset.shard_path(name)
     kept = {feature.name: feature for feature in dataset.features.values() if storage(feature)}
+    plans = {name: _plan(feature) for name, feature in kept.items()}
     rows: dict[str, list] = {name: [] for name in kept}
-    tables: dict[str, dict[bytes, int]] = {name: {} for name, feature in kept.items() if storage(feature) == "text"}
+    tables: dict[str, dict[bytes, int]] = {name: {} for name, plan in plans.items() if plan.kind == "text"}
     episodes, extra, problems, crc, end = [], set(), [], 0, 0
 
     def problem(reason: str, record: int, step: int | None, message: str, known: bool) -> None:
@@ -143,7 +167,7 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
         try:
             features = example.scan(found.payload)
             length = _steps(dataset, features)
-            new = {name: _rows(feature, features, length, found) for name, feature in kept.items()}
+            new = {name: _rows(plan, features, length, found) for name, plan in plans.items()}
         except ValueError as error:
             reason = error.reason if isinstance(error, _ProblemError) else quarantine.MISFIT
             problem(reason, found.number, None, f"{place}: {error}", False)
@@ -166,13 +190,13 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
         episodes.append((shard, found.number, found.offset, found.length, length))
 
     joined = {name: np.concatenate([empty_rows(kept[name]), *parts]) for name, parts in rows.items()}
-    columns = {name: joined[name] for name in kept if storage(kept[name]) == "column"}
+    columns = {name: joined[name] for name in kept if plans[name].kind == "column"}
     floats = {name: column for name, column in columns.items() if column.dtype.kind == "f" and kept[name].per_step}
     non_finite = {name: int(column.size - np.isfinite(column).sum()) for name, column in floats.items()}
     return ShardTables(
         episodes=np.array(episodes, EPISODE),
         columns=columns,
-        spans={name: joined[name] for name in kept if storage(kept[name]) == "span"},
+        spans={name: joined[name] for name in kept if plans[name].kind == "span"},
         texts={name: (joined[name], list(table)) for name, table in tables.items()},
         extra=extra,
         non_finite={name: count for name, count in non_finite.items() if count},
@@ -240,54 +264,50 @@ def _encoded(feature: spec.FeatureSpec) -> bool:
 
 
 def _rows(
-    feature: spec.FeatureSpec, features: dict[str, example.Feature], steps: int, record: tfrecord.Record
+    plan: _Plan, features: dict[str, example.Feature], steps: int, record: tfrecord.Record
 ) -> np.ndarray | list[bytes]:
     """The rows of one feature of one episode, in the form the index keeps; of texts, the bytes."""
-    scanned, encoded = _find(feature, features), _encoded(feature)
-    wanted = "bytes" if encoded else ("float" if np.dtype(feature.dtype).kind == "f" else "int")
-    if scanned.kind != wanted:
-        raise ValueError(f"feature {feature.name!r} is stored as {scanned.kind}, {wanted} expected")
+    feature, scanned = plan.feature, _find(plan.feature, features)
+    if scanned.kind != plan.wanted:
+        raise ValueError(f"feature {feature.name!r} is stored as {scanned.kind}, {plan.wanted} expected")
     count = steps if feature.per_step else 1
-    width = 1 if encoded and feature.kind != "text" else _width(feature)
-    if len(scanned.value) != count * width:
-        raise ValueError(f"feature {feature.name!r} has {len(scanned.value)} values, {count} steps x {width} expected")
-    kind = storage(feature)
-    if not encoded:
-        return _numeric_rows(feature, scanned, count, record, kind)
-    if kind == "span":
+    if len(scanned.value) != count * plan.width:
+        raise ValueError(
+            f"feature {feature.name!r} has {len(scanned.value)} values, {count} steps x {plan.width} expected"
+        )
+    if plan.wanted != "bytes":
+        return _numeric_rows(plan, scanned, count, record)
+    if plan.kind == "span":
         spans = np.empty(count, SPAN)
         spans["offset"] = scanned.value[:, 0] + record.offset
         spans["size"] = scanned.value[:, 1]
         return spans
     pieces = [record.payload[offset : offset + size] for offset, size in scanned.value.tolist()]
-    if kind == "text":
+    if plan.kind == "text":
         return pieces
-    return np.stack([decode_tensor(feature, piece) for piece in pieces]).astype(column_dtype(feature))
+    return np.stack([decode_tensor(feature, piece) for piece in pieces]).astype(plan.dtype)
 
 
 def _numeric_rows(
-    feature: spec.FeatureSpec, scanned: example.Feature, count: int, record: tfrecord.Record, kind: str
+    plan: _Plan, scanned: example.Feature, count: int, record: tfrecord.Record
 ) -> np.ndarray | list[bytes]:
-    dtype = column_dtype(feature)
-    values = scanned.value.reshape(count, *feature.shape)
-    if dtype.kind in "iub" and values.size:
-        limits = np.iinfo(dtype) if dtype.kind != "b" else None
-        lowest, highest = (limits.min, limits.max) if limits else (0, 1)
+    feature, dtype, values = plan.feature, plan.dtype, scanned.value
+    if dtype.kind in "iub" and dtype != np.int64 and values.size:
+        lowest, highest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
         low, high = int(values.min()), int(values.max())
         if low < lowest or high > highest:
             raise ValueError(f"feature {feature.name!r} holds {low}..{high}, which does not fit {dtype}")
-    if kind == "column":
-        return values.astype(dtype)
-    if kind == "text":
-        return [_code_units(feature, row) for row in values]
+    if plan.kind == "column":
+        return values.reshape(count, *feature.shape).astype(dtype)
+    if plan.kind == "text":
+        return [_code_units(feature, row) for row in values.reshape(count, -1)]
     if scanned.start < 0:
         raise ValueError(f"feature {feature.name!r} is not one packed run: its steps have no place in the record")
     spans = np.empty(count, SPAN)
     if dtype.kind == "f":
-        ends = scanned.start + 4 * _width(feature) * np.arange(1, count + 1)
+        ends = scanned.start + 4 * plan.width * np.arange(1, count + 1)
     else:
-        width = _width(feature)
-        ends = example.varint_ends(record.payload, scanned.start, scanned.value.size)[width - 1 :: width]
+        ends = example.varint_ends(record.payload, scanned.start, values.size)[plan.width - 1 :: plan.width]
     starts = np.concatenate([[scanned.start], ends[:-1]])
     spans["offset"] = starts + record.offset
     spans["size"] = ends - starts

@@ -7,7 +7,7 @@ one episode. Feature names are the slash-joined keys that TFDS writes into the r
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdepth_jax import errors
@@ -91,13 +91,13 @@ def find_version(directory: str | os.PathLike) -> str:
             f"no data set folder {directory}: the path ends at {near}, which holds {_listing(near)}. "
             "Give the folder with features.json and dataset_info.json."
         )
-    missing = _missing(directory)
+    (missing,) = _missing([directory])
     if not missing:
         return directory
     inside = [storage.join(directory, name) for name in storage.names(directory)]
     if not remote:
         inside = [path for path in inside if os.path.isdir(path)]
-    versions = [path for path in inside if not _missing(path)]
+    versions = [path for path, lacks in zip(inside, _missing(inside)) if not lacks]
     if len(versions) == 1:
         return versions[0]
     if versions:
@@ -110,9 +110,11 @@ def find_version(directory: str | os.PathLike) -> str:
     )
 
 
-def _missing(directory: str) -> list[str]:
-    found = storage.stats(storage.join(directory, name) for name in _REQUIRED)
-    return [name for name, stat in zip(_REQUIRED, found) if stat is None]
+def _missing(directories: Sequence[str]) -> list[list[str]]:
+    """Of each folder, which of the two files it lacks; all are asked for at once."""
+    found = storage.stats(storage.join(directory, name) for directory in directories for name in _REQUIRED)
+    pairs = zip(found[::2], found[1::2])
+    return [[name for name, stat in zip(_REQUIRED, pair) if stat is None] for pair in pairs]
 
 
 def read_spec(directory: str | os.PathLike) -> DatasetSpec:

@@ -17,6 +17,7 @@ def _rgb(height=20, width=30):
     return np.asarray(Image.fromarray(RNG.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height)))
 
 
+@pytest.mark.slow  # imports TensorFlow
 def test_depth_png_equals_tensorflow():
     tf = pytest.importorskip("tensorflow")
     depth = RNG.integers(0, 65536, (20, 30)).astype(np.uint16)
@@ -50,9 +51,15 @@ def test_damaged_images_are_errors():
     for data in (b"", b"text", jpeg[: len(jpeg) // 2], jpeg[:3], b"\x89PNG\r\n"):
         with pytest.raises(ValueError):
             frame_reader.decode_rgb(data, rgb)
+        with pytest.raises(ValueError):
+            frame_reader.check(data)
     for data in (b"", good[:40], good[: len(good) // 2], jpeg, libero_writer.png(np.ones((20, 31), np.uint16))):
         with pytest.raises(ValueError):
             frame_reader.decode_depth(data, depth)
+    frame_reader.check(jpeg)
+    frame_reader.check(good, "uint16")
+    with pytest.raises(ValueError):
+        frame_reader.check(good[: len(good) // 2], "uint16")
 
 
 def test_reads_beyond_the_limit_of_open_files(tmp_path):
@@ -63,6 +70,7 @@ def test_reads_beyond_the_limit_of_open_files(tmp_path):
     for _ in range(2):
         for number in range(5):
             assert files.read(str(tmp_path / str(number)), 3, 4) == bytes([number]) * 4
+            assert files.start(str(tmp_path / str(number)), 3, 4)() == bytes([number]) * 4
     assert len(files._open) == 2
     with pytest.raises(ValueError, match="ends 1 bytes short of byte 11"):
         files.read(str(tmp_path / "0"), 5, 6)
