@@ -9,12 +9,12 @@ Contenders, each cell in a fresh process, on the same data (benchmarks/make_data
   arrayrecord, arrayrecord_episodes   TFDS rewritten to ArrayRecord, read through grain (pip install grain array-record)
 Those that cannot run here are left out, and named.
 
-Modes: decode at stored size; decode + Lanczos-3 to 224 on the host; the same + octo's augmentation. In the last two "ours"
-is equal work on the CPU. Rows called "sent raw" are not: they are the decode cell, beside what the others do on the host,
-because in training our device resizes and augments.
+Modes: decode at stored size; decode + Lanczos-3 to 224 on the host; the same + octo's augmentation. In the last two
+"ours" is equal work on the CPU. Rows called "sent raw" are not: they are the decode cell, beside what the others do on
+the host, because in training our device resizes and augments.
 
 Procedure: page cache warmed; contenders take turns (A B C D A B C D ...), --repeats times; 10 batches pass before the
-measured ones. CPU time is user + system of the whole process tree and the figure to trust; frames/s suffers from whatever
+measured ones. CPU time is user + system of the whole process tree and the figure to trust; frames/s suffers from what
 else runs, which is recorded (load, cores used by others). Finished cells are kept in --cells: a stopped run goes on, if
 neither its settings nor the code have changed.
 """
@@ -158,7 +158,7 @@ def report(rows: list[dict], absent: dict[str, str]) -> tuple[str, dict]:
         "",
         f"`python benchmarks/loader.py {shlex.join(shown)}`".replace(" `", "`"),
         f"{machine['system']}; " + ", ".join(f"{name} {number}" for name, number in packages.items()) + ".",
-        f"{_REPEATS.value} repeats in turns; median [quartiles]; batches of {_BATCH_SIZE.value}, {_BATCHES.value} measured.",
+        f"{_REPEATS.value} repeats in turns; median [quartiles]; {_BATCHES.value} batches of {_BATCH_SIZE.value}.",
         f"Load average {min(loads):.1f} to {max(loads):.1f}; others used {min(others):.2f} to {max(others):.2f} cores.",
         *(f"Left out: {name}: {why}." for name, why in absent.items()),
         "",

@@ -3,8 +3,8 @@
 TFDS can be read at random only from ArrayRecord (or Parquet) files, and rewrites a data set record by record: a record
 is still a whole episode. "arrayrecord" draws frames from one global permutation, as ours does, and pays with parsing an
 episode for every frame. "arrayrecord_episodes" draws whole episodes and shuffles their frames in a window of
-`cell.buffer`: cheap, with the local shuffle of the octo family. Low-dimensional columns come from a table that `rewrite`
-makes (neither of them pays for it); images are decoded by TFDS itself (OpenCV where installed). No TensorFlow.
+`cell.buffer`: cheap, with the local shuffle of the octo family. Low-dimensional columns come from a table made by
+`rewrite` (neither of them pays for it); images are decoded by TFDS itself (OpenCV where installed). No TensorFlow.
 """
 
 import json
