@@ -133,7 +133,7 @@ def test_loader_benchmark_of_ours(small_data, tmp_path):
     )  # fmt: skip
     result = json.loads(told.splitlines()[-1])
     lines = {(line["mode"], line["contender"]): line for line in result["lines"]}
-    assert 0.1 < lines["decode", "ours"]["cpu_ms_per_frame"]["median"]
+    assert lines["decode", "ours"]["cpu_ms_per_frame"]["median"] > 0.1
     # Resizing on the host is real work, and must be in the figure.
     resize, decode = (lines[mode, "ours"]["cpu_ms_per_frame"]["median"] for mode in ("resize", "decode"))
     assert resize > 1.5 * decode
