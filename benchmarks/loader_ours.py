@@ -59,8 +59,17 @@ def _keyed(batches, opened: loader.Loader) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _augmented(batches, cell: Cell) -> Iterator[dict[str, np.ndarray]]:
-    raise NotImplementedError("mode augment of ours waits for qdepth_jax.augment")
-    yield from batches
+    """octo's ranges (those of open-pi-zero), in one compiled program of both views."""
+    import jax
+
+    from qdepth_jax.models import augment, augment_config
+
+    recipe = augment_config.PUBLISHED["open_pi_zero"]
+    key = jax.random.key(cell.seed)
+    program = jax.jit(lambda seen: augment.augment_views(seen, ("main", "wrist"), cell.size, recipe, key))
+    for batch in batches:
+        seen = {name: batch[name] for name in ("image_main", "image_wrist", "position")}
+        yield batch | jax.block_until_ready(program(seen))
 
 
 def prepare(cell: Cell) -> dict[str, float]:
