@@ -350,14 +350,14 @@ class Loader:
         """One job for each row: fetch the encoded image of a frame, decode it into its row."""
         episodes = item.frames.episode[frames]
         shards = item.split.episodes["shard"][episodes].tolist()
-        spans = item.split.spans(feature)[frames].tolist()
+        spans = item.spans(feature)[frames].tolist()
         if self._cache is None:
             fetches = [
                 self._files.start(item.split.shard_path(shard), offset, size)
                 for shard, (offset, size) in zip(shards, spans)
             ]
         else:
-            table = self.order.blocks[self.sources.index(item)]
+            table = next(made for made, other in zip(self.order.blocks, self.sources) if other is item)
             fetches = [
                 functools.partial(
                     self._cache.bytes_at, item.split.shard_path(shard), int(table.low[k]), int(table.high[k]), *span
