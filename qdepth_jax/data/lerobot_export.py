@@ -106,7 +106,7 @@ def plan(
         raise errors.UserError(f"the control rate of {dataset.name!r} is not known: give --fps")
     language = convert_features.language(opened, language)
     kept, _ = convert.select(opened, convert.Options(splits=(split,)))
-    (name, mask), *more = kept.items()
+    name, mask = next(iter(kept.items()))
     features, episode_features, left_out = _features(dataset, language, leave_out)
     table = opened.split(name)
     chosen = np.flatnonzero(mask)
