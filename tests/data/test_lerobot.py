@@ -352,3 +352,11 @@ def test_what_lerobot_writes_comes_in(tmp_path, use_videos):
     expected = np.stack([frame["observation.images.top"] for frame in frames])
     difference = np.abs(pictures.astype(int) - expected.astype(int)).max()
     assert difference <= (8 if use_videos else 0)
+    # And out again: matrices too are what lerobot reads.
+    export(str(tmp_path / "new"), tmp_path / "again", fps=10, language=("language_instruction",))
+    again = datasets.LeRobotDataset("test/again", root=tmp_path / "again")
+    for at, frame in enumerate(frames):
+        item = again[at]
+        assert item["task"] == frame["task"] and int(item["count"]) == frame["count"]
+        for key in ("observation.state", "action", "observation.matrix"):
+            np.testing.assert_array_equal(np.asarray(item[key]), frame[key])
