@@ -98,6 +98,7 @@ def convert(direction: str, directory: str) -> dict:
         "action": "opened" if finished else "continued" if kept else "converted",
         **counts,
         "left_out": plan.left_out,
+        "float64_stored_as_float32": plan.target.provenance.get("float64_stored_as_float32", []),
         "files_of_earlier_runs": kept,
         "digest": plan.target.digest,
         "seconds": round(time.monotonic() - started, 3),

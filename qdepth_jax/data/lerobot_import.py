@@ -124,6 +124,7 @@ def plan(
         "robot_type": dataset.info.get("robot_type"),
         "features": {column.key: f"steps/{column.name}" for column in columns},
         "left_out": left_out,
+        "float64_stored_as_float32": [c.key for c in columns if getattr(c.feature, "dtype", "") == "float64"],
         "language": language,
         "images": images,
         "jpeg_quality": jpeg_quality,

@@ -58,7 +58,9 @@ class DataFile:
             if self._features[field.name].kind == "image":
                 values = [{"bytes": data, "path": None} for data in values]
             elif isinstance(values, np.ndarray):
-                values = values.tolist()
+                # LeRobot knows no scalars: shape [1] in info.json, a plain number in the file.
+                one = _lerobot_shape(self._features[field.name]) == (1,)
+                values = (values.reshape(count) if one else values).tolist()
             arrays.append(pa.array(values, field.type))
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
 

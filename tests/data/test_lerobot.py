@@ -25,6 +25,7 @@ from qdepth_jax.data import (  # noqa: E402
     lerobot_export,
     lerobot_import,
     lerobot_read,
+    lerobot_write,
     spec,
     tfrecord,
 )
@@ -252,6 +253,21 @@ def test_episodes_are_found_inside_large_row_groups(source, tmp_path):
         for last in range(first, 4):
             found = list(lerobot_read.episode_tables(dataset, range(first, last + 1), wanted))
             assert [(number, t.num_rows) for number, t in found] == [(n, LENGTHS[n]) for n in range(first, last + 1)]
+
+
+def test_numbers_of_every_shape_come_back(tmp_path):
+    shapes = {"scalar": (), "one": (1,), "vector": (3,), "matrix": (2, 3), "block": (2, 1, 2)}
+    features = {
+        name: spec.FeatureSpec(f"steps/{name}", "tensor", "float32", s, "none", True) for name, s in shapes.items()
+    }
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(size=(4, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    with lerobot_write.DataFile(str(tmp_path / "x.parquet"), features) as writer:
+        writer.write(values, 0, 0, 5.0, [0] * 4)
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table.schema.field("scalar").type == table.schema.field("one").type == pa.float32()
+    for name, shape in shapes.items():
+        np.testing.assert_array_equal(lerobot_read.numbers(table.column(name), "float32", shape), values[name])
 
 
 def test_command_line(source, tmp_path):
