@@ -1,6 +1,6 @@
 """Statistics of a data set from columns, against a pass that decodes its images: CPU time, same data, same process.
 
-  python benchmarks/statistics.py DATASET_DIR [--repeats=5] [--tfds]
+  python benchmarks/column_statistics.py DATASET_DIR [--repeats=5] [--tfds]
 
 Cells, each in a fresh process, interleaved:
   columns   scan of all shards (checksums verified), index written, statistics of actions, states and every float column
@@ -19,10 +19,7 @@ import sys
 import tempfile
 import time
 
-# This folder must not be searched: the file would stand in for the standard library's module of its name.
-sys.path = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
-
-from absl import flags  # noqa: E402
+from absl import flags
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "processes per cell", lower_bound=1)
 _TFDS = flags.DEFINE_bool("tfds", False, "measure a pass through TFDS too")
@@ -33,7 +30,7 @@ def main(argv: list[str]) -> int:
     from qdepth_jax import errors
 
     if len(argv) != 2:
-        raise errors.UserError(f"usage: statistics.py DATASET_DIR (got {argv[1:]})")
+        raise errors.UserError(f"usage: column_statistics.py DATASET_DIR (got {argv[1:]})")
     if _CELL.value:
         print(json.dumps(measure(_CELL.value, argv[1])))
         return 0
