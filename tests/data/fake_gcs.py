@@ -19,7 +19,7 @@ class FakeGcs:
     """`objects` maps "bucket/key" to bytes; `status` maps a bucket to the code it answers with ("hang" = never).
 
     `most_at_once` counts requests that were open at the same time; `hold` = n keeps range requests back until n of them
-    are here.
+    are here, or half a second: over HTTP/1.1 the client opens further connections only while answers come in.
     """
 
     def __init__(self, objects: dict[str, bytes]):
@@ -75,7 +75,7 @@ class FakeGcs:
             self.most_at_once = max(self.most_at_once, self._open)
             self._changed.notify_all()
             if is_range and self.hold:
-                self._changed.wait_for(lambda: self.most_at_once >= self.hold, timeout=30)
+                self._changed.wait_for(lambda: self.most_at_once >= self.hold, timeout=0.5)
 
     def leave(self) -> None:
         with self._changed:

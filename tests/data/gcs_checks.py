@@ -45,10 +45,10 @@ def index_and_frames(folder: pathlib.Path) -> None:
             jobs.append((shard, offset, size))
     assert len(jobs) == 72
     fake.hold, fake.most_at_once = 64, 0
-    waits = [files.start(theirs.shard_path(shard), offset, size) for shard, offset, size in jobs]
+    waits = [files.start(theirs.shard_path(shard), offset, size) for shard, offset, size in jobs * 4]
     remote = [wait() for wait in waits]
     assert fake.most_at_once >= 64
-    assert remote == [files.read(mine.shard_path(shard), offset, size) for shard, offset, size in jobs]
+    assert remote == 4 * [files.read(mine.shard_path(shard), offset, size) for shard, offset, size in jobs]
     fake.hold = 0
     images = episode_reader.EpisodeReader(theirs).images("steps/observation/image", 2)
     np.testing.assert_array_equal(images, episode_reader.EpisodeReader(mine).images("steps/observation/image", 2))
