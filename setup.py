@@ -12,6 +12,7 @@ CORE = [
     "absl-py>=2.1",  # flags of every command
     "numpy>=2.0",
     # Data without TensorFlow.
+    "tensorstore>=0.1.70",  # byte ranges of gs:// objects; Orbax needs it anyway
     "simplejpeg>=1.8",  # libjpeg-turbo straight into the batch array, releases the GIL
     "pillow>=11",  # PNG, uint16 depth included
     "google-crc32c>=1.6",  # TFRecord checksums in C

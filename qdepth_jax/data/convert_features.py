@@ -120,6 +120,13 @@ def _resize(dataset: spec.DatasetSpec, pictures: list[spec.FeatureSpec], options
         raise errors.UserError(f"--jpeg_quality={options.jpeg_quality}: 1 to 100")
     if not pictures:
         raise errors.UserError(f"data set {dataset.name} has no images per step: leave out --resize")
+    row = definitions.DEFINITIONS.get(dataset.name)
+    swapped = definitions.swapped_channels(row, dataset) if row else ()
+    if swapped and tuple(options.resize) == (256, 256):
+        raise errors.UserError(
+            f"views {swapped} of {dataset.name} hold blue before red, and a copy of 256x256 is taken for one whose "
+            "channels were repaired: choose another --resize"
+        )
     colour, nearest = [], []
     for feature in pictures:
         depth_like = feature.dtype != "uint8" or ("depth" in feature.name and feature.encoding == "png")

@@ -1,5 +1,6 @@
 """The converter: what it keeps to the byte, what it adds, what it refuses, and that it continues where it stopped."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from qdepth_jax.data import (
     convert_record,
     convert_run,
     convert_shard,
+    definitions,
     example,
     frame_reader,
     index,
@@ -391,3 +393,11 @@ def test_output_must_be_free(libero_dir, tmp_path):
     other = libero_writer.make_libero(tmp_path / "other", seed=1)
     with pytest.raises(errors.UserError, match="not made by this command"):
         convert_all(libero_dir, other)
+
+
+def test_a_size_that_would_hide_swapped_channels_is_refused(seven_episodes, tmp_path, monkeypatch):
+    row = definitions.DEFINITIONS["libero_object"]
+    monkeypatch.setitem(definitions.DEFINITIONS, "libero_object", dataclasses.replace(row, bgr=("wrist",)))
+    with pytest.raises(errors.UserError, match=r"\('wrist',\) of libero_object hold blue before red"):
+        convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options(resize=(256, 256)))
+    convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options(resize=(128, 128)))
