@@ -408,11 +408,14 @@ class Loader:
     ) -> None:
         try:
             decode(fetch(), out)
+        except errors.UserError:
+            raise  # the store does not answer: that is no fault of the image
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"{item.split.where(frame)}, {span[1]} bytes at {span[0]}: {error}. The shard changed since it was "
-                "indexed or the image is damaged: run "
-                f"`python tools/index_rlds.py {item.index.dataset.directory} --verify`"
+                "indexed or the image is damaged: find out with "
+                f"`python tools/index_rlds.py {item.index.dataset.directory} --verify`, leave damaged images out with "
+                "`--rebuild --quarantine --check_images`"
             ) from error
 
     def _run(self, jobs: list[Job]) -> None:
