@@ -17,7 +17,6 @@ import numpy as np
 from qdepth_jax import errors
 from qdepth_jax.data import (
     batch_keys,
-    batch_memory,
     blocks,
     data_config,
     frame_reader,
@@ -95,8 +94,6 @@ class Loader:
             tuple(self._blocks(item, share) for item, share in zip(self.sources, shares)) if in_blocks else (),
         )
         self._plan: tuple[int, np.ndarray, np.ndarray] = (-1, *np.zeros((2, 0), np.int64))
-        self._tables: dict[tuple[str, str], tuple[np.ndarray, list[str]]] = {}
-        self._memory = batch_memory.BatchMemory()
         self._files = frame_reader.ShardFiles()
         self._cache = blocks.BlockCache(self._files.read, 2 * config.block_window_mib << 20) if in_blocks else None
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decode")
@@ -110,9 +107,6 @@ class Loader:
             _ = self.depth_kind
         tokens = batch_keys.token_count(self.sources) if "depth_tokens" in self.features else 0
         self._layout = batch_keys.layout(part, self.features, config, self.sources, shapes, depth_shape, tokens)
-        # Every row of these is decoded into, or the batch fails: their memory need not be zeroed.
-        views = [view for view in config.views if all(view in item.definition.views for item in self.sources)]
-        self._filled = {f"{kind}_{view}" for kind in ("image", "goal") for view in views}
         self._texts = []
         if "text" in self.features:
             tokenizer = text.TextTokenizer(config.text_tokenizer)
@@ -198,10 +192,7 @@ class Loader:
         which, index = self._locate(step)
         if self._cache is not None:
             self._request_blocks(position)
-        out = {
-            name: (self._memory.empty if name in self._filled else np.zeros)(shape, dtype)
-            for name, (shape, dtype) in self._layout.items()
-        }
+        out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._layout.items()}
         jobs: list[Job] = []
         for number, item in enumerate(self.sources):
             rows = np.flatnonzero(which == number)
@@ -372,30 +363,25 @@ class Loader:
     ) -> list[Job]:
         """One job for each row: fetch the encoded image of a frame, decode it into its row."""
         episodes = item.frames.episode[frames]
-        table, paths = self._table(item, feature)
         shards = item.split.episodes["shard"][episodes].tolist()
-        spans = table[frames].tolist()
+        spans = item.spans(feature)[frames].tolist()
         if self._cache is None:
-            fetches = [self._files.start(paths[shard], offset, size) for shard, (offset, size) in zip(shards, spans)]
-        else:
-            block = self.order.blocks[self.sources.index(item)]
             fetches = [
-                functools.partial(self._cache.bytes_at, paths[shard], int(block.low[k]), int(block.high[k]), *span)
-                for shard, k, span in zip(shards, block.of_episode[episodes], spans)
+                self._files.start(item.split.shard_path(shard), offset, size)
+                for shard, (offset, size) in zip(shards, spans)
+            ]
+        else:
+            table = next(made for made, other in zip(self.order.blocks, self.sources) if other is item)
+            fetches = [
+                functools.partial(
+                    self._cache.bytes_at, item.split.shard_path(shard), int(table.low[k]), int(table.high[k]), *span
+                )
+                for shard, k, span in zip(shards, table.of_episode[episodes], spans)
             ]
         return [
             functools.partial(self._decode, out[row], decode, fetch, item, frame, span)
             for row, fetch, frame, span in zip(rows.tolist(), fetches, frames.tolist(), spans)
         ]
-
-    def _table(self, item: source.Source, feature: str) -> tuple[np.ndarray, list[str]]:
-        """(span table of a feature, shard paths): opened once, not for every batch."""
-        key = item.definition.name, feature
-        if key not in self._tables:
-            shards = item.split.dataset.splits[item.split.name].shards
-            paths = [item.split.shard_path(number) for number in range(len(shards))]
-            self._tables[key] = np.asarray(item.split.spans(feature)), paths
-        return self._tables[key]
 
     def _decode(
         self,
