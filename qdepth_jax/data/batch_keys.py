@@ -116,7 +116,7 @@ def image_shape(
         shape = item.index.dataset.feature(name).shape
         if len(shape) != 3 or min(shape) < 1:
             frame = int(item.frames.valid[0])
-            offset, size = item.split.spans(name)[frame].tolist()
+            offset, size = item.spans(name)[frame].tolist()
             shard = int(item.split.episodes["shard"][item.frames.episode[frame]])
             shape = (*frame_reader.image_size(files.read(item.split.shard_path(shard), offset, size)), 3)
         sizes[item.definition.name] = shape[:2]

@@ -130,7 +130,7 @@ def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes,
         for row in rows:
             where = f"{task.source}: record {row['record']} (payload at byte {row['offset']}, episode {row['episode']})"
             try:
-                payload = _read(files, task.source, int(row["offset"]), int(row["size"]))
+                payload = read_record(files, task.source, int(row["offset"]), int(row["size"]))
                 added = {}
                 for addition, found in opened:
                     added |= _values(addition, found, row, task.resize)
@@ -147,7 +147,7 @@ def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes,
         files.close()
 
 
-def _read(files: frame_reader.ShardFiles, path: str, offset: int, size: int) -> bytes:
+def read_record(files: frame_reader.ShardFiles, path: str, offset: int, size: int) -> bytes:
     """The payload of one record, its checksum verified."""
     data = files.read(path, offset, size + tfrecord.FOOTER_BYTES)
     payload = data[:size]

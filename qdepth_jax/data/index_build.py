@@ -28,8 +28,8 @@ from qdepth_jax.data import process_pool, quarantine, shard_scan, spec, storage,
 FORMAT = 2
 # Of the fingerprint: raised only when equal data would give other frame ids or values than before.
 IDENTITY = 1
-# Below this a build is over before worker processes have started.
-SMALL_BYTES = 256 << 20
+# One process reads this much in about a second; worker processes take part of that to start.
+SMALL_BYTES = 1 << 30
 
 # `start` is the id of the episode's first frame; ids run through the split in record order.
 EPISODE = np.dtype([*shard_scan.EPISODE.descr, ("start", "<i8")])

@@ -1,6 +1,7 @@
 """One data set, ready to be sampled: index, definition, standardised columns, normalisers, selected frames."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -51,6 +52,16 @@ class Source:
                 "change data.views"
             )
         return f"steps/{self.definition.views[view]}"
+
+    def spans(self, feature: str) -> np.ndarray:
+        """`split.spans`, mapped once: a batch must not open files of the index again."""
+        if feature not in self._spans:
+            self._spans[feature] = self.split.spans(feature)
+        return self._spans[feature]
+
+    @functools.cached_property
+    def _spans(self) -> dict[str, np.ndarray]:
+        return {}
 
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""

@@ -1,5 +1,6 @@
 """Checks of gs:// reading, each run in a process of its own by test_storage.py: python gcs_checks.py NAME FOLDER."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.data import episode_reader, frame_reader, index, spec, storage, tfrecord
+from qdepth_jax.data import data_config, episode_reader, frame_reader, index, loader, spec, storage, tfrecord
 
 PREFIX = "lab-data/rlds/libero_object/1.0.0"
 URL = f"gs://{PREFIX}"
@@ -129,8 +130,40 @@ def unreadable(folder: pathlib.Path) -> None:
     assert time.monotonic() - started < 60
 
 
+def batches(folder: pathlib.Path) -> None:
+    """Batches of objects, image by image and in blocks, equal those of files."""
+    fake, local = _served(folder)
+    keys = ("image_main", "image_wrist", "depth", "action", "frame")
+    for more in ({}, {"read": "blocks", "block_mib": 1}):
+        mine, theirs = (
+            loader.Loader(
+                data_config.DataConfig(
+                    datasets=(data_config.DatasetConfig(path=path),),
+                    views=("main", "wrist"),
+                    index_dir=str(folder / "index"),
+                    **more,
+                ),
+                keys,
+                8,
+            )
+            for path in (str(local), URL)
+        )
+        before = len(fake.requests)
+        for step in (0, 5):
+            expected, found = mine.batch(step), theirs.batch(step)
+            for key in keys:
+                np.testing.assert_array_equal(found[key], expected[key])
+        # 3 images of 8 frames, twice; or each of the two shards once, in one piece.
+        assert len(fake.requests) - before == (2 if more else 48)
+        assert mine.identity() == theirs.identity()
+    fake.status = {"lab-data": 403}
+    theirs = dataclasses.replace(theirs.config, read="frames")
+    with pytest.raises(errors.UserError, match="access is denied"):
+        loader.Loader(theirs, keys, 8).batch(0)
+
+
 if __name__ == "__main__":
     logging.disable()
-    checks = {check.__name__: check for check in (index_and_frames, sequential, changed, unreadable)}
+    checks = {check.__name__: check for check in (index_and_frames, sequential, changed, unreadable, batches)}
     checks[sys.argv[1]](pathlib.Path(sys.argv[2]))
     print(json.dumps({"passed": sys.argv[1]}))
