@@ -32,8 +32,9 @@ import sys
 from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    # Instead of this folder, whose statistics.py would stand before Python's own.
+    sys.path[0] = str(ROOT)
 
 from benchmarks import loader_cell, loader_report  # noqa: E402
 
