@@ -11,9 +11,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from qdepth_jax import checkpoint, depth, errors, optim, sharding, train_loop, train_step
+from qdepth_jax import checkpoint, depth, errors, optim, progress, sharding, train_loop, train_step
 from qdepth_jax import config as config_lib
-from qdepth_jax.data import data_config, loader, text
+from qdepth_jax.data import data_config, index, loader, spec, text
 from qdepth_jax.models import augment_config, policy, tokenizer
 from qdepth_jax.models import objective as objective_lib
 
@@ -128,6 +128,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     if config.model_kind == "policy" and model.depth_labels == "codes":
         codes = load_codebook(config.tokenizer, model)
         data = with_tokens(data, config.tokenizer)
+    _build_indexes(data)
     batches = loader.Loader(
         data,
         (*objective.features, "position") if "position" not in objective.features else objective.features,
@@ -180,6 +181,22 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         initialise=initialise,
         meta={"data": batches.identity(), "tokenizer": codes["identity"] if codes else ""},
     )
+
+
+def _build_indexes(data: data_config.DataConfig) -> None:
+    """Indexes what has no index yet, with a progress bar: the first run on a data set reads it once."""
+    for entry in data.datasets:
+        bars: list[progress.Progress] = []
+
+        def on_shard(shard: str, size: int, entry=entry, bars=bars) -> None:
+            if not bars:
+                dataset = spec.read_spec(entry.path)
+                bars.append(progress.Progress(index.total_bytes(dataset), f"indexing {dataset.name}", unit="B"))
+            bars[0].update(size, shard)
+
+        index.open_index(entry.path, data.index_dir, on_shard=on_shard)
+        for bar in bars:
+            bar.close()
 
 
 def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | None) -> None:
