@@ -182,7 +182,9 @@ class Policy(nn.Module):
         out = {expert: [ids[group] for group in members if group in groups] for expert, members in parts.items()}
         return {expert: np.concatenate(rows) for expert, rows in out.items() if rows}
 
-    def _mask(self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...], view_mask: Array | None) -> Array:
+    def _mask(
+        self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...], view_mask: Array | None = None
+    ) -> Array:
         config, image_valid = self.config, None
         if view_mask is not None:
             image_valid = jnp.repeat(view_mask, config.image_steps * config.siglip.tokens, axis=1)

@@ -219,7 +219,7 @@ def test_bad_configs(changes, message):
 def test_wrong_inputs_name_the_numbers():
     wrong = {**batch(), "text": batch()["text"][:, :3]}
     params, state = variables()
-    with pytest.raises(errors.UserError, match=r"2 views .* 5 text tokens, got 2 and 3"):
+    with pytest.raises(errors.UserError, match=r"2 images .* 5 text tokens, got 2 and 3"):
         policy.predict_depth(TINY, params, state, wrong)
     with pytest.raises(errors.UserError, match="depth=None"):
         policy.predict_depth(dataclasses.replace(TINY, depth=None), params, state, batch())
