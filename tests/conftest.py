@@ -30,6 +30,14 @@ def bridge_dir() -> str:
     return str(path)
 
 
+@pytest.fixture
+def libero_dir(tmp_path) -> str:
+    """A small data set written on the spot."""
+    import libero_writer
+
+    return libero_writer.make_libero(tmp_path)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Compiled programs of one module serve no other; kept, they slow every later test and fill gigabytes."""

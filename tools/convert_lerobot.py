@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 def convert(direction: str, directory: str) -> dict:
     """Plans, runs and finishes; returns the summary."""
     from qdepth_jax import errors, progress
-    from qdepth_jax.data import convert_claim, convert_run, lerobot_export, lerobot_import, lerobot_read
+    from qdepth_jax.convert import lerobot_export, lerobot_import, lerobot_read, rlds_claim, rlds_run
 
     started = time.monotonic()
     lerobot_read.check_installed()
@@ -82,12 +82,12 @@ def convert(direction: str, directory: str) -> dict:
         function, finish, unit = lerobot_export.convert_file, lerobot_export.finish, "B"
         total = sum(int(task.rows["size"].sum()) for task in plan.tasks)
     kept = 0
-    with convert_claim.claimed(plan.target) as finished:
+    with rlds_claim.claimed(plan.target) as finished:
         if finished:
-            counts = convert_claim.read_notes(plan.target.folder, plan.target.notes)["counts"]
+            counts = rlds_claim.read_notes(plan.target.folder, plan.target.notes)["counts"]
         else:
             bar = progress.Progress(total, direction, unit=unit)
-            results = convert_run.run_tasks(function, plan.tasks, _WORKERS.value or os.cpu_count() or 1, bar.update)
+            results = rlds_run.run_tasks(function, plan.tasks, _WORKERS.value or os.cpu_count() or 1, bar.update)
             bar.close()
             kept = sum(result["kept"] for result in results)
             counts = finish(plan, results)

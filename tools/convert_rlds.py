@@ -59,26 +59,26 @@ def main(argv: list[str]) -> int:
 def convert(directory: str) -> dict:
     """Plans, runs and finishes; returns the summary."""
     from qdepth_jax import errors, progress
-    from qdepth_jax.data import convert, convert_beam, convert_claim, convert_run
+    from qdepth_jax.convert import rlds, rlds_beam, rlds_claim, rlds_run
 
     started = time.monotonic()
     if _BEAM_ARG.value and not _RUNNER.value:
         raise errors.UserError("--beam_arg needs --runner")
-    plan = convert.plan(directory, _OUTPUT.value, _options(), _INDEX_DIR.value)
+    plan = rlds.plan(directory, _OUTPUT.value, _options(), _INDEX_DIR.value)
     if _RUNNER.value:
-        convert_beam.check_installed()
+        rlds_beam.check_installed()
     kept = 0
-    with convert_claim.claimed(plan.target) as finished:
+    with rlds_claim.claimed(plan.target) as finished:
         if finished:
-            action, counts = "opened", convert_claim.read_notes(plan.output, plan.target.notes)["counts"]
+            action, counts = "opened", rlds_claim.read_notes(plan.output, plan.target.notes)["counts"]
         elif _RUNNER.value:
-            action, counts = "converted", convert_beam.run(plan, _RUNNER.value, _BEAM_ARG.value)
+            action, counts = "converted", rlds_beam.run(plan, _RUNNER.value, _BEAM_ARG.value)
         else:
             bar = progress.Progress(plan.bytes_in, "bytes", unit="B")
-            results = convert_run.run_local(plan, _WORKERS.value or os.cpu_count() or 1, bar.update)
+            results = rlds_run.run_local(plan, _WORKERS.value or os.cpu_count() or 1, bar.update)
             bar.close()
             kept = sum(result["kept"] for result in results)
-            action, counts = "continued" if kept else "converted", convert_run.finish(plan, results)
+            action, counts = "continued" if kept else "converted", rlds_run.finish(plan, results)
     return {
         "output": plan.output,
         "action": action,
@@ -93,13 +93,13 @@ def convert(directory: str) -> dict:
 
 def _options():
     from qdepth_jax import errors
-    from qdepth_jax.data import convert
+    from qdepth_jax.convert import rlds
 
     try:
         resize = tuple(int(size) for size in _RESIZE.value)
     except ValueError:
         raise errors.UserError(f"--resize={','.join(_RESIZE.value)}: give height,width, for instance 224,224") from None
-    return convert.Options(
+    return rlds.Options(
         splits=tuple(_SPLIT.value),
         episodes=_EPISODES.value,
         keep_labelled=_LABELLED.value,

@@ -22,7 +22,7 @@ def test_objects_of_a_fake_gcs(name, tmp_path):
     command = [sys.executable, str(HERE / "gcs_checks.py"), name, str(tmp_path)]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

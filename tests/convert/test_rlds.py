@@ -17,33 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qdepth_jax import errors
-from qdepth_jax.data import (
-    convert,
-    convert_claim,
-    convert_features,
-    convert_record,
-    convert_run,
-    convert_shard,
-    definitions,
-    example,
-    frame_reader,
-    index,
-    sidecar,
-    spec,
-    tfrecord,
-    write_rlds,
-)
+from qdepth_jax.convert import rlds, rlds_claim, rlds_features, rlds_record, rlds_run, rlds_shard
+from qdepth_jax.data import definitions, example, frame_reader, index, sidecar, spec, tfrecord, write_rlds
 
 DEPTH = "steps/observation/depth_new"
 TOKENS = "steps/observation/depth_tokens"
 
 
 def convert_all(directory, output, workers=1, **options):
-    plan = convert.plan(directory, str(output), convert.Options(**options))
-    with convert_claim.claimed(plan.target) as finished:
+    plan = rlds.plan(directory, str(output), rlds.Options(**options))
+    with rlds_claim.claimed(plan.target) as finished:
         if finished:
-            return convert_claim.read_notes(plan.output, "metadata.json")["counts"]
-        return convert_run.finish(plan, convert_run.run_local(plan, workers))
+            return rlds_claim.read_notes(plan.output, "metadata.json")["counts"]
+        return rlds_run.finish(plan, rlds_run.run_local(plan, workers))
 
 
 def payloads(directory, split="train"):
@@ -75,7 +61,7 @@ def test_without_options_every_record_stays_as_it_is(libero_dir, tmp_path):
     assert int(info["splits"][0]["numBytes"]) == sum(map(len, payloads(libero_dir, info["splits"][0]["name"])))
     assert counts["episodes"] == sum(sum(split.declared) for split in old.splits.values())
     assert counts["bytes_in"] == counts["bytes_out"] and counts["images_resized"] == 0
-    assert not (tmp_path / "new" / "1.2.0" / convert_claim.STATE).exists()
+    assert not (tmp_path / "new" / "1.2.0" / rlds_claim.STATE).exists()
 
 
 @pytest.mark.parametrize("encoding", ["none", "bytes"])
@@ -134,7 +120,7 @@ def test_names_follow_the_camera():
     names = {"image": "depth", "image_0": "depth_0", "wrist_image": "depth_wrist", "rgb": "depth_rgb"}
     names["exterior_image_1_left"] = "depth_exterior_1_left"
     for camera, expected in names.items():
-        assert convert_features.feature_leaf("depth", f"steps/observation/{camera}") == expected
+        assert rlds_features.feature_leaf("depth", f"steps/observation/{camera}") == expected
 
 
 @settings(max_examples=15, deadline=None)
@@ -229,19 +215,19 @@ def test_resize_reencodes_colour_and_picks_depth(libero_dir, tmp_path):
 )
 def test_nearest_takes_the_pixel_at_the_centre(old, new, picked):
     values = np.arange(old, dtype=np.uint16)[None, :, None]
-    assert convert_record.nearest(values, (new, 1))[0, :, 0].tolist() == picked
-    assert convert_record.nearest(values.transpose(0, 2, 1), (1, new))[0, 0].tolist() == picked
+    assert rlds_record.nearest(values, (new, 1))[0, :, 0].tolist() == picked
+    assert rlds_record.nearest(values.transpose(0, 2, 1), (1, new))[0, 0].tolist() == picked
 
 
 def test_sixteen_bits_survive_a_resize():
     values = np.array([[0, 1], [300, 65535]], np.uint16)
-    data = convert_record.resize_nearest(convert_record.png(values), (4, 4))
+    data = rlds_record.resize_nearest(rlds_record.png(values), (4, 4))
     np.testing.assert_array_equal(Image.open(io.BytesIO(data)), values.repeat(2, 0).repeat(2, 1))
 
 
 def test_restart_continues_and_ends_alike(seven_episodes, tmp_path, monkeypatch):
     convert_all(seven_episodes, tmp_path / "whole", resize=(12, 16))
-    original, calls = convert_record.convert, []
+    original, calls = rlds_record.convert, []
 
     def failing(*arguments):
         calls.append(1)
@@ -249,45 +235,45 @@ def test_restart_continues_and_ends_alike(seven_episodes, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(convert_record, "convert", failing)
+    monkeypatch.setattr(rlds_record, "convert", failing)
     with pytest.raises(KeyboardInterrupt):
         convert_all(seven_episodes, tmp_path / "cut", resize=(12, 16))
-    monkeypatch.setattr(convert_record, "convert", original)
+    monkeypatch.setattr(rlds_record, "convert", original)
     names = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert names == {convert_claim.STATE, write_rlds.shard_name("libero_object", "train", 0, 3)}
+    assert names == {rlds_claim.STATE, write_rlds.shard_name("libero_object", "train", 0, 3)}
     with pytest.raises(errors.UserError, match=r"other options \(resize was \[12, 16\], is \[6, 8\]"):
         convert_all(seven_episodes, tmp_path / "cut", resize=(6, 8))
     (tmp_path / "cut" / "x.tfrecord.partial.1").write_bytes(b"left by a killed run")
-    plan = convert.plan(seven_episodes, str(tmp_path / "cut"), convert.Options(resize=(12, 16)))
-    with convert_claim.claimed(plan.target) as finished:
-        results = convert_run.run_local(plan, 1)
-        convert_run.finish(plan, results)
+    plan = rlds.plan(seven_episodes, str(tmp_path / "cut"), rlds.Options(resize=(12, 16)))
+    with rlds_claim.claimed(plan.target) as finished:
+        results = rlds_run.run_local(plan, 1)
+        rlds_run.finish(plan, results)
     assert not finished and [result["kept"] for result in results] == [True, False, False]
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    with convert_claim.claimed(plan.target) as finished:
+    with rlds_claim.claimed(plan.target) as finished:
         assert finished
     with pytest.raises(errors.UserError, match="other options"):
         convert_all(seven_episodes, tmp_path / "cut")
 
 
 def test_a_finished_shard_that_changed_is_refused(seven_episodes, tmp_path):
-    plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
-    with convert_claim.claimed(plan.target):
-        convert_shard.convert_shard(plan.tasks[1])
+    plan = rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options())
+    with rlds_claim.claimed(plan.target):
+        rlds_shard.convert_shard(plan.tasks[1])
         with open(plan.tasks[1].output, "ab") as file:
             file.write(b"x")
         with pytest.raises(errors.UserError, match="not what an earlier run finished"):
-            convert_run.run_local(plan, 1)
+            rlds_run.run_local(plan, 1)
         with pytest.raises(ValueError, match="not finished"):
-            convert_run.finish(plan, [])
+            rlds_run.finish(plan, [])
 
 
 def test_two_commands_do_not_write_one_folder(seven_episodes, tmp_path):
-    plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
+    plan = rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options())
     with (
-        convert_claim.claimed(plan.target),
+        rlds_claim.claimed(plan.target),
         pytest.raises(errors.UserError, match="another command"),
-        convert_claim.claimed(plan.target),
+        rlds_claim.claimed(plan.target),
     ):
         pass
 
@@ -303,41 +289,41 @@ def test_damage_is_named_and_leaves_no_shard(seven_episodes, tmp_path):
     before = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # else opening the index finds it already
-    plan = convert.plan(source, str(tmp_path / "new"), convert.Options())
+    plan = rlds.plan(source, str(tmp_path / "new"), rlds.Options())
     message = r"00001-of-00002: record 1 .*episode 2\): the checksum does not match"
-    with convert_claim.claimed(plan.target), pytest.raises(ValueError, match=message):
-        convert_run.run_local(plan, 1)
+    with rlds_claim.claimed(plan.target), pytest.raises(ValueError, match=message):
+        rlds_run.run_local(plan, 1)
     assert [path.name for path in (tmp_path / "new").glob("*.tfrecord*")] == [os.path.basename(plan.tasks[0].output)]
 
 
 def test_full_disk_is_a_plain_message(seven_episodes, tmp_path, monkeypatch):
-    plan = convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options())
-    with convert_claim.claimed(plan.target):
+    plan = rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options())
+    with rlds_claim.claimed(plan.target):
 
         def full(_):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(errors.UserError, match="free space and run the same command again"):
-            convert_run.run_local(plan, 1)
+            rlds_run.run_local(plan, 1)
     assert not list((tmp_path / "new").glob("*.tfrecord*"))
     monkeypatch.undo()
-    monkeypatch.setattr(convert_claim.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(rlds_claim.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with (
         pytest.raises(errors.UserError, match=r"GB are needed .* 0.000 GB are free"),
-        convert_claim.claimed(plan.target),
+        rlds_claim.claimed(plan.target),
     ):
         pass
 
 
 def test_memory_is_one_episode(tmp_path):
     source = libero_writer.make_libero(tmp_path, (12,) * 12)
-    plan = convert.plan(source, str(tmp_path / "new"), convert.Options(splits=("train",), resize=(20, 20)))
+    plan = rlds.plan(source, str(tmp_path / "new"), rlds.Options(splits=("train",), resize=(20, 20)))
     largest = max(int(task.rows["size"].max()) for task in plan.tasks)
     assert plan.bytes_in > 8 * largest
     tracemalloc.start()
     for task in plan.tasks:
-        convert_shard.convert_shard(task)
+        rlds_shard.convert_shard(task)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * largest
@@ -361,7 +347,7 @@ def test_memory_is_one_episode(tmp_path):
 )
 def test_bad_options_name_the_fix(libero_dir, tmp_path, options, message):
     with pytest.raises(errors.UserError, match=message):
-        convert.plan(libero_dir, str(tmp_path / "new"), convert.Options(**options))
+        rlds.plan(libero_dir, str(tmp_path / "new"), rlds.Options(**options))
     assert not (tmp_path / "new").exists()
 
 
@@ -378,14 +364,14 @@ def test_sidecars_that_do_not_fit_are_refused(libero_dir, tmp_path):
         ({"depth": (f"a={depth}", f"a={depth}")}, "already"),
     ):
         with pytest.raises(errors.UserError, match=message):
-            convert.plan(libero_dir, str(tmp_path / "new"), convert.Options(**options))
+            rlds.plan(libero_dir, str(tmp_path / "new"), rlds.Options(**options))
     assert not (tmp_path / "new").exists()
 
 
 def test_output_must_be_free(libero_dir, tmp_path):
     for output in (libero_dir, os.path.join(libero_dir, "new"), os.path.dirname(libero_dir)):
         with pytest.raises(errors.UserError, match="contain one another"):
-            convert.plan(libero_dir, output, convert.Options())
+            rlds.plan(libero_dir, output, rlds.Options())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(errors.UserError, match=r"other things \(thesis.tex\)"):
@@ -399,5 +385,5 @@ def test_a_size_that_would_hide_swapped_channels_is_refused(seven_episodes, tmp_
     row = definitions.DEFINITIONS["libero_object"]
     monkeypatch.setitem(definitions.DEFINITIONS, "libero_object", dataclasses.replace(row, bgr=("wrist",)))
     with pytest.raises(errors.UserError, match=r"\('wrist',\) of libero_object hold blue before red"):
-        convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options(resize=(256, 256)))
-    convert.plan(seven_episodes, str(tmp_path / "new"), convert.Options(resize=(128, 128)))
+        rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options(resize=(256, 256)))
+    rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options(resize=(128, 128)))

@@ -17,7 +17,8 @@ import simplejpeg
 from PIL import Image
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert_claim, convert_record, lerobot_read, write_rlds
+from qdepth_jax.convert import lerobot_read, rlds_claim, rlds_record
+from qdepth_jax.data import write_rlds
 
 FORMAT = 1
 NOTES = "meta/qdepth_convert.json"  # written by our export: the original names and shapes
@@ -37,7 +38,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class ImportTask:
-    """Consecutive episodes that become one shard; see `convert_shard.ShardTask`."""
+    """Consecutive episodes that become one shard; see `rlds_shard.ShardTask`."""
 
     root: str
     output: str
@@ -57,7 +58,7 @@ class ImportTask:
 class Plan:
     """An import, decided; `left_out`: LeRobot feature -> why."""
 
-    target: convert_claim.Target
+    target: rlds_claim.Target
     name: str
     version: str
     tree: dict[str, Any]
@@ -93,7 +94,7 @@ def plan(
     """
     dataset = lerobot_read.open_lerobot(root)
     output = os.path.abspath(os.path.expanduser(output))
-    convert_claim.check_place(dataset.root, output)
+    rlds_claim.check_place(dataset.root, output)
     if images not in ("jpeg", "png") or episodes_per_shard < 1 or not name.isidentifier():
         raise errors.UserError(
             f"--images={images} (jpeg, png), --episodes_per_shard={episodes_per_shard}, --name={name!r}"
@@ -101,7 +102,7 @@ def plan(
     unknown = sorted(set(leave_out) - set(dataset.features))
     if unknown:
         raise errors.UserError(f"--leave_out: no feature {unknown}; there is {', '.join(dataset.features)}")
-    before = convert_claim.read_notes(dataset.root, NOTES) or {}
+    before = rlds_claim.read_notes(dataset.root, NOTES) or {}
     columns, left_out = _columns(dataset, leave_out, before.get("names", {}), images)
     if not _regular(dataset):
         columns.append(Column("timestamp", "observation/timestamp", "number", write_rlds.Tensor()))
@@ -136,18 +137,18 @@ def plan(
         parts = [episodes[at : at + episodes_per_shard] for at in range(0, len(episodes), episodes_per_shard)]
         for number, part in enumerate(parts):
             file = os.path.join(output, write_rlds.shard_name(name, split, number, len(parts)))
-            done = convert_claim.done_path(output, file)
+            done = rlds_claim.done_path(output, file)
             more = (tuple(columns), tuple(extra.items()), tree, language, images, jpeg_quality)
             tasks.append(ImportTask(dataset.root, file, done, digest, split, tuple(part), *more))
     size = sum(size for _, size in _sizes(dataset))
-    target = convert_claim.Target(output, provenance, digest, tuple(task.output for task in tasks), size)
+    target = rlds_claim.Target(output, provenance, digest, tuple(task.output for task in tasks), size)
     description = f"Imported from a LeRobot {dataset.info['codebase_version']} data set, {dataset.info['fps']} Hz."
     return Plan(target, name, version, tree, tuple(splits), tuple(tasks), left_out, description)
 
 
 def convert_shard(task: ImportTask, on_episode: Callable[[int], None] | None = None) -> dict:
     """Writes one shard unless it is there; `on_episode` is called with 1 per episode. Returns its done file."""
-    finished = convert_claim.read_done(task.done, task.output, task.digest)
+    finished = rlds_claim.read_done(task.done, task.output, task.digest)
     if finished is not None:
         if on_episode:
             on_episode(len(task.episodes))
@@ -174,13 +175,13 @@ def convert_shard(task: ImportTask, on_episode: Callable[[int], None] | None = N
         }
         write_rlds.write_json(task.done, result)
     except OSError as error:
-        raise convert_claim.cannot_write(task.output, error) from error
+        raise rlds_claim.cannot_write(task.output, error) from error
     return {**result, "kept": False}
 
 
 def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
     """Writes the metadata; returns the counts."""
-    ordered = convert_claim.in_order(plan.target, results)
+    ordered = rlds_claim.in_order(plan.target, results)
     splits = [
         write_rlds.Split(
             name,
@@ -194,11 +195,11 @@ def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
         for key, value in result["counts"].items():
             counts[key] = counts.get(key, 0) + value
     try:
-        convert_claim.write_notes(plan.target, counts)
+        rlds_claim.write_notes(plan.target, counts)
         write_rlds.write_metadata(plan.target.folder, plan.name, plan.version, plan.tree, splits, plan.description)
     except OSError as error:
-        raise convert_claim.cannot_write(plan.target.folder, error) from error
-    convert_claim.close(plan.target)
+        raise rlds_claim.cannot_write(plan.target.folder, error) from error
+    rlds_claim.close(plan.target)
     return counts
 
 
@@ -239,7 +240,7 @@ def _values(task: ImportTask, dataset, column: Column, episode: int, table, coun
         frames = lerobot_read.video_frames(dataset, column.key, episode, timestamps)
         counts["video_frames_as_" + task.images] += len(timestamps)
         if task.images == "png":
-            return [convert_record.png(frame) for frame in frames]
+            return [rlds_record.png(frame) for frame in frames]
         return [
             simplejpeg.encode_jpeg(np.ascontiguousarray(frame), task.jpeg_quality, "RGB", "444") for frame in frames
         ]
@@ -266,7 +267,7 @@ def _depth_png(data: bytes, counts: dict[str, int]) -> bytes:
     if image.dtype != np.uint16:
         raise ValueError(f"a depth image of {image.dtype}; only uint16 can be kept without loss: use --leave_out")
     counts["depth_reencoded"] += 1
-    return convert_record.png(image)
+    return rlds_record.png(image)
 
 
 def _encoding(data: bytes) -> str:

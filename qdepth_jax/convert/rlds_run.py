@@ -1,9 +1,9 @@
 """Runs a planned conversion in a local process pool, and publishes the result.
 
-    plan = convert.plan(directory, output, convert.Options(resize=(224, 224)))
-    with convert_claim.claimed(plan.target) as finished:
-        results = convert_run.run_local(plan, workers=4)      # or convert_beam.run
-        counts = convert_run.finish(plan, results)
+    plan = rlds.plan(directory, output, rlds.Options(resize=(224, 224)))
+    with rlds_claim.claimed(plan.target) as finished:
+        results = rlds_run.run_local(plan, workers=4)      # or rlds_beam.run
+        counts = rlds_run.finish(plan, results)
 
 The pool serves other conversions too (`run_tasks`).
 """
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert, convert_claim, convert_shard, write_rlds
+from qdepth_jax.convert import rlds, rlds_claim, rlds_shard
+from qdepth_jax.data import write_rlds
 
 
-def run_local(plan: convert.Plan, workers: int, on_bytes: Callable[[int], None] | None = None) -> list[dict]:
+def run_local(plan: rlds.Plan, workers: int, on_bytes: Callable[[int], None] | None = None) -> list[dict]:
     """Converts all shards with `workers` processes; results in the order of `plan.tasks`."""
-    return run_tasks(convert_shard.convert_shard, plan.tasks, workers, on_bytes)
+    return run_tasks(rlds_shard.convert_shard, plan.tasks, workers, on_bytes)
 
 
 def run_tasks(
@@ -91,13 +92,13 @@ def _call_in_worker(function, task) -> dict:
     return function(task, on_progress)
 
 
-def finish(plan: convert.Plan, results: Sequence[dict]) -> dict[str, Any]:
+def finish(plan: rlds.Plan, results: Sequence[dict]) -> dict[str, Any]:
     """Writes the metadata (dataset_info.json last), removes the state and returns the summary.
 
     Raises:
       ValueError: a shard is missing from `results` or is not as its result says.
     """
-    ordered = convert_claim.in_order(plan.target, list(results))
+    ordered = rlds_claim.in_order(plan.target, list(results))
     splits = [
         write_rlds.Split(
             name,
@@ -114,15 +115,15 @@ def finish(plan: convert.Plan, results: Sequence[dict]) -> dict[str, Any]:
             partial.unlink()
         counts = count(plan, ordered)
         write_rlds.write_json(output / "features.json", plan.features)
-        convert_claim.write_notes(plan.target, counts)
+        rlds_claim.write_notes(plan.target, counts)
         write_rlds.write_json(output / "dataset_info.json", {**plan.info, "splits": write_rlds.splits_json(splits)})
     except OSError as error:
-        raise convert_claim.cannot_write(plan.output, error) from error
-    convert_claim.close(plan.target)
+        raise rlds_claim.cannot_write(plan.output, error) from error
+    rlds_claim.close(plan.target)
     return counts
 
 
-def count(plan: convert.Plan, results: Sequence[dict]) -> dict[str, Any]:
+def count(plan: rlds.Plan, results: Sequence[dict]) -> dict[str, Any]:
     """Counts of everything, by split; the same however often the conversion was interrupted."""
     fields = ("episodes", "frames", "bytes_in", "bytes_out", "file_bytes")
     more = ("images_resized", "images_untouched", "depth_maps", "token_rows")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert, convert_claim, convert_run, convert_shard
+from qdepth_jax.convert import rlds, rlds_claim, rlds_run, rlds_shard
 
 
 def check_installed() -> None:
@@ -25,8 +25,8 @@ def check_installed() -> None:
         ) from error
 
 
-def run(plan: convert.Plan, runner: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Runs the pipeline to its end; returns the counts as `convert_run.finish` does.
+def run(plan: rlds.Plan, runner: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs the pipeline to its end; returns the counts as `rlds_run.finish` does.
 
     Args:
       plan: the conversion; its output folder must be claimed.
@@ -49,10 +49,10 @@ def run(plan: convert.Plan, runner: str, arguments: Sequence[str] = ()) -> dict[
         | "shards" >> beam.Create(list(plan.tasks), reshuffle=False)
         # Without it Beam fuses everything into one stage on one worker.
         | beam.Reshuffle()
-        | "convert" >> beam.Map(convert_shard.convert_shard)
+        | "convert" >> beam.Map(rlds_shard.convert_shard)
     )
-    results | "all" >> beam.combiners.ToList() | "metadata" >> beam.Map(lambda found: convert_run.finish(plan, found))
+    results | "all" >> beam.combiners.ToList() | "metadata" >> beam.Map(lambda found: rlds_run.finish(plan, found))
     state = pipeline.run().wait_until_finish()
     if str(state) != "DONE":
         raise errors.UserError(f"--runner={runner}: the pipeline ended as {state}; run the same command again")
-    return convert_claim.read_notes(plan.output, plan.target.notes)["counts"]
+    return rlds_claim.read_notes(plan.output, plan.target.notes)["counts"]

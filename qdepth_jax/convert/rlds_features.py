@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert_record, convert_shard, definitions, index, sidecar, spec, write_rlds
+from qdepth_jax.convert import rlds_record, rlds_shard
+from qdepth_jax.data import definitions, index, sidecar, spec, write_rlds
 
 _OBSERVATION = "steps/observation"
 _METADATA = "episode_metadata"
@@ -35,15 +36,15 @@ class Changes:
     """
 
     tree: dict[str, Any]
-    additions: dict[str, tuple[convert_shard.Addition, ...]]
-    resize: convert_record.Resize | None
+    additions: dict[str, tuple[rlds_shard.Addition, ...]]
+    resize: rlds_record.Resize | None
     images: int
     provenance: list[dict[str, Any]]
     not_resized: tuple[str, ...]
 
 
 def plan_changes(opened: index.Index, splits: tuple[str, ...], options) -> Changes:
-    """Args: the index, the chosen splits, `convert.Options`. Raises UserError for anything that does not fit."""
+    """Args: the index, the chosen splits, `rlds.Options`. Raises UserError for anything that does not fit."""
     dataset = opened.dataset
     tree = json.loads(Path(dataset.directory, "features.json").read_text(encoding="utf-8"))
     pictures = [feature for feature in dataset.features.values() if feature.kind == "image" and feature.per_step]
@@ -59,7 +60,7 @@ def plan_changes(opened: index.Index, splits: tuple[str, ...], options) -> Chang
             for feature in dataset.features.values()
             if feature.kind == "tensor" and len(feature.shape) > 1 and min(feature.shape[:2]) >= _IMAGE_LIKE
         )
-    additions: dict[str, list[convert_shard.Addition]] = {name: [] for name in splits}
+    additions: dict[str, list[rlds_shard.Addition]] = {name: [] for name in splits}
     provenance = []
     if options.token_encoding not in ("none", "bytes"):
         raise errors.UserError(f"--token_encoding={options.token_encoding}: use 'none' or 'bytes'")
@@ -113,7 +114,7 @@ def labelled(split: index.SplitIndex, features: tuple[str, ...]) -> np.ndarray:
     return found
 
 
-def _resize(dataset: spec.DatasetSpec, pictures: list[spec.FeatureSpec], options) -> convert_record.Resize:
+def _resize(dataset: spec.DatasetSpec, pictures: list[spec.FeatureSpec], options) -> rlds_record.Resize:
     if len(options.resize) != 2 or not all(1 <= size <= 4096 for size in options.resize):
         raise errors.UserError(f"--resize={options.resize}: give height,width between 1 and 4096")
     if not 1 <= options.jpeg_quality <= 100:
@@ -136,10 +137,10 @@ def _resize(dataset: spec.DatasetSpec, pictures: list[spec.FeatureSpec], options
                 "resized here without loss: leave out --resize"
             )
         (nearest if depth_like else colour).append(feature.name)
-    return convert_record.Resize(tuple(options.resize), tuple(colour), tuple(nearest), options.jpeg_quality)
+    return rlds_record.Resize(tuple(options.resize), tuple(colour), tuple(nearest), options.jpeg_quality)
 
 
-def _addition(opened: index.Index, split: str, kind: str, text: str, encoding: str) -> convert_shard.Addition:
+def _addition(opened: index.Index, split: str, kind: str, text: str, encoding: str) -> rlds_shard.Addition:
     match = re.fullmatch(r"([A-Za-z_]\w*)=(.+)", text)
     root = match[2] if match else text
     try:
@@ -158,7 +159,7 @@ def _addition(opened: index.Index, split: str, kind: str, text: str, encoding: s
         )
     leaf = match[1] if match else feature_leaf(kind, metadata.camera)
     root = os.path.abspath(os.path.expanduser(root))
-    return convert_shard.Addition(kind, f"{_OBSERVATION}/{leaf}", root, metadata, encoding)
+    return rlds_shard.Addition(kind, f"{_OBSERVATION}/{leaf}", root, metadata, encoding)
 
 
 def feature_leaf(kind: str, camera: str) -> str:
@@ -170,8 +171,8 @@ def feature_leaf(kind: str, camera: str) -> str:
 def _declare(
     dataset: spec.DatasetSpec,
     tree: dict[str, Any],
-    by_split: dict[str, convert_shard.Addition],
-    resize: convert_record.Resize | None,
+    by_split: dict[str, rlds_shard.Addition],
+    resize: rlds_record.Resize | None,
 ) -> dict[str, Any]:
     """Enters one sidecar in features.json; returns its provenance."""
     first = next(iter(by_split.values()))

@@ -16,20 +16,8 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import (
-    convert,
-    convert_claim,
-    convert_features,
-    convert_shard,
-    definitions,
-    example,
-    frame_reader,
-    index,
-    lerobot_read,
-    lerobot_write,
-    shard_scan,
-    spec,
-)
+from qdepth_jax.convert import lerobot_read, lerobot_write, rlds, rlds_claim, rlds_features, rlds_shard
+from qdepth_jax.data import definitions, example, frame_reader, index, shard_scan, spec
 
 FORMAT = 1
 FILE_BYTES = 100 << 20  # LeRobot's own size of a data file
@@ -38,7 +26,7 @@ FILES_PER_CHUNK = 1000
 
 @dataclasses.dataclass(frozen=True)
 class ExportTask:
-    """Consecutive episodes that become one data file; see `convert_shard.ShardTask`.
+    """Consecutive episodes that become one data file; see `rlds_shard.ShardTask`.
 
     Attributes:
       sources: path of the shard of each row; rows: ROW [E].
@@ -66,7 +54,7 @@ class ExportTask:
 class Plan:
     """An export, decided; `left_out`: RLDS feature -> why."""
 
-    target: convert_claim.Target
+    target: rlds_claim.Target
     tasks: tuple[ExportTask, ...]
     fps: float
     left_out: dict[str, str]
@@ -99,18 +87,18 @@ def plan(
     opened = index.open_index(directory, index_dir)
     dataset = opened.dataset
     output = os.path.abspath(os.path.expanduser(output))
-    convert_claim.check_place(dataset.directory, output)
+    rlds_claim.check_place(dataset.directory, output)
     if not fps and dataset.name in definitions.DEFINITIONS:
         fps = definitions.DEFINITIONS[dataset.name].rate_hz
     if fps <= 0:
         raise errors.UserError(f"the control rate of {dataset.name!r} is not known: give --fps")
-    language = convert_features.language(opened, language)
-    kept, _ = convert.select(opened, convert.Options(splits=(split,)))
+    language = rlds_features.language(opened, language)
+    kept, _ = rlds.select(opened, rlds.Options(splits=(split,)))
     name, mask = next(iter(kept.items()))
     features, episode_features, left_out = _features(dataset, language, leave_out)
     table = opened.split(name)
     chosen = np.flatnonzero(mask)
-    rows = np.zeros(len(chosen), convert_shard.ROW)
+    rows = np.zeros(len(chosen), rlds_shard.ROW)
     rows["episode"] = chosen
     for field in ("record", "offset", "size", "start", "length"):
         rows[field] = table.episodes[field][chosen]
@@ -137,7 +125,7 @@ def plan(
         parts.append(
             ExportTask(
                 output=path,
-                done=os.path.join(output, convert_claim.STATE, "done", f"{number:06d}.json"),
+                done=os.path.join(output, rlds_claim.STATE, "done", f"{number:06d}.json"),
                 digest=digest,
                 sources=tuple(table.shard_path(shard) for shard in table.episodes["shard"][chosen[part]].tolist()),
                 rows=rows[part],
@@ -152,7 +140,7 @@ def plan(
         )
     files = tuple(part.output for part in parts)
     size = int(rows["size"].sum())
-    target = convert_claim.Target(
+    target = rlds_claim.Target(
         output, provenance, digest, files, size, last="meta/info.json", notes="meta/qdepth_convert.json"
     )
     return Plan(target, tuple(parts), fps, left_out, dataset.name)
@@ -160,7 +148,7 @@ def plan(
 
 def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None) -> dict:
     """Writes one data file unless it is there; returns its done file (episode rows and moments for the statistics)."""
-    finished = convert_claim.read_done(task.done, task.output, task.digest)
+    finished = rlds_claim.read_done(task.done, task.output, task.digest)
     if finished is not None:
         if on_bytes:
             on_bytes(int(task.rows["size"].sum()))
@@ -174,7 +162,7 @@ def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None
             frame = task.first_frame
             for number, (row, source) in enumerate(zip(task.rows, task.sources)):
                 try:
-                    payload = convert_shard.read_record(files, source, int(row["offset"]), int(row["size"]))
+                    payload = rlds_shard.read_record(files, source, int(row["offset"]), int(row["size"]))
                     columns, texts, metadata = _episode(task, payload, int(row["length"]))
                 except ValueError as error:
                     raise ValueError(f"{source}: record {row['record']} (episode {row['episode']}): {error}") from error
@@ -197,7 +185,7 @@ def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None
         }
         lerobot_write.write_json(task.done, result)
     except OSError as error:
-        raise convert_claim.cannot_write(task.output, error) from error
+        raise rlds_claim.cannot_write(task.output, error) from error
     finally:
         files.close()
     return {**result, "kept": False}
@@ -221,12 +209,12 @@ def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
         lerobot_write.write_tasks(plan.target.folder, plan.tasks[0].tasks)
         lerobot_write.write_episodes(plan.target.folder, [result["episodes"] for result in results], FILES_PER_CHUNK)
         lerobot_write.write_statistics(plan.target.folder, [result["moments"] for result in results])
-        convert_claim.write_notes(plan.target, counts)
+        rlds_claim.write_notes(plan.target, counts)
         features = plan.tasks[0].features
         lerobot_write.write_info(plan.target.folder, features, plan.fps, plan.robot_type, counts, FILES_PER_CHUNK)
     except OSError as error:
-        raise convert_claim.cannot_write(plan.target.folder, error) from error
-    convert_claim.close(plan.target)
+        raise rlds_claim.cannot_write(plan.target.folder, error) from error
+    rlds_claim.close(plan.target)
     return counts
 
 

@@ -17,18 +17,8 @@ av = pytest.importorskip("av", reason="extra 'lerobot' is not installed")
 import pyarrow.parquet as pq  # noqa: E402
 
 from qdepth_jax import errors  # noqa: E402
-from qdepth_jax.data import (  # noqa: E402
-    convert_claim,
-    convert_run,
-    example,
-    index,
-    lerobot_export,
-    lerobot_import,
-    lerobot_read,
-    lerobot_write,
-    spec,
-    tfrecord,
-)
+from qdepth_jax.convert import lerobot_export, lerobot_import, lerobot_read, lerobot_write, rlds_claim, rlds_run  # noqa: E402
+from qdepth_jax.data import example, index, spec, tfrecord  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTHS = (4, 3, 5, 2)
@@ -36,9 +26,9 @@ LENGTHS = (4, 3, 5, 2)
 
 def run(module, plan):
     function = lerobot_export.convert_file if module is lerobot_export else lerobot_import.convert_shard
-    with convert_claim.claimed(plan.target) as finished:
+    with rlds_claim.claimed(plan.target) as finished:
         assert not finished
-        return module.finish(plan, convert_run.run_tasks(function, plan.tasks, 1))
+        return module.finish(plan, rlds_run.run_tasks(function, plan.tasks, 1))
 
 
 def export(source, output, **options):
@@ -123,11 +113,11 @@ def test_export_is_what_the_format_says(source, tmp_path):
 def test_a_killed_export_and_import_continue(source, tmp_path, monkeypatch):
     export(source, tmp_path / "whole", file_bytes=1)
     plan = lerobot_export.plan(source, str(tmp_path / "cut"), file_bytes=1)
-    with convert_claim.claimed(plan.target):
+    with rlds_claim.claimed(plan.target):
         lerobot_export.convert_file(plan.tasks[2])
     (tmp_path / "cut/data/chunk-000/file-000.parquet.partial.1").write_bytes(b"of a killed run")
-    with convert_claim.claimed(plan.target):
-        results = convert_run.run_tasks(lerobot_export.convert_file, plan.tasks, 1)
+    with rlds_claim.claimed(plan.target):
+        results = rlds_run.run_tasks(lerobot_export.convert_file, plan.tasks, 1)
         lerobot_export.finish(plan, results)
     assert [result["kept"] for result in results] == [False, False, True, False]
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
@@ -136,10 +126,10 @@ def test_a_killed_export_and_import_continue(source, tmp_path, monkeypatch):
 
     bring(tmp_path / "whole", tmp_path / "one", episodes_per_shard=1)
     plan = lerobot_import.plan(str(tmp_path / "whole"), str(tmp_path / "two"), "libero_object", episodes_per_shard=1)
-    with convert_claim.claimed(plan.target):
+    with rlds_claim.claimed(plan.target):
         lerobot_import.convert_shard(plan.tasks[1])
-    with convert_claim.claimed(plan.target):
-        results = convert_run.run_tasks(lerobot_import.convert_shard, plan.tasks, 1)
+    with rlds_claim.claimed(plan.target):
+        results = rlds_run.run_tasks(lerobot_import.convert_shard, plan.tasks, 1)
         lerobot_import.finish(plan, results)
     assert [result["kept"] for result in results] == [False, True, False, False]
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -233,8 +223,8 @@ def test_damaged_and_foreign_data_sets_are_refused(source, tmp_path):
         pq.write_table(pq.read_table(path).slice(0, 2), path)
 
     plan = broken(wrong_rows)
-    with convert_claim.claimed(plan.target), pytest.raises(ValueError, match=r"episode 1 has rows .* 0..2 expected"):
-        convert_run.run_tasks(lerobot_import.convert_shard, plan.tasks, 1)
+    with rlds_claim.claimed(plan.target), pytest.raises(ValueError, match=r"episode 1 has rows .* 0..2 expected"):
+        rlds_run.run_tasks(lerobot_import.convert_shard, plan.tasks, 1)
     with pytest.raises(errors.UserError, match="no feature"):
         lerobot_export.plan(source, str(tmp_path / "x"), leave_out=("observation/nose",))
     other = libero_writer.make_libero(tmp_path / "other", name="my_robot")

@@ -1,4 +1,4 @@
-"""Plans a converted data set: everything is decided here, and nothing is written yet (see `convert_run`).
+"""Plans a converted data set: everything is decided here, and nothing is written yet (see `rlds_run`).
 
 The index says which episodes lie where and which have an instruction, so everything is decided before anything is
 written: which episodes are kept, how many shards there will be (TFDS puts their number into every file name; an input
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert_claim, convert_features, convert_shard, index, source, write_rlds
+from qdepth_jax.convert import rlds_claim, rlds_features, rlds_shard
+from qdepth_jax.data import index, source, write_rlds
 
 FORMAT = 1
 _SAMPLE_EPISODES = 3
@@ -74,7 +75,7 @@ class Plan:
     features: dict[str, Any]
     info: dict[str, Any]
     splits: tuple[str, ...]
-    tasks: tuple[convert_shard.ShardTask, ...]
+    tasks: tuple[rlds_shard.ShardTask, ...]
     dropped: dict[str, dict[str, int]]
     carried: dict[str, str]
     left_out: tuple[str, ...]
@@ -82,9 +83,9 @@ class Plan:
     bytes_out: int
 
     @property
-    def target(self) -> convert_claim.Target:
+    def target(self) -> rlds_claim.Target:
         files = tuple(task.output for task in self.tasks)
-        return convert_claim.Target(self.output, self.provenance, self.digest, files, self.bytes_out)
+        return rlds_claim.Target(self.output, self.provenance, self.digest, files, self.bytes_out)
 
 
 def plan(directory: str, output: str, options: Options, index_dir: str = "") -> Plan:
@@ -96,9 +97,9 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
     """
     opened = index.open_index(directory, index_dir)
     output = os.path.abspath(os.path.expanduser(output))
-    convert_claim.check_place(opened.dataset.directory, output)
+    rlds_claim.check_place(opened.dataset.directory, output)
     kept, dropped = select(opened, options)
-    changes = convert_features.plan_changes(opened, tuple(kept), options)
+    changes = rlds_features.plan_changes(opened, tuple(kept), options)
     version = _version(output, options.version, opened.dataset.version)
     provenance = {
         "format": FORMAT,
@@ -162,9 +163,9 @@ def select(opened: index.Index, options: Options) -> tuple[dict[str, np.ndarray]
         dropped[name]["outside of --episodes"] = int((mask & ~chosen).sum())
         mask &= chosen
     if options.keep_labelled:
-        features = convert_features.language(opened, options.language)
+        features = rlds_features.language(opened, options.language)
         for name, mask in kept.items():
-            labelled = convert_features.labelled(opened.split(name), features)
+            labelled = rlds_features.labelled(opened.split(name), features)
             dropped[name]["no instruction"] = int((mask & ~labelled).sum())
             mask &= labelled
     for name, mask in kept.items():
@@ -195,14 +196,12 @@ def _version(output: str, wanted: str, old: str) -> str:
     return version
 
 
-def _tasks(
-    opened, output: str, digest: str, kept: dict[str, np.ndarray], changes
-) -> tuple[convert_shard.ShardTask, ...]:
+def _tasks(opened, output: str, digest: str, kept: dict[str, np.ndarray], changes) -> tuple[rlds_shard.ShardTask, ...]:
     tasks = []
     for name, mask in kept.items():
         episodes = opened.split(name).episodes
         chosen = np.flatnonzero(mask)
-        rows = np.zeros(len(chosen), convert_shard.ROW)
+        rows = np.zeros(len(chosen), rlds_shard.ROW)
         rows["episode"] = chosen
         for field in ("record", "offset", "size", "start", "length"):
             rows[field] = episodes[field][chosen]
@@ -210,10 +209,10 @@ def _tasks(
         for number, shard in enumerate(shards.tolist()):
             file = write_rlds.shard_name(opened.dataset.name, name, number, len(shards))
             tasks.append(
-                convert_shard.ShardTask(
+                rlds_shard.ShardTask(
                     source=opened.split(name).shard_path(shard),
                     output=os.path.join(output, file),
-                    done=convert_claim.done_path(output, file),
+                    done=rlds_claim.done_path(output, file),
                     digest=digest,
                     split=name,
                     rows=rows[episodes["shard"][chosen] == shard],
@@ -244,12 +243,12 @@ def _other_files(directory: str) -> tuple[dict[str, str], tuple[str, ...]]:
     return carried, tuple(left_out)
 
 
-def _estimate(tasks: Sequence[convert_shard.ShardTask], bytes_in: int) -> int:
+def _estimate(tasks: Sequence[rlds_shard.ShardTask], bytes_in: int) -> int:
     """Bytes of all output shards, extrapolated from a few episodes."""
     old = new = 0
     for at in np.linspace(0, len(tasks) - 1, _SAMPLE_EPISODES).astype(int):
         task = tasks[at]
         middle = len(task.rows) // 2
-        for row, payload, _ in convert_shard.records(task, task.rows[middle : middle + 1]):
+        for row, payload, _ in rlds_shard.records(task, task.rows[middle : middle + 1]):
             old, new = old + int(row["size"]), new + len(payload)
     return int(bytes_in * new / old)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import convert_claim, convert_record, frame_reader, sidecar, tfrecord, write_rlds
+from qdepth_jax.convert import rlds_claim, rlds_record
+from qdepth_jax.data import frame_reader, sidecar, tfrecord, write_rlds
 
 # `episode` and `start` (first frame id) are of the input split: rows of a sidecar.
 ROW = np.dtype(
@@ -66,7 +67,7 @@ class ShardTask:
     split: str
     rows: np.ndarray
     additions: tuple[Addition, ...]
-    resize: convert_record.Resize | None
+    resize: rlds_record.Resize | None
     images: int
 
 
@@ -85,7 +86,7 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
       ValueError: a damaged record or image (names shard, record and episode).
       UserError: the disk is full, a sidecar is gone, a done file of another conversion.
     """
-    finished = convert_claim.read_done(task.done, task.output, task.digest)
+    finished = rlds_claim.read_done(task.done, task.output, task.digest)
     if finished is not None:
         if on_bytes:
             on_bytes(int(task.rows["size"].sum()))
@@ -115,7 +116,7 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
         }
         write_rlds.write_json(task.done, result)
     except OSError as error:
-        raise convert_claim.cannot_write(task.output, error) from error
+        raise rlds_claim.cannot_write(task.output, error) from error
     return {**result, "kept": False}
 
 
@@ -134,7 +135,7 @@ def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes,
                 added = {}
                 for addition, found in opened:
                     added |= _values(addition, found, row, task.resize)
-                new, counts = convert_record.convert(payload, added, task.resize)
+                new, counts = rlds_record.convert(payload, added, task.resize)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             length = int(row["length"])
@@ -157,7 +158,7 @@ def read_record(files: frame_reader.ShardFiles, path: str, offset: int, size: in
 
 
 def _values(
-    addition: Addition, found: sidecar.Sidecar, row: np.void, resize: convert_record.Resize | None
+    addition: Addition, found: sidecar.Sidecar, row: np.void, resize: rlds_record.Resize | None
 ) -> dict[str, object]:
     """Feature name -> value of one sidecar for one episode."""
     values = found.values[row["start"] : row["start"] + row["length"]]
@@ -165,10 +166,10 @@ def _values(
         if addition.encoding == "bytes":
             return {addition.feature: [np.asarray(tokens, "<u2").tobytes() for tokens in values]}
         return {addition.feature: np.asarray(values)}
-    maps = convert_record.nearest(values, resize.size) if resize else values
+    maps = rlds_record.nearest(values, resize.size) if resize else values
     episode = int(row["episode"])
     return {
-        addition.feature: [convert_record.png(np.asarray(depth)) for depth in maps],
+        addition.feature: [rlds_record.png(np.asarray(depth)) for depth in maps],
         f"episode_metadata/{addition.leaf}_scale": np.float32([found.scale[episode]]),
         f"episode_metadata/{addition.leaf}_offset": np.float32([found.offset[episode]]),
         f"episode_metadata/{addition.leaf}_kind": [found.metadata.details["depth_kind"].encode()],
