@@ -33,8 +33,7 @@ from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    # Instead of this folder, whose statistics.py would stand before Python's own.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
 from benchmarks import loader_cell, loader_report  # noqa: E402
 
@@ -131,7 +130,7 @@ def run_cell(cell: loader_cell.Cell) -> dict:
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.loader_cell", json.dumps(asked)],
+        [sys.executable, "-m", "benchmarks.loader_child", json.dumps(asked)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     if done.returncode or not done.stdout.strip():

@@ -1,8 +1,6 @@
-"""One cell of the loader benchmark: one contender, one mode, in a process of its own; prints one JSON line.
+"""One cell of the loader benchmark: one contender, one mode, in a process of its own (loader_child.py).
 
-  python -m benchmarks.loader_cell '{"contender": "ours", "mode": "decode", "data": "DIR"}'
-
-`benchmarks/loader.py` starts these. A contender is a module `benchmarks.loader_NAME` with `open_batches(cell)`, an
+A contender is a module `benchmarks.loader_NAME` with `open_batches(cell)`, an
 endless iterator of dicts: image_main, image_wrist u8 [B, S, S, 3], proprio f32 [B, D], action f32 [B, Z, A], and, in
 mode "gates", key i64 [B] = 10000 * episode + step. What a contender imports at its top counts as import, what
 open_batches does before the first batch as build.
@@ -11,10 +9,8 @@ open_batches does before the first batch as build.
 import dataclasses
 import importlib
 import itertools
-import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -167,13 +163,3 @@ def rss_peak_mb() -> float:
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
-
-
-if __name__ == "__main__":
-    from benchmarks import loader_gates
-
-    asked = Cell(**json.loads(sys.argv[1]))
-    result = loader_gates.check(asked) if asked.mode == "gates" else measure(asked)
-    print(json.dumps(result), flush=True)
-    # The threads of tf.data and grain have nothing left to say; waiting for them can take longer than the cell.
-    os._exit(0)

@@ -20,8 +20,7 @@ from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    # Instead of this folder, whose statistics.py would stand before Python's own.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
 from benchmarks import loader_cell, loader_report  # noqa: E402
 
