@@ -43,6 +43,11 @@ def check(keys: Sequence[str], config: data_config.DataConfig, sources: Sequence
         )
     if not config.goal and (asked := [name for name in keys if name in goals]):
         raise errors.UserError(f"{asked} are asked for, but data.goal is empty: set it to 'final' or 'uniform'")
+    swapping = [item.definition.name for item in sources if item.definition.swap and config.swap_views]
+    if swapping and (asked := [name for name in keys if name in ("depth", "depth_tokens")]):
+        raise errors.UserError(
+            f"{swapping} show one of two cameras at random, but {asked} belong to the first: set data.swap_views=False"
+        )
     for name, wanted in (("action", 0), ("proprio", config.proprio_dim)):
         widths = {item.definition.name: getattr(item.frames, name).shape[1] for item in sources}
         if wanted and max(widths.values()) > wanted:
@@ -107,8 +112,6 @@ def image_shape(
     if not having:
         raise errors.UserError(f"no data set of the mix has a view {view!r}: change data.views")
     if config.image_size:
-        if len(config.image_size) != 2:
-            raise errors.UserError(f"data.image_size={config.image_size} must be (height, width)")
         return (*config.image_size, 3)
     sizes = {}
     for item in having:
@@ -146,8 +149,17 @@ def text_tables(item: source.Source, tokenizer: text.TextTokenizer, max_tokens: 
     return tables
 
 
+def depth_kind(sources: Sequence[source.Source]) -> str:
+    """ "metric" or "relative", one for the whole mix."""
+    kinds = {item.depth.metadata.details["depth_kind"] if item.depth is not None else "metric" for item in sources}
+    if len(kinds) > 1:
+        raise errors.UserError(f"the data sets of the mix have depth of different kinds {sorted(kinds)}")
+    return kinds.pop()
+
+
 def depth_shape(sources: Sequence[source.Source]) -> tuple[int, int]:
-    """(H, W) of the depth maps, one for the whole mix."""
+    """(H, W) of the depth maps, one for the whole mix, as is their kind."""
+    depth_kind(sources)
     shapes = {}
     for item in sources:
         if item.depth is not None:

@@ -9,14 +9,14 @@ visits every frame once, the order is a pure function of (seed, position), the s
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qdepth_jax import errors
-
 PIECE = 8 << 20  # bytes of one ranged read of a block
+MIN_BLOCKS = 8  # in a window, where episodes are short enough: few blocks shuffle badly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Blocks:
     of_episode: np.ndarray
     window: int
 
+    def place(self, block: int, shard_path: Callable[[int], str]) -> tuple[str, int, int]:
+        """(path, low, high) of a block."""
+        return shard_path(int(self.shard[block])), int(self.low[block]), int(self.high[block])
+
     @property
     def window_frames(self) -> float:
         """Mean number of frames that are shuffled together."""
@@ -50,11 +54,10 @@ def make_blocks(episodes: np.ndarray, episode_of_frame: np.ndarray, block_bytes:
       episodes: the index's episode table (shard, offset, size), in file order.
       episode_of_frame: i32 [V], episode of every sampled frame, ascending.
       block_bytes: an episode belongs to block offset // block_bytes of its shard; longer episodes make longer blocks.
-      window_bytes: size of the shuffle window.
-
-    Raises:
-      UserError: a window of fewer than two blocks.
+        A window of fewer than MIN_BLOCKS such blocks gets smaller ones.
+      window_bytes: size of the shuffle window; at least two blocks are shuffled together all the same.
     """
+    block_bytes = max(1, min(block_bytes, int(window_bytes / MIN_BLOCKS)))
     key = episodes["shard"].astype(np.int64) << 40 | episodes["offset"] // block_bytes
     _, block, counts = np.unique(key, return_inverse=True, return_counts=True)
     frames = np.bincount(block[episode_of_frame], minlength=len(counts))
@@ -65,20 +68,20 @@ def make_blocks(episodes: np.ndarray, episode_of_frame: np.ndarray, block_bytes:
     final = begin + counts - 1
     low = episodes["offset"][begin][used].astype(np.int64)
     high = (episodes["offset"] + episodes["size"])[final][used].astype(np.int64)
-    window = int(window_bytes / (high - low).mean())
-    if window < 2 and len(used) > 1:
-        raise errors.UserError(
-            f"a shuffle window of {window_bytes / 2**20:.3g} MiB holds {window} blocks of "
-            f"{(high - low).mean() / 2**20:.3g} MiB: raise data.block_window_mib or lower data.block_mib"
-        )
+    window = max(2, int(window_bytes / (high - low).mean()))
     return Blocks(
         first=np.concatenate([[0], np.cumsum(frames[used])]),
         shard=episodes["shard"][begin][used],
         low=low,
         high=high,
         of_episode=number[block],
-        window=min(window, len(used)) if window else 1,
+        window=min(window, len(used)),
     )
+
+
+def memory(tables: Sequence[Blocks]) -> int:
+    """Bytes that hold this window and the next one of every data set."""
+    return sum(2 * int(np.sort(table.high - table.low)[-table.window :].sum()) for table in tables)
 
 
 Permute = Callable[[np.ndarray, int, int], np.ndarray]
@@ -94,7 +97,7 @@ class BlockOrder:
 
     def __init__(self, blocks: Blocks, permute: Permute):
         self._blocks, self._permute = blocks, permute
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._epoch = functools.lru_cache(maxsize=4)(self._tables)
 
     def locate(self, epoch: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """Sampled frame at place `rank` of `epoch`; i64 [n], i64 [n] -> i64 [n]."""
@@ -125,20 +128,15 @@ class BlockOrder:
             following = self._epoch(epoch + 1)[0][:k]
         return [*order[w * k : (w + 1) * k].tolist(), *following.tolist()]
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _tables(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(blocks in order, frames up to and including each, frames before each window and in all)."""
-        if epoch not in self._epochs:
-            count = len(self._blocks.shard)
-            order = self._permute(np.arange(count), count, 2 * epoch + 1)
-            ends = np.cumsum(np.diff(self._blocks.first)[order])
-            bounds = np.concatenate([[0], ends[self._blocks.window - 1 :: self._blocks.window]])
-            if bounds[-1] != ends[-1]:
-                bounds = np.append(bounds, ends[-1])
-            while len(self._epochs) > 2:
-                self._epochs.pop(next(iter(self._epochs)), None)
-            self._epochs[epoch] = (order, ends, bounds)
-            return order, ends, bounds
-        return self._epochs[epoch]
+        count = len(self._blocks.shard)
+        order = self._permute(np.arange(count), count, 2 * epoch + 1)
+        ends = np.cumsum(np.diff(self._blocks.first)[order])
+        bounds = np.concatenate([[0], ends[self._blocks.window - 1 :: self._blocks.window]])
+        if bounds[-1] != ends[-1]:
+            bounds = np.append(bounds, ends[-1])
+        return order, ends, bounds
 
 
 class BlockCache:
@@ -174,7 +172,14 @@ class BlockCache:
         """`size` bytes at `offset` of the file, out of the block low..high."""
         with self._lock:
             future = self._get(path, low, high)
-        return memoryview(future.result())[offset - low : offset - low + size]
+        try:
+            data = future.result()
+        except Exception:
+            with self._lock:  # the next batch tries again
+                if self._kept.get((path, low), (0, None))[1] is future:
+                    del self._kept[path, low]
+            raise
+        return memoryview(data)[offset - low : offset - low + size]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -44,6 +44,7 @@ class DataConfig:
       goal: "" | "final" | "uniform": which later frame of the episode the keys "goal_<view>" show.
       goal_max_steps: of "uniform", at most this many steps ahead; 0 = to the end of the episode.
       instructions: "first" | "random": of several instructions of one frame.
+      swap_views: data sets with two like cameras (DROID) show one of them at random, for each episode and epoch anew.
       missing_views: "error", or "mask": a data set without a view leaves its rows 0, reads nothing, and the batch key
         "view_mask" says so.
       proprio_dim: n > 0 fills shorter proprioception up to n with zeros; 0 = all data sets of the mix must agree.
@@ -79,6 +80,7 @@ class DataConfig:
     goal: str = ""
     goal_max_steps: int = 0
     instructions: str = "first"
+    swap_views: bool = True
     missing_views: str = "error"
     proprio_dim: int = 0
     max_text_tokens: int = 20
@@ -91,8 +93,8 @@ class DataConfig:
     image_size: tuple[int, ...] = ()
     shuffle: bool = True
     read: str = "frames"
-    block_mib: int = 64
-    block_window_mib: int = 1024
+    block_mib: float = 64
+    block_window_mib: float = 1024
     index_dir: str = ""
     threads: int = 0
 
@@ -105,7 +107,19 @@ class DataConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise errors.UserError(f"data.{name}={getattr(self, name)!r} is unknown: use one of {allowed}")
-        for name in ("proprio_steps", "image_steps", "horizon", "block_mib", "block_window_mib"):
+        if len(set(self.views)) != len(self.views):
+            raise errors.UserError(f"data.views={self.views} names a view twice")
+        if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise errors.UserError(f"data.image_size={self.image_size} must be (height, width) in pixels, or ()")
+        for name in ("proprio_steps", "image_steps", "horizon", "max_text_tokens"):
             if getattr(self, name) < 1:
                 raise errors.UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        for name in ("depth_offset", "goal_max_steps", "max_frames_per_episode", "proprio_dim", "threads"):
+            if getattr(self, name) < 0:
+                raise errors.UserError(f"data.{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.block_mib <= self.block_window_mib:
+            raise errors.UserError(
+                f"data.block_mib={self.block_mib} must be positive and at most data.block_window_mib="
+                f"{self.block_window_mib}"
+            )
         windows.check_ending(self.chunk_end)

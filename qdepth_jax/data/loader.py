@@ -22,10 +22,10 @@ from qdepth_jax.data import (
     frame_reader,
     normalise,
     order,
+    samples,
     sidecar,
     source,
     text,
-    windows,
 )
 
 HostBatch = dict[str, np.ndarray]
@@ -33,8 +33,6 @@ Job = Callable[[], None]
 
 # Bumped when equal configs would give other batches than before, so that no run resumes on a different order.
 ORDER_VERSION = 1
-# Streams of random choices, see order.draw.
-GOAL, INSTRUCTION, SWAP = 1, 2, 3
 
 
 class Loader:
@@ -65,11 +63,18 @@ class Loader:
         normalisers: Mapping[str, Mapping[str, normalise.Normaliser]] | None = None,
         on_shard: Callable[[str, int], None] | None = None,
     ):
-        if batch_size % process_count:
+        if batch_size < 1 or process_count < 1 or batch_size % process_count:
             raise errors.UserError(f"batch size {batch_size} does not divide over {process_count} hosts")
+        if not 0 <= process_index < process_count:
+            raise errors.UserError(f"host {process_index} of {process_count}: hosts count from 0")
         if not config.datasets:
             raise errors.UserError("data.datasets is empty: name at least one data set folder")
         self.config, self.features, self.batch_size, self.seed = config, tuple(features), batch_size, seed
+        self._process = os.getpid()
+        self._anew = functools.partial(
+            Loader, config, features, batch_size, seed=seed, process_index=process_index, process_count=process_count,
+            normalisers=normalisers,
+        )  # fmt: skip
         part = batch_size // process_count
         self._rows = np.arange(process_index * part, (process_index + 1) * part)
         self.sources = [
@@ -83,16 +88,21 @@ class Loader:
         batch_keys.check(self.features, config, self.sources)
         sizes = tuple(len(item.frames.valid) for item in self.sources)
         shares = order.shares([item.weight for item in self.sources], sizes, config.balance)
-        in_blocks = config.read == "blocks"
-        self.order = order.Order(
-            sizes,
-            shares,
-            seed,
-            config.shuffle,
-            tuple(self._blocks(item, share) for item, share in zip(self.sources, shares)) if in_blocks else (),
-        )
+        tables = ()
+        if config.read == "blocks":
+            window = config.block_window_mib * 2**20
+            tables = tuple(
+                blocks.make_blocks(
+                    item.split.episodes,
+                    item.frames.episode[item.frames.valid],
+                    int(config.block_mib * 2**20),
+                    share * window,
+                )
+                for item, share in zip(self.sources, shares)
+            )
+        self.order = order.Order(sizes, shares, seed, config.shuffle, tables)
         self._files = frame_reader.ShardFiles()
-        self._cache = blocks.BlockCache(self._files.read, 2 * config.block_window_mib << 20) if in_blocks else None
+        self._cache = blocks.BlockCache(self._files.read, blocks.memory(tables)) if tables else None
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decode")
         shapes = {
             view: batch_keys.image_shape(view, config, self.sources, self._files)
@@ -100,14 +110,16 @@ class Loader:
             if f"image_{view}" in self.features or f"goal_{view}" in self.features
         }
         depth_shape = batch_keys.depth_shape(self.sources) if "depth" in self.features else ()
-        if "depth" in self.features:
-            _ = self.depth_kind
         tokens = batch_keys.token_count(self.sources) if "depth_tokens" in self.features else 0
         self._layout = batch_keys.layout(part, self.features, config, self.sources, shapes, depth_shape, tokens)
         self._texts = []
         if "text" in self.features:
             tokenizer = text.TextTokenizer(config.text_tokenizer)
             self._texts = [batch_keys.text_tables(item, tokenizer, config.max_text_tokens) for item in self.sources]
+
+    def __reduce__(self):
+        """Pickled as its arguments: another process opens its own files and threads (Grain's worker processes)."""
+        return self._anew, ()
 
     # ---- what it is ----
 
@@ -129,12 +141,7 @@ class Loader:
     @property
     def depth_kind(self) -> str:
         """ "metric" or "relative", of the depth this loader reads."""
-        kinds = {
-            item.depth.metadata.details["depth_kind"] if item.depth is not None else "metric" for item in self.sources
-        }
-        if len(kinds) > 1:
-            raise errors.UserError(f"the data sets of the mix have depth of different kinds {sorted(kinds)}")
-        return kinds.pop()
+        return batch_keys.depth_kind(self.sources)
 
     @property
     def depth_tokens(self) -> sidecar.Metadata | None:
@@ -145,7 +152,16 @@ class Loader:
     def identity(self) -> dict[str, Any]:
         """Json-able; equal identity and position mean equal samples, so a resume compares it."""
         c = self.config
-        sampling = ("horizon", "chunk_end", "proprio_steps", "image_steps", "goal", "goal_max_steps", "instructions")
+        sampling = (
+            "horizon",
+            "chunk_end",
+            "proprio_steps",
+            "image_steps",
+            "goal",
+            "goal_max_steps",
+            "instructions",
+            "swap_views",
+        )
         read = {"read": c.read} | ({"block": [c.block_mib, c.block_window_mib]} if c.read == "blocks" else {})
         return {
             "order_version": ORDER_VERSION,
@@ -183,25 +199,33 @@ class Loader:
         """This host's part of global batch number `step` (>= 0); the same arrays for the same step, always.
 
         Raises:
-          ValueError: an image cannot be read (names data set, shard, record and step).
+          UserError: an image cannot be read (names data set, shard, record and step).
         """
+        if not isinstance(step, int | np.integer) or step < 0:
+            raise ValueError(f"batch {step!r}: a whole number from 0 on is needed")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this loader was opened before a fork, and threads do not survive one: open it afterwards"
+            )
         position = step * self.batch_size + self._rows
-        which, index = self.order.locate(position)
+        which, sample = self.order.samples(position)
+        index = self.order.locate(which, sample)
         if self._cache is not None:
-            self._request_blocks(position)
+            self._request_blocks(which, sample)
         out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._layout.items()}
         jobs: list[Job] = []
         for number, item in enumerate(self.sources):
             rows = np.flatnonzero(which == number)
             if len(rows):
-                frames = item.frames.valid[index[rows]]
-                self._fill_vectors(out, item, rows, frames)
+                frames, epoch = item.frames.valid[index[rows]], sample[rows] // self.order.sizes[number]
+                part = samples.Part(number, item, rows, frames, position[rows], epoch)
+                samples.fill_vectors(out, part, self.config)
                 if "text" in out:
-                    out["text"][rows] = self._text(number, frames, position[rows])
-                jobs += self._image_jobs(out, item, rows, frames, position[rows])
-                jobs += self._fill_depth(out, item, rows, frames)
+                    out["text"][rows] = samples.texts(part, self._texts[number], self.config, self.seed)
                 if "frame" in out:
                     out["frame"][rows] = frames
+                pictures = samples.images(out, part, self.config, self.seed) + samples.depth(out, part, self.config)
+                jobs += [job for group in pictures for job in self._read_jobs(part, group)]
         if "position" in out:
             out["position"][:] = position % 2**32
         if "dataset" in out:
@@ -232,141 +256,25 @@ class Loader:
             self._cache.close()
         self._files.close()
 
-    # ---- filling: rows i64 [n] of the batch are frames i64 [n] of one data set ----
-
-    def _fill_vectors(self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray) -> None:
-        data = item.frames
-        if "proprio" in out or "proprio_mask" in out:
-            seen, mask = windows.observed(frames, item.frames.start[frames], self.config.proprio_steps)
-            if "proprio" in out:
-                width = out["proprio"].shape[-1]
-                out["proprio"][rows] = batch_keys.normalised(data.proprio[seen], item.proprio, width)
-            if "proprio_mask" in out:
-                out["proprio_mask"][rows] = mask
-        if "action" in out or "action_mask" in out:
-            chunk, mask = windows.chunk(
-                data.action,
-                frames,
-                data.end[frames],
-                self.config.horizon,
-                self.config.chunk_end,
-                item.definition.absolute_action_dims,
-            )
-            if "action" in out:
-                out["action"][rows] = normalise.normalise(chunk, item.action)
-            if "action_mask" in out:
-                out["action_mask"][rows] = mask
-        if "view_mask" in out:
-            out["view_mask"][rows] = [view in item.definition.views for view in self.config.views]
-
-    def _text(self, number: int, frames: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Token rows i32 [n, L] of the instruction of each frame, one of several by config."""
-        tables = self._texts[number]
-        said = np.stack([full[ids[frames]] for ids, _, full in tables])
-        if self.config.instructions == "random":
-            nth = order.draw_below(self.seed, position, INSTRUCTION, np.maximum(said.sum(0), 1))
-        else:
-            nth = np.zeros(len(frames), np.int64)
-        # The nth of the variants that say something; where none does, the first, which is empty.
-        chosen = np.argmax(np.cumsum(said, 0) == nth + 1, axis=0)
-        out = np.empty((len(frames), self.config.max_text_tokens), np.int32)
-        for variant, (ids, table, _) in enumerate(tables):
-            mine = chosen == variant
-            out[mine] = table[ids[frames[mine]]]
-        return out
-
-    def _image_jobs(
-        self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray, position: np.ndarray
-    ) -> list[Job]:
-        c, jobs, feature_of = self.config, [], {}
-        for view in c.views:
-            if view in item.definition.views:
-                feature_of[view] = [view] * len(rows)
-        if item.definition.swap and all(view in feature_of for view in item.definition.swap):
-            a, b = item.definition.swap
-            swapped = (order.draw(self.seed, position, SWAP) & np.uint64(1)).astype(bool)
-            feature_of[a] = np.where(swapped, b, a).tolist()
-            feature_of[b] = np.where(swapped, a, b).tolist()
-        if c.goal:
-            last = item.end(frames) - 1
-            goal = last
-            if c.goal == "uniform":
-                room = last - frames if not c.goal_max_steps else np.minimum(last - frames, c.goal_max_steps)
-                goal = frames + order.draw_below(self.seed, position, GOAL, room + 1)
-        seen, _ = windows.observed(frames, item.frames.start[frames], c.image_steps)
-        for view, features in feature_of.items():
-            if (array := out.get(f"image_{view}")) is not None:
-                flat = array.reshape(-1, *array.shape[-3:])
-                places = (rows[:, None] * c.image_steps + np.arange(c.image_steps)).reshape(-1)
-                repeated = [name for name in features for _ in range(c.image_steps)]
-                jobs += self._decode_jobs(flat, item, repeated, places, seen.reshape(-1))
-            if (array := out.get(f"goal_{view}")) is not None:
-                jobs += self._decode_jobs(array, item, features, rows, goal)
-        return jobs
-
-    def _decode_jobs(
-        self, out: np.ndarray, item: source.Source, views: Sequence[str], rows: np.ndarray, frames: np.ndarray
-    ) -> list[Job]:
-        jobs = []
-        for view in sorted(set(views)):
-            mine = np.array([name == view for name in views])
-            decode = frame_reader.decode_bgr if view in item.swapped_channels else frame_reader.decode_rgb
-            jobs += self._read_jobs(out, item, item.image_feature(view), decode, rows[mine], frames[mine])
-        return jobs
-
-    def _fill_depth(self, out: HostBatch, item: source.Source, rows: np.ndarray, frames: np.ndarray) -> list[Job]:
-        # Depth of a later frame, for predicting it; past the true end of the episode there is nothing to predict.
-        later = frames + self.config.depth_offset
-        end = item.end(frames)
-        inside, later = later < end, np.minimum(later, end - 1)
-        episode = item.frames.episode[frames]
-        if "depth_tokens" in out:
-            out["depth_tokens"][rows] = item.depth_tokens.values[later]
-        if "depth_tokens_mask" in out:
-            out["depth_tokens_mask"][rows] = inside[:, None]
-        if "depth_scale" in out:
-            out["depth_scale"][rows] = item.own_depth()[1] if item.depth is None else item.depth.scale[episode]
-        if "depth_offset" in out:
-            out["depth_offset"][rows] = 0.0 if item.depth is None else item.depth.offset[episode]
-        if "depth" not in out:
-            return []
-        if item.depth is not None:
-            out["depth"][rows[inside]] = item.depth.values[later[inside]]
-            return []
-        decode, _ = item.own_depth()
-        return self._read_jobs(out["depth"], item, item.depth_feature(), decode, rows[inside], later[inside])
-
     # ---- reading ----
 
-    def _read_jobs(
-        self,
-        out: np.ndarray,
-        item: source.Source,
-        feature: str,
-        decode: Callable[[bytes, np.ndarray], None],
-        rows: np.ndarray,
-        frames: np.ndarray,
-    ) -> list[Job]:
-        """One job for each row: fetch the encoded image of a frame, decode it into its row."""
+    def _read_jobs(self, part: samples.Part, pictures: samples.Pictures) -> list[Job]:
+        """One job for each picture: fetch its bytes, decode them into their row."""
+        item, frames = part.item, pictures.frames
         episodes = item.frames.episode[frames]
-        shards = item.split.episodes["shard"][episodes].tolist()
-        spans = item.spans(feature)[frames].tolist()
+        paths = [item.split.shard_path(shard) for shard in item.split.episodes["shard"][episodes].tolist()]
+        spans = item.spans(pictures.feature)[frames].tolist()
         if self._cache is None:
-            fetches = [
-                self._files.start(item.split.shard_path(shard), offset, size)
-                for shard, (offset, size) in zip(shards, spans)
-            ]
+            fetches = [self._files.start(path, *span) for path, span in zip(paths, spans)]
         else:
-            table = next(made for made, other in zip(self.order.blocks, self.sources) if other is item)
+            table = self.order.blocks[part.number]
             fetches = [
-                functools.partial(
-                    self._cache.bytes_at, item.split.shard_path(shard), int(table.low[k]), int(table.high[k]), *span
-                )
-                for shard, k, span in zip(shards, table.of_episode[episodes], spans)
+                functools.partial(self._cache.bytes_at, path, int(table.low[k]), int(table.high[k]), *span)
+                for path, k, span in zip(paths, table.of_episode[episodes], spans)
             ]
         return [
-            functools.partial(self._decode, out[row], decode, fetch, item, frame, span)
-            for row, fetch, frame, span in zip(rows.tolist(), fetches, frames.tolist(), spans)
+            functools.partial(self._decode, pictures.out[row], pictures.decode, fetch, item, frame, span)
+            for row, fetch, frame, span in zip(pictures.rows.tolist(), fetches, frames.tolist(), spans)
         ]
 
     def _decode(
@@ -383,11 +291,12 @@ class Loader:
         except errors.UserError:
             raise  # the store does not answer: that is no fault of the image
         except (ValueError, OSError) as error:
-            raise ValueError(
+            where = f" --index_dir={self.config.index_dir}" if self.config.index_dir else ""
+            raise errors.UserError(
                 f"{item.split.where(frame)}, {span[1]} bytes at {span[0]}: {error}. The shard changed since it was "
                 "indexed or the image is damaged: find out with "
-                f"`python tools/index_rlds.py {item.index.dataset.directory} --verify`, leave damaged images out with "
-                "`--rebuild --quarantine --check_images`"
+                f"`python tools/index_rlds.py {item.index.dataset.directory}{where} --verify`, leave damaged images "
+                "out with `--rebuild --quarantine --check_images`"
             ) from error
 
     def _run(self, jobs: list[Job]) -> None:
@@ -401,26 +310,14 @@ class Loader:
     def _threads(self) -> int:
         return self.config.threads or os.cpu_count() or 1
 
-    # ---- block mode ----
-
-    def _blocks(self, item: source.Source, share: float) -> blocks.Blocks:
-        return blocks.make_blocks(
-            item.split.episodes,
-            item.frames.episode[item.frames.valid],
-            self.config.block_mib << 20,
-            share * (self.config.block_window_mib << 20),
-        )
-
-    def _request_blocks(self, position: np.ndarray) -> None:
+    def _request_blocks(self, which: np.ndarray, sample: np.ndarray) -> None:
         """Starts reading the windows that this batch and the next ones come from."""
-        which, sample = self.order.samples(position)
         wanted = []
-        for number, item in enumerate(self.sources):
+        for number, (item, table) in enumerate(zip(self.sources, self.order.blocks)):
             mine = sample[which == number]
             if len(mine):
-                table = self.order.blocks[number]
-                for k in self.order.blocks_ahead(number, int(mine[0])):
-                    wanted.append((item.split.shard_path(int(table.shard[k])), int(table.low[k]), int(table.high[k])))
+                ahead = self.order.blocks_ahead(number, int(mine[0]))
+                wanted += [table.place(k, item.split.shard_path) for k in ahead]
         self._cache.request(wanted)
 
 

@@ -9,7 +9,6 @@ Kinds:
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -163,15 +162,6 @@ def warn_constant(normaliser: Normaliser, what: str) -> tuple[int, ...]:
             normaliser.floor,
         )
     return dims
-
-
-def check_dims(name: str, array_dims: int, expected: Sequence[int]) -> None:
-    """All parts of a mix must agree on the width of a vector."""
-    if any(dims != array_dims for dims in expected):
-        raise errors.UserError(
-            f"the data sets of the mix have {name} vectors of {[array_dims, *expected]} numbers; "
-            "a batch needs one width: train on data sets that agree"
-        )
 
 
 def _unfloored(normaliser: Normaliser) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -61,9 +61,8 @@ class Order:
         }
         object.__setattr__(self, "_windowed", windowed)
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """i64 [n] -> (data set i32 [n], index into its sampled frames i64 [n])."""
-        which, sample = self.samples(positions)
+    def locate(self, which: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """Samples, as `samples` numbers them -> index into the sampled frames of their data set, i64 [n]."""
         out = np.empty(len(which), np.int64)
         for number, size in enumerate(self.sizes):
             mine = np.flatnonzero(which == number)
@@ -74,7 +73,7 @@ class Order:
                 out[mine] = self._windowed[number].locate(epoch, rank)
             else:
                 out[mine] = permute(rank, size, self.seed, number, epoch) if self.shuffle else rank
-        return which, out
+        return out
 
     def samples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """i64 [n] -> (data set i32 [n], number of samples drawn from it before i64 [n])."""
@@ -111,8 +110,8 @@ def draw_below(seed: int, positions: np.ndarray, stream: int, limit: np.ndarray)
 
 def shares(weights: Sequence[float], sizes: Sequence[int], balance: bool) -> tuple[float, ...]:
     """Normalised shares; with `balance` a weight counts per frame (octo's `balance_weights`)."""
-    if any(not weight > 0 for weight in weights):
-        raise errors.UserError(f"weights must be positive, got {list(weights)}")
+    if any(not 0 < weight < 1e12 for weight in weights):
+        raise errors.UserError(f"weights must be positive and below 1e12, got {list(weights)}")
     raw = [weight * (size if balance else 1) for weight, size in zip(weights, sizes)]
     return tuple(value / sum(raw) for value in raw)
 

@@ -21,6 +21,7 @@ import numpy as np
 from qdepth_jax import errors
 
 KINDS = ("depth", "depth_tokens")
+INVALID_TOKEN = 65535  # a depth token whose patch has too little valid depth
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Source:
       weight: as configured.
       depth: annotated depth maps, or None = the data set's own images.
       depth_tokens: token sidecar or None.
+      mapped: tables of the index that are open.
       identity: json-able; two sources with equal identity give equal samples for equal indices.
     """
 
@@ -43,6 +44,7 @@ class Source:
     depth: sidecar.Sidecar | None
     depth_tokens: sidecar.Sidecar | None
     identity: dict[str, Any]
+    mapped: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def image_feature(self, view: str) -> str:
         """Feature of a camera view; a view that the data set lacks is an error."""
@@ -55,13 +57,14 @@ class Source:
 
     def spans(self, feature: str) -> np.ndarray:
         """`split.spans`, mapped once: a batch must not open files of the index again."""
-        if feature not in self._spans:
-            self._spans[feature] = self.split.spans(feature)
-        return self._spans[feature]
+        if feature not in self.mapped:
+            self.mapped[feature] = self.split.spans(feature)
+        return self.mapped[feature]
 
     @functools.cached_property
-    def _spans(self) -> dict[str, np.ndarray]:
-        return {}
+    def good_frames(self) -> np.ndarray:
+        """i64 [n] ascending: all frames of the split that are not quarantined."""
+        return np.setdiff1d(np.arange(self.split.frames), self.split.quarantined, assume_unique=True)
 
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
@@ -112,6 +115,11 @@ def open_source(
     for warning in opened.warnings:
         logging.warning("%s: %s", opened.dataset.directory, warning)
     definition = definitions.find(entry.name or opened.dataset.name)
+    if definition.name != opened.dataset.name:
+        logging.warning(
+            "%s calls itself %r and is read by the definition of %r", opened.dataset.directory, opened.dataset.name,
+            definition.name,
+        )  # fmt: skip
     split, frames = _select(opened, definition, config, config.split, config.held_out, seed)
     given = (normalisers or {}).get(definition.name)
     if given is None:
@@ -205,6 +213,7 @@ def _select(
         max_frames_per_episode=config.max_frames_per_episode,
         horizon=config.horizon,
         window=config.proprio_steps,
+        pictures=config.image_steps,
         whole_chunks=config.chunk_end == "truncate",
         seed=seed,
     )

@@ -119,13 +119,14 @@ def standardise(
     max_frames_per_episode: int = 0,
     horizon: int = 1,
     window: int = 1,
+    pictures: int = 1,
     whole_chunks: bool = False,
     seed: int = 0,
 ) -> Standardised:
     """Applies recipes to every frame of a split and decides which frames may be sampled.
 
     Args:
-      split: the opened split. Frames in `split.quarantined` (i64 ids), if it has that, are never sampled.
+      split: the opened split. Frames in `split.quarantined` (i64 ids) are never sampled.
       action, proprio: recipes of the data set's definition.
       drop_first, drop_last: the first, the last step of an episode has no action (relabelled actions).
       keep, keep_reason: bool [F]; False = never sampled, counted under this reason.
@@ -133,7 +134,8 @@ def standardise(
       skip_unlabelled: leave out frames whose instructions are all empty.
       episodes: bool [E]; episodes to use (None = all).
       max_frames_per_episode: of longer episodes, keep this many frames, drawn once from `seed` (0 = all).
-      horizon, window: actions after a frame, observed steps before it, that a sample reads.
+      horizon, window, pictures: actions from a frame on, observed steps and observed images up to it, that a sample
+        reads.
       whole_chunks: leave out frames whose chunk passes the end of the episode ("truncate").
 
     Raises:
@@ -155,10 +157,15 @@ def standardise(
         dropped[reason] = dropped.get(reason, 0) + before - int(chosen.sum())
 
     quarantined = np.zeros(frames, bool)
-    quarantined[np.asarray(getattr(split, "quarantined", ()), np.int64)] = True
+    quarantined[split.quarantined] = True
     if episodes is not None:
         drop("episode of another part of the split", ~episodes[episode])
     drop("quarantined", quarantined)
+    if pictures > 1:
+        after = np.zeros(frames, bool)
+        for frame in split.quarantined.tolist():
+            after[frame : min(frame + pictures, stop[episode[frame]])] = True
+        drop("an observed image is quarantined", after)
     if drop_first:
         drop("first step, action undefined", _marked(frames, start - 1))
     if drop_last:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import pickle
 import time
 
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 from libero_writer import HEIGHT, WIDTH, make_libero
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, definitions, index, loader, normalise, order, sidecar, source
+from qdepth_jax.data import (
+    data_config,
+    definitions,
+    index,
+    loader,
+    normalise,
+    order,
+    sidecar,
+)
 
 TOKENIZER = str(pathlib.Path(__file__).parents[2] / "data" / "text_tokenizer" / "libero.model")
 FEATURES = (
@@ -176,7 +185,7 @@ def test_depth_tokens_of_this_and_of_later_frames(libero_dir, tmp_path):
     inside = later["frame"] + 2 < ends
     assert inside.sum() == 24 - 8
     np.testing.assert_array_equal(later["depth_tokens_mask"], np.repeat(inside[:, None], 6, 1))
-    np.testing.assert_array_equal(later["depth_tokens"][:, 5], np.minimum(later["frame"] + 2, ends - 1))
+    np.testing.assert_array_equal(later["depth_tokens"][:, 5], np.where(inside, later["frame"] + 2, 0))
     assert (later["depth"][~inside] == 0).all() and (later["depth"][inside] > 0).all()
 
 
@@ -241,140 +250,37 @@ def test_resume_at_fifty_positions_with_other_hosts_and_threads(mix):
         assert _hash({k: np.concatenate([p[k] for p in pieces]) for k in FEATURES}) == expected[position + 1]
 
 
+def test_steps_hosts_and_forks_that_cannot_be(libero_dir):
+    for step in (-1, 1.5, "0"):
+        with pytest.raises(ValueError, match="a whole number from 0 on"):
+            loader.Loader(_config(libero_dir), ("frame",), 4).batch(step)
+    for index_, count in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(errors.UserError, match="hosts"):
+            loader.Loader(_config(libero_dir), ("frame",), 4, process_index=index_, process_count=count)
+    with pytest.raises(errors.UserError, match="divide over 1 hosts"):
+        loader.Loader(_config(libero_dir), ("frame",), 0)
+    for bad, message in (
+        ({"depth_offset": -1}, "depth_offset"), ({"goal_max_steps": -5}, "goal_max_steps"),
+        ({"threads": -1}, "threads"),
+        ({"views": ("main", "main")}, "twice"), ({"image_size": (0, 5)}, "image_size"), ({"block_mib": 0}, "block_mib"),
+        ({"goal": "last"}, "goal"),
+    ):  # fmt: skip
+        with pytest.raises(errors.UserError, match=message):
+            _config(libero_dir, **bad)
+    with pytest.raises(errors.UserError, match="weights must be positive and below"):
+        order.shares([float("inf"), 1], [1, 1], True)
+    reader = loader.Loader(_config(libero_dir), ("frame", "image_main"), 4, seed=3)
+    again = pickle.loads(pickle.dumps(reader))
+    assert _hash(again.batch(7)) == _hash(reader.batch(7))
+    reader._process += 1
+    with pytest.raises(RuntimeError, match="before a fork"):
+        reader.batch(0)
+
+
 def _define(monkeypatch, name="libero_object", **changes):
     """The definition of a data set with some fields changed, for one test."""
     changed = dataclasses.replace(definitions.DEFINITIONS[name], **changes)
     monkeypatch.setitem(definitions.DEFINITIONS, name, changed)
-
-
-def test_windows_repeat_the_first_observation_and_say_so(libero_dir):
-    keys = ("image_main", "proprio", "proprio_mask", "frame")
-    config = _config(libero_dir, proprio_steps=3, image_steps=2)
-    batch = loader.Loader(config, keys, 24).batch(0)
-    single = loader.Loader(_config(libero_dir), ("image_main", "proprio", "frame"), 24).batch(0)
-    order_of = {frame: row for row, frame in enumerate(single["frame"].tolist())}
-    assert batch["image_main"].shape == (24, 2, HEIGHT, WIDTH, 3) and batch["proprio"].shape == (24, 3, 8)
-    starts = np.repeat([0, 7, 10, 19], [7, 3, 9, 5])
-    for row, frame in enumerate(batch["frame"].tolist()):
-        seen = [max(frame - back, starts[frame]) for back in (2, 1, 0)]
-        assert batch["proprio_mask"][row].tolist() == [frame - back >= starts[frame] for back in (2, 1, 0)]
-        for step, other in enumerate(seen):
-            np.testing.assert_array_equal(batch["proprio"][row, step], single["proprio"][order_of[other], 0])
-        for step, other in enumerate(seen[1:]):
-            np.testing.assert_array_equal(batch["image_main"][row, step], single["image_main"][order_of[other]])
-
-
-def test_truncate_leaves_out_frames_and_counts_them(libero_dir):
-    reader = loader.Loader(_config(libero_dir, horizon=4, chunk_end="truncate"), ("action", "action_mask", "frame"), 8)
-    assert reader.sources[0].frames.valid.tolist() == [*range(0, 4), *range(10, 16), *range(19, 21)]
-    assert "12 fewer than 4 actions to the end of the episode" in reader.summary()[0]
-    assert reader.batch(0)["action_mask"].all()
-    neutral = loader.Loader(_config(libero_dir, chunk_end="neutral"), ("action", "action_mask", "frame"), 24).batch(0)
-    outside = ~neutral["action_mask"]
-    centre = normalise.normalise(np.zeros((1, 7), np.float32), reader.sources[0].action)[0, :6]
-    assert outside.sum() == 4 * 6
-    rows = neutral["action"][outside][:, :6]
-    np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=0)
-    assert set(neutral["action"][outside][:, 6]) <= {0.0, 1.0}
-    assert centre.shape == (6,)
-
-
-def test_goals_lie_ahead_in_the_same_episode(libero_dir):
-    ends = np.repeat([7, 10, 19, 24], [7, 3, 9, 5])
-    plain = loader.Loader(_config(libero_dir), ("image_main", "frame"), 24).batch(0)
-    frame_of = {image.tobytes(): int(frame) for image, frame in zip(plain["image_main"], plain["frame"])}
-
-    def goals(step, **more):
-        batch = loader.Loader(_config(libero_dir, **more), ("goal_main", "frame"), 24).batch(step)
-        return batch["frame"], np.array([frame_of[image.tobytes()] for image in batch["goal_main"]])
-
-    frame, goal = goals(0, goal="final")
-    np.testing.assert_array_equal(goal, ends[frame] - 1)
-    ahead = []
-    for step in range(40):
-        frame, goal = goals(step, goal="uniform", goal_max_steps=3)
-        assert ((goal >= frame) & (goal < ends[frame])).all()
-        ahead += (goal - frame)[ends[frame] - frame > 3].tolist()
-    counts = np.bincount(ahead)
-    assert len(counts) == 4 and np.abs(counts / len(ahead) - 0.25).max() < 0.08
-    with pytest.raises(errors.UserError, match=r"data.goal is empty"):
-        goals(0)
-
-
-def test_a_missing_view_is_refused_or_masked_and_never_read(libero_dir, tmp_path, monkeypatch):
-    other = make_libero(tmp_path, (6, 11), name="libero_spatial", seed=3)
-    _define(monkeypatch, "libero_spatial", views={"main": "observation/image"})
-    keys = ("image_main", "image_wrist", "view_mask", "dataset")
-    with pytest.raises(errors.UserError, match=r"\['libero_spatial'\] have no view 'wrist'.*missing_views='mask'"):
-        loader.Loader(_config(libero_dir, other), keys, 8)
-    reader = loader.Loader(_config(libero_dir, other, missing_views="mask"), keys, 41)
-    reads, real = [], reader._files.start
-    monkeypatch.setattr(reader._files, "start", lambda path, *span: reads.append(path) or real(path, *span))
-    batch = reader.batch(0)
-    lacks = batch["dataset"] == 1
-    assert batch["view_mask"].tolist() == [[True, not gone] for gone in lacks]
-    assert (batch["image_wrist"][lacks] == 0).all() and batch["image_wrist"][~lacks].any((1, 2, 3)).all()
-    assert sum("libero_spatial" in path for path in reads) == lacks.sum()  # one image a row, the main view's
-    with pytest.raises(errors.UserError, match="no data set of the mix has a view 'top'"):
-        loader.Loader(_config(other, views=("main", "top"), missing_views="mask"), ("image_top",), 4)
-
-
-def test_instruction_variants_are_drawn_among_those_that_say_something(libero_dir, monkeypatch):
-    # The sample has one instruction feature; texts of a second one stand in for DROID's three.
-    real = index.SplitIndex.texts
-
-    def texts(self, name):
-        ids, strings = real(self, "steps/language_instruction")
-        if name.endswith("_2"):
-            return np.where(self.episode_of(np.arange(len(ids))) == 0, 1, 0).astype(np.int32), ["go on", ""]
-        return ids, strings
-
-    monkeypatch.setattr(index.SplitIndex, "texts", texts)
-    monkeypatch.setattr(source, "present_instructions", lambda _, d: [f"steps/{name}" for name in d.language])
-    _define(monkeypatch, language=("language_instruction", "language_instruction_2"))
-    keys = ("text", "frame")
-    first = loader.Loader(_config(libero_dir), keys, 24).batch(0)
-    assert len({row.tobytes() for row in first["text"]}) == 2
-    drawn = loader.Loader(_config(libero_dir, instructions="random"), keys, 24)
-    seen = {}
-    for step in range(30):
-        batch = drawn.batch(step)
-        for frame, row in zip(batch["frame"].tolist(), batch["text"]):
-            seen.setdefault(frame < 7, []).append(row.tobytes())
-    assert len(set(seen[True])) == 1  # episode 0 has no second instruction
-    other = [text for text in seen[False] if text not in {row.tobytes() for row in first["text"]}]
-    assert 0.42 < len(other) / len(seen[False]) < 0.58
-
-
-def test_swapped_views_and_blue_first_channels(libero_dir, monkeypatch):
-    keys = ("image_main", "image_wrist", "frame")
-    plain = loader.Loader(_config(libero_dir), keys, 24).batch(0)
-    _define(monkeypatch, bgr=("wrist",), swap=("main", "wrist"))
-    batch = loader.Loader(_config(libero_dir), keys, 24).batch(0)
-    np.testing.assert_array_equal(batch["frame"], plain["frame"])
-    swapped = np.array([not np.array_equal(a, b) for a, b in zip(batch["image_main"], plain["image_main"])])
-    assert 4 <= swapped.sum() <= 20
-    wrist = plain["image_wrist"][..., ::-1]
-    np.testing.assert_array_equal(
-        batch["image_main"], np.where(swapped[:, None, None, None], wrist, plain["image_main"])
-    )
-    np.testing.assert_array_equal(
-        batch["image_wrist"], np.where(swapped[:, None, None, None], plain["image_main"], wrist)
-    )
-
-
-def test_shorter_proprioception_is_filled_only_when_asked(libero_dir, tmp_path, monkeypatch):
-    other = make_libero(tmp_path, (6, 11), name="libero_spatial", seed=3)
-    recipe = definitions.DEFINITIONS["libero_spatial"].proprio
-    _define(monkeypatch, "libero_spatial", proprio=lambda columns: recipe(columns)[:, :5])
-    with pytest.raises(errors.UserError, match=r"data.proprio_dim=8 fills shorter"):
-        loader.Loader(_config(libero_dir, other), ("proprio",), 8)
-    with pytest.raises(errors.UserError, match=r"data.proprio_dim=6, but"):
-        loader.Loader(_config(libero_dir, other, proprio_dim=6), ("proprio",), 8)
-    batch = loader.Loader(_config(libero_dir, other, proprio_dim=9), ("proprio", "dataset"), 41).batch(0)
-    short = batch["dataset"] == 1
-    assert (batch["proprio"][short][..., 5:] == 0).all() and (batch["proprio"][short][..., :5] != 0).any()
-    assert (batch["proprio"][..., 8] == 0).all() and (batch["proprio"][~short][..., 5:8] != 0).any()
 
 
 @pytest.mark.parametrize("view", ["main", "wrist"])
