@@ -8,6 +8,7 @@ One folder per step under WORKDIR/checkpoints with these items, so that a reader
 
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -141,10 +142,18 @@ def check_disk(workdir: str, abstract: Any, keep: int, existing: int = 0) -> Non
         )
 
 
+# Config keys that change no value of the run.
+_MAY_CHANGE = re.compile(
+    r"train\.(log_every|eval_every|eval_batches|checkpoint_every|keep_checkpoints|total_steps|prefetch)|mesh\..*"
+    r"|data\.(threads|index_dir|text_tokenizer)|datasets\.[^.]+\.(path|depth|depth_tokens)|tokenizer"
+)
+
+
 def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
     """Refuse a workdir that holds another experiment; writes nothing.
 
-    Run lengths and intervals may change between starts, everything else may not.
+    Run lengths, intervals, the mesh and where things lie may change between starts, everything else may not. What lies
+    there is compared by content: see Loader.identity.
 
     Raises:
       UserError: listing the keys that differ.
@@ -153,14 +162,12 @@ def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
 
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        free = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every"}
-        free |= {"train.keep_checkpoints", "train.total_steps", "train.prefetch"}
         try:
             before = json.loads(path.read_text())
         except ValueError as error:
             raise errors.UserError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
         found = config_lib.differences(before, config)
-        found = [line for line in found if line.split(":")[0] not in free and not line.startswith("mesh.")]
+        found = [line for line in found if not _MAY_CHANGE.fullmatch(line.split(":")[0])]
         if found:
             raise errors.UserError(
                 f"{workdir!r} belongs to another experiment; choose another --workdir. Differences:\n  "

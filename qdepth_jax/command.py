@@ -23,9 +23,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(
-                "stopped; a training run continues from its last checkpoint when it is started again", file=sys.stderr
-            )
+            print("stopped; the same command, given again, continues from what is finished", file=sys.stderr)
             return 130
 
     app.run(guarded, flags_parser=_parse)

@@ -19,7 +19,11 @@ class Progress:
         self._tty = sys.stderr.isatty()
         self._label, self._total, self._n, self._unit = label, total, initial, unit
         self._start, self._first, self._last = time.monotonic(), initial, 0.0
-        self._bar = tqdm.tqdm(total=total, initial=initial, desc=label, unit=unit) if self._tty else None
+        self._bar = (
+            tqdm.tqdm(total=total, initial=initial, desc=label, unit=unit, unit_scale=unit == "B")
+            if self._tty
+            else None
+        )
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Advance by n; `note` (for instance the loss) stands behind the bar."""
@@ -34,7 +38,10 @@ class Progress:
             self._last = now
             rate = (self._n - self._first) / max(now - self._start, 1e-9)
             left = (self._total - self._n) / rate if rate > 0 else float("inf")
-            line = f"{self._label}: {self._n}/{self._total} {self._unit}, {rate:.2f}/s, {left:.0f} s left {note}"
+            done = f"{self._n}/{self._total} {self._unit}, {rate:.2f}/s"
+            if self._unit == "B":
+                done = f"{self._n / 1e6:.1f}/{self._total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+            line = f"{self._label}: {done}, {left:.0f} s left {note}"
             print(line.rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -112,9 +112,10 @@ class Loader:
         depth_shape = batch_keys.depth_shape(self.sources) if "depth" in self.features else ()
         tokens = batch_keys.token_count(self.sources) if "depth_tokens" in self.features else 0
         self._layout = batch_keys.layout(part, self.features, config, self.sources, shapes, depth_shape, tokens)
-        self._texts = []
+        self._texts, self._text_identity = [], ""
         if "text" in self.features:
             tokenizer = text.TextTokenizer(config.text_tokenizer)
+            self._text_identity = tokenizer.identity
             self._texts = [batch_keys.text_tables(item, tokenizer, config.max_text_tokens) for item in self.sources]
 
     def __reduce__(self):
@@ -169,6 +170,8 @@ class Loader:
             "shuffle": c.shuffle,
             "shares": list(self.order.shares),
             "datasets": [item.identity for item in self.sources],
+            "text_tokenizer": self._text_identity,
+            "max_text_tokens": c.max_text_tokens,
             "normalisation": {
                 name: {key: value.to_json() for key, value in pair.items()} for name, pair in self.normalisers.items()
             },

@@ -271,16 +271,27 @@ def _digest(frames: np.ndarray) -> str:
 def _load_statistics(path: str) -> dict[str, normalise.Statistics] | None:
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)["statistics"]
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        statistics, digest = content["statistics"], content["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.UserError(f"{path} is damaged ({error!r}): delete it, it is computed again") from error
+    if _json_digest(statistics) != digest:
+        raise errors.UserError(f"{path} was changed by hand or is damaged: delete it, it is computed again")
     return {
         name: normalise.Statistics(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        for name, fields in content.items()
+        for name, fields in statistics.items()
     }
 
 
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _save_statistics(path: str, statistics: dict[str, normalise.Statistics], key: list[Any]) -> None:
-    content = {"key": key, "statistics": {name: dataclasses.asdict(value) for name, value in statistics.items()}}
+    rows = json.loads(json.dumps({name: dataclasses.asdict(value) for name, value in statistics.items()}))
+    content = {"key": key, "statistics": rows, "digest": _json_digest(rows)}
     scratch = f"{path}.{os.getpid()}.tmp"
     try:
         with open(scratch, "w", encoding="utf-8") as file:

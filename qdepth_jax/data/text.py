@@ -4,6 +4,7 @@ The instruction is used raw (no lower-casing, no prompt template) and the newlin
 instruction that does not fit the budget is an error, not a cut: a cut loses the newline that the model was trained on.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ class TextTokenizer:
         except (RuntimeError, OSError) as error:
             raise errors.UserError(f"{model_path} is not a SentencePiece model ({error}); copy it again") from error
         self.path = model_path
+        with open(model_path, "rb") as file:
+            self.identity = hashlib.sha256(file.read()).hexdigest()[:16]
         ids = (self._model.pad_id(), self._model.eos_id(), self._model.bos_id(), self._model.unk_id())
         if ids != (PAD, EOS, BOS, UNK):
             raise errors.UserError(

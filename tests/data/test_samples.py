@@ -1,19 +1,21 @@
 """What the rows of a batch show: windows, goals, views, instructions, and never a quarantined picture."""
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
 import pytest
 from libero_writer import HEIGHT, WIDTH, make_libero
-from test_loader import _config, _define, _hash, mix  # noqa: F401
+from test_loader import _config, _define, _hash
 
 from qdepth_jax import errors
 from qdepth_jax.data import definitions, index, loader, normalise, shard_scan, source, spec, tfrecord
 
 
-def test_random_choices_do_not_depend_on_hosts_threads_or_position(mix, monkeypatch):
+def test_random_choices_do_not_depend_on_hosts_threads_or_position(tmp_path, monkeypatch):
     """Goals, swapped cameras, drawn instructions and windows, in both reading modes."""
+    mix = [make_libero(tmp_path), make_libero(tmp_path, (6, 11), name="libero_spatial", seed=3)]
     real = index.SplitIndex.texts
 
     def texts(self, name):
@@ -216,3 +218,19 @@ def test_shorter_proprioception_is_filled_only_when_asked(libero_dir, tmp_path, 
     short = batch["dataset"] == 1
     assert (batch["proprio"][short][..., 5:] == 0).all() and (batch["proprio"][short][..., :5] != 0).any()
     assert (batch["proprio"][..., 8] == 0).all() and (batch["proprio"][~short][..., 5:8] != 0).any()
+
+
+def test_statistics_that_were_changed_are_refused(libero_dir):
+    reader = loader.Loader(_config(libero_dir), ("action",), 4)
+    assert loader.Loader(_config(libero_dir), ("action",), 4).normalisers == reader.normalisers
+    (path,) = pathlib.Path(libero_dir).glob("qdepth_index/statistics-*.json")
+    content = json.loads(path.read_text())
+    content["statistics"]["action"]["q01"][0] -= 9
+    path.write_text(json.dumps(content))
+    with pytest.raises(errors.UserError, match="changed by hand or is damaged: delete it"):
+        loader.Loader(_config(libero_dir), ("action",), 4)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(errors.UserError, match="is damaged"):
+        loader.Loader(_config(libero_dir), ("action",), 4)
+    path.unlink()
+    assert loader.Loader(_config(libero_dir), ("action",), 4).normalisers == reader.normalisers
