@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import checkpoint, errors, train_loop
-from qdepth_jax import config as config_lib
-from qdepth_jax.data import data_config, example, index, loader, shard_scan, spec, tfrecord, write_rlds
+from qdepth_jax.data import data_config, example, index, loader, shard_scan, spec, tfrecord
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -152,7 +151,7 @@ def test_another_batch_size_means_another_position(tmp_path):
         train_loop._check_data(saved, {"data": data}, "runs/x", 160)
     # The configuration kept beside a run says it first.
     checkpoint.write_config(str(tmp_path), {"train": {"batch_size": 8}})
-    with pytest.raises(errors.UserError, match="train.batch_size: 8 there, 16 here"):
+    with pytest.raises(errors.UserError, match=r"train\.batch_size: 8 there, 16 here"):
         checkpoint.check_same_experiment(str(tmp_path), {"train": {"batch_size": 16}})
 
 
