@@ -245,13 +245,18 @@ def _check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str, posit
     if found:
         raise errors.UserError(
             f"the data changed since {workdir!r} was trained, so its position means nothing now; restore the data or "
-            "start a new --workdir:\n  " + "\n  ".join(found)
+            "start a new --workdir:\n  " + "\n  ".join(_short(line) for line in found)
         )
     if seen != position:
         raise errors.UserError(
             f"{workdir!r} had seen {seen} samples at its last checkpoint, with this train.batch_size the same step "
             f"stands for {position}: restore train.batch_size or start a new --workdir"
         )
+
+
+def _short(line: str) -> str:
+    """Statistics of a data set fill pages; that they differ is enough beside the fingerprint."""
+    return line if len(line) < 300 else f"{line.partition(':')[0]}: other values there than here"
 
 
 def _by_data_set(data: dict[str, Any]) -> dict[str, Any]:
