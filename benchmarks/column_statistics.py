@@ -1,6 +1,6 @@
 """Statistics of a data set from columns, against a pass that decodes its images: CPU time, same data, same process.
 
-  python benchmarks/column_statistics.py DATASET_DIR [--repeats=5] [--tfds]
+  python benchmarks/column_statistics.py DATASET_DIR [--repeats=5] [--tfds] [--append_results]
 
 Cells, each in a fresh process, interleaved:
   columns   scan of all shards (checksums verified), index written, statistics of actions, states and every float column
@@ -12,8 +12,10 @@ One process, no worker, in every cell. Counted is CPU time (user and system, all
 the last statistic, without imports; `cpu_s_with_imports` has them. The last line of stdout is JSON.
 """
 
+import datetime
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -21,8 +23,15 @@ import time
 
 from absl import flags
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
+
+from benchmarks import loader_report  # noqa: E402
+
 _REPEATS = flags.DEFINE_integer("repeats", 5, "processes per cell", lower_bound=1)
 _TFDS = flags.DEFINE_bool("tfds", False, "measure a pass through TFDS too")
+_APPEND = flags.DEFINE_bool("append_results", False, "append the table to benchmarks/RESULTS.md")
 _CELL = flags.DEFINE_enum("cell", None, ["columns", "decode", "tfds"], "measure this one, here (used internally)")
 
 
@@ -42,7 +51,13 @@ def main(argv: list[str]) -> int:
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             runs[cell].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{cell}: {runs[cell][-1]}", file=sys.stderr)
-    print(json.dumps(summary(argv[1], runs)))
+    result = summary(argv[1], runs)
+    text = table(result)
+    print(text)
+    if _APPEND.value:
+        with open(ROOT / "benchmarks" / "RESULTS.md", "a", encoding="utf-8") as file:
+            file.write("\n" + text)
+    print(json.dumps(result))
     return 0
 
 
@@ -129,6 +144,41 @@ def summary(directory: str, runs: dict[str, list[dict]]) -> dict:
             "ratio_range": [round(float(ratios.min()), 1), round(float(ratios.max()), 1)],
         }
     return out
+
+
+def table(result: dict) -> str:
+    """Markdown."""
+    machine = loader_report.machine()
+    packages = loader_report.versions(
+        (
+            "numpy",
+            "simplejpeg",
+            "pillow",
+            "google-crc32c",
+            *(["tensorflow-datasets"] if "tfds" in result["cells"] else []),
+        )
+    )
+    shown = " ".join(arg for arg in sys.argv[1:] if arg.startswith("--"))
+    lines = [
+        f"## {datetime.date.today()} column statistics: {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gb']} GB",
+        "",
+        f"`python benchmarks/column_statistics.py DATASET_DIR {shown}`".replace(" `", "`"),
+        f"{machine['system']}; " + ", ".join(f"{name} {number}" for name, number in packages.items()) + ".",
+        f"{result['data']}, {result['frames']} frames, {result['images']} images; {result['repeats']} repeats in "
+        f"turns, one process each; median [quartiles]; load average {result['load_average']:.1f}.",
+        "",
+        "| pass | CPU s | CPU us per frame | with imports, CPU s | x columns (range) |",
+        "|---" * 5 + "|",
+    ]
+    for cell, found in result["cells"].items():
+        low, high = found["quartiles_s"]
+        least, most = found["ratio_range"]
+        lines.append(
+            f"| {cell} | {found['cpu_s']:.3f} [{low:.3f}, {high:.3f}] | {found['us_per_frame']:.1f} | "
+            f"{found['cpu_s_with_imports']:.2f} | {found['ratio']:.1f} ({least:.1f} to {most:.1f}) |"
+        )
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
-from benchmarks import loader_cell, loader_report  # noqa: E402
+from benchmarks import default_data, loader_cell, loader_report  # noqa: E402
 
 _DATA = flags.DEFINE_string(
     "data", "", "data set in the layout of benchmarks/make_dataset.py; default: made in --scratch"
@@ -227,13 +227,7 @@ def _data() -> str:
     """The data set and its index; written and built on first use."""
     from qdepth_jax.data import index, spec
 
-    directory = _DATA.value
-    if not directory:
-        command = [sys.executable, str(ROOT / "benchmarks" / "make_dataset.py"), _SCRATCH.value]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        made = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        directory = json.loads(made.stdout.strip().splitlines()[-1])["directory"]
-    directory = spec.find_version(directory)
+    directory = spec.find_version(_DATA.value or default_data.write(_SCRATCH.value))
     index.open_index(directory)
     return directory
 

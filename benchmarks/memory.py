@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
-from benchmarks import loader_cell, loader_report  # noqa: E402
+from benchmarks import default_data, loader_cell, loader_report  # noqa: E402
 
 _DATA = flags.DEFINE_string("data", "", "data set; default: that of benchmarks/loader.py (11,430 frames, two cameras)")
 _SCRATCH = flags.DEFINE_string("scratch", str(ROOT / "runs" / "benchmark"), "folder for the data set")
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; flags start with --")
-    result = run(_DATA.value or _data(), _EPOCHS.value, _BATCH_SIZE.value, _PREFETCH.value)
+    result = run(_DATA.value or default_data.write(_SCRATCH.value), _EPOCHS.value, _BATCH_SIZE.value, _PREFETCH.value)
     text = table(result)
     print(text)
     if _APPEND.value:
@@ -129,13 +129,6 @@ def table(result: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _data() -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / "make_dataset.py"), _SCRATCH.value]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    made = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(made.stdout.strip().splitlines()[-1])["directory"]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Run(NamedTuple):
       batches: first step -> iterator of this process's batches, the step that comes next first.
       eval_batches: () -> the batches of held-out data, or None.
       initialise: fresh state -> state with what earlier stages provide (pretrained parameters, a codebook).
-      meta: JSON stored beside every checkpoint; meta["data"]["fingerprint"] must match on resume.
+      meta: JSON stored beside every checkpoint; meta["data"] must be equal on resume.
     """
 
     objective: objective_lib.Objective
@@ -88,7 +88,7 @@ def run_training(run: Run, workdir: str, command: str = "") -> dict[str, float]:
             init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
             state = run.initialise(jax.jit(init, out_shardings=placed)(key))
         else:
-            _check_data(checkpoint.read_meta(workdir), run.meta, workdir)
+            _check_data(checkpoint.read_meta(workdir), run.meta, workdir, start * c.batch_size)
             state = checkpoint.restore(manager, start, target)
         # Nothing has been written so far: what does not fit was refused above.
         _say_changed_length(folder / "config.json", c.total_steps)
@@ -232,13 +232,36 @@ def _check(run: Run) -> None:
         )
 
 
-def _check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str) -> None:
-    found = config_lib.differences(saved["data"] | {"position": 0}, meta["data"] | {"position": 0})
+def _check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str, position: int) -> None:
+    """Refuses to go on with other samples than those the run would have seen.
+
+    Args:
+      saved: what stands beside the checkpoint; `meta`: the same of this start, without a position.
+      position: samples that this start takes as seen: step times batch size.
+    """
+    before = dict(saved["data"])
+    seen = before.pop("position")
+    found = config_lib.differences(_by_data_set(before), _by_data_set(meta["data"]))
     if found:
         raise errors.UserError(
             f"the data changed since {workdir!r} was trained, so its position means nothing now; restore the data or "
-            "start a new --workdir:\n  " + "\n  ".join(found)
+            "start a new --workdir:\n  " + "\n  ".join(_short(line) for line in found)
         )
+    if seen != position:
+        raise errors.UserError(
+            f"{workdir!r} had seen {seen} samples at its last checkpoint, with this train.batch_size the same step "
+            f"stands for {position}: restore train.batch_size or start a new --workdir"
+        )
+
+
+def _short(line: str) -> str:
+    """Statistics of a data set fill pages; that they differ is enough beside the fingerprint."""
+    return line if len(line) < 300 else f"{line.partition(':')[0]}: other values there than here"
+
+
+def _by_data_set(data: dict[str, Any]) -> dict[str, Any]:
+    """The list of data sets as a table, so that a difference is told by data set and field."""
+    return data | {"datasets": {f"{n} {item['name']}": item for n, item in enumerate(data["datasets"])}}
 
 
 def _meta(run: Run, step: int) -> dict[str, Any]:

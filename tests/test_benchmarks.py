@@ -146,6 +146,19 @@ def test_loader_benchmark_of_ours(small_data, tmp_path):
 
 
 @pytest.mark.slow
+def test_column_statistics_are_taken_without_decoding(small_data):
+    told = run_command("benchmarks/column_statistics.py", small_data, "--repeats=2")
+    text, summary = told.rstrip("\n").rsplit("\n", 1)
+    found = json.loads(summary)
+    assert text.startswith("## ") and small_data not in text
+    assert "`python benchmarks/column_statistics.py DATASET_DIR --repeats=2`" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert found["images"] == 2 * found["frames"] and found["repeats"] == 2
+    # Decoding is real work; its cell must not be the other one under another name.
+    assert found["cells"]["decode"]["ratio"] > 1.5 and found["cells"]["columns"]["ratio"] == 1
+
+
+@pytest.mark.slow
 def test_a_stopped_benchmark_goes_on(small_data, tmp_path):
     command = (
         sys.executable, "benchmarks/loader.py", f"--data={small_data}", f"--scratch={tmp_path}", "--contenders=ours",

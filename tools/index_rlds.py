@@ -7,14 +7,14 @@ DATASET_DIR holds features.json and dataset_info.json (or is the parent of the o
 gs://. Every record's checksum is verified on a build; a build that was stopped continues. `--verify` reads the shards
 again and compares. The first damaged record, record that does not fit features.json, episode without steps or action
 that is not finite is an error; with `--quarantine` they are set aside, listed in quarantine.json of the index and never
-sampled. No image is decoded, except by `--check_images`. The last line of stdout is JSON.
+sampled. An index that a training run built is completed: actions are checked in its columns, without reading shards.
+No image is decoded, except by `--check_images`, which reads all shards. The last line of stdout is JSON.
 """
 
 import json
 import logging
 import sys
 import time
-import types
 
 from absl import flags
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 def run(directory: str) -> dict:
     """Builds, verifies or just opens; returns the summary."""
     from qdepth_jax import errors, progress
-    from qdepth_jax.data import definitions, index, quarantine, shard_scan, spec
+    from qdepth_jax.data import definitions, finite_check, index, quarantine, shard_scan, spec
 
     dataset = spec.read_spec(directory)
     definition = definitions.DEFINITIONS.get(dataset.name)
@@ -61,12 +61,16 @@ def run(directory: str) -> dict:
         build_anew()
     opened = index.open_index(directory, _INDEX_DIR.value, on_shard=on_shard, workers=_WORKERS.value, checks=checks)
     action = "built" if work["bytes"] else "opened"
-    if (checks.images and not opened.checks.images) or not set(checks.finite) <= set(opened.checks.finite):
-        # It was built without these checks, by a training run for instance; they need the shards again.
-        logging.info("the index that is there was built with fewer checks: building it again")
+    if checks.images and not opened.checks.images:
+        logging.info("the index that is there was built without --check_images: building it again")
         build_anew()
         opened, action = index.open_index(directory, _INDEX_DIR.value), "built"
-    if _VERIFY.value and action == "opened":
+    elif missing := [name for name in checks.finite if name not in opened.checks.finite]:
+        # Built without this check, by a training run for instance: its columns hold what the shards do.
+        finite_check.add(opened, missing, checks.tolerate)
+        opened = index.open_index(directory, _INDEX_DIR.value)
+        action = "checked" if action == "opened" else action
+    if _VERIFY.value and action in ("opened", "checked"):
         index.verify(opened, on_shard, _WORKERS.value)
         action = "verified"
     bar.close()
@@ -107,7 +111,7 @@ def _finite(dataset, definition) -> tuple[str, ...]:
     """The float columns that the recipes of the data set read; without a definition, its actions and states."""
     import numpy as np
 
-    from qdepth_jax.data import shard_scan
+    from qdepth_jax.data import shard_scan, standardise
 
     columns = {
         name: feature
@@ -124,14 +128,12 @@ def _finite(dataset, definition) -> tuple[str, ...]:
         return np.zeros((1, *feature.shape), shard_scan.column_dtype(feature))
 
     # One episode of one frame, whose columns note that they were read.
-    one = types.SimpleNamespace(
+    one = standardise.Columns(
         read=lambda name: values(f"steps/{name}"),
+        lengths=np.ones(1, np.int64),
         text=lambda name: (np.zeros(1, np.int32), [""]),
         episode_read=values,
         episode_text=lambda name: (np.zeros(1, np.int32), [""]),
-        lengths=np.ones(1, np.int64),
-        start=np.zeros(1, np.int64),
-        end=np.ones(1, np.int64),
     )
     definition.action(one)
     definition.proprio(one)

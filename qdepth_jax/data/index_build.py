@@ -80,7 +80,7 @@ def build(
         # Another process may have finished first and cleared the scratch folder: its index is as good as ours.
         overtaken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
         if not (overtaken and os.path.exists(f"{target}/index.json")):
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         if replace:
             raise errors.UserError(f"another process rebuilds {target} at the same time: wait for it") from error
     shutil.rmtree(scratch, ignore_errors=True)
@@ -367,11 +367,14 @@ def _warnings(split: spec.Split, metas: Sequence[dict[str, Any]], rows: Sequence
     for name in sorted({name for meta in metas for name in meta["non_finite"]}):
         values = sum(meta["non_finite"].get(name, 0) for meta in metas)
         warnings.append(f"split {split.name}: {name} holds {values} values that are NaN or infinite")
-    aside = quarantine.count(row for row in rows if row.split == split.name)
-    if aside:
-        counts = ", ".join(f"{number} x {reason}" for reason, number in aside.items())
-        warnings.append(f"split {split.name}: set aside (quarantine.json): {counts}")
-    return warnings
+    aside = [row for row in rows if row.split == split.name]
+    return [*warnings, aside_warning(split.name, aside)] if aside else warnings
+
+
+def aside_warning(split: str, rows: Sequence[quarantine.Row]) -> str:
+    """What of a split was set aside, counted by reason."""
+    counts = ", ".join(f"{number} x {reason}" for reason, number in quarantine.count(rows).items())
+    return f"split {split}: set aside (quarantine.json): {counts}"
 
 
 def _save_json(root: str, name: str, content: Any) -> list[int]:
@@ -381,7 +384,8 @@ def _save_json(root: str, name: str, content: Any) -> list[int]:
     return [len(data), google_crc32c.value(data)]
 
 
-def _cannot_write(target: str, error: OSError) -> errors.UserError:
+def cannot_write(target: str, error: OSError) -> errors.UserError:
+    """The message for an index folder that refuses a file."""
     what = {
         errno.ENOSPC: "the disk is full; free space or choose another place",
         errno.EDQUOT: "the quota is used up; free space or choose another place",

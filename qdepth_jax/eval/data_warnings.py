@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 
 from qdepth_jax import progress
-from qdepth_jax.data import index, normalise, shard_scan
+from qdepth_jax.data import index, normalise, quarantine, shard_scan
 from qdepth_jax.eval import data_facts
 
 FAR_OUT = 10.0  # an outlier lies more than this many q01..q99 widths outside of them
@@ -42,10 +42,21 @@ def find(subject: data_facts.Subject, horizon: int, images: data_facts.Images) -
             normaliser = normalise.Normaliser(data_facts.raw_statistics(values))
             out += _constant(feature.name, normaliser)
             out += _outliers(feature.name, values, np.arange(split.frames), split, normaliser)
-    quarantined = getattr(split, "quarantined", None)
-    if quarantined is not None and len(quarantined):
-        out.append(f"{len(quarantined)} frames are quarantined and never sampled: {_some(quarantined)}")
+    out += _quarantined(split)
     out += _duplicates(subject) + _sizes(subject, images)
+    return out
+
+
+def _quarantined(split: index.SplitIndex) -> list[str]:
+    """Frames that are never sampled, by reason, and what was set aside without being an episode of the index."""
+    out = []
+    for reason, frames in split.quarantined_by_reason.items():
+        out.append(f"{len(frames)} frames are quarantined and never sampled ({reason}): {_some(frames)}")
+    unread = [row for row in split.quarantine if row.episode is None]
+    if unread:
+        counts = ", ".join(f"{number} x {reason}" for reason, number in quarantine.count(unread).items())
+        places = _some((f"{row.shard} record {row.record}" for row in unread), 3)
+        out.append(f"{len(unread)} records are quarantined and no episodes of the index ({counts}): {places}")
     return out
 
 

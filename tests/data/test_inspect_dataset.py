@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image
 
 from qdepth_jax import errors
-from qdepth_jax.data import normalise, sidecar, write_rlds
+from qdepth_jax.data import normalise, quarantine, sidecar, write_rlds
 from qdepth_jax.eval import data_facts, data_figures, data_warnings, inspect
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -152,9 +152,22 @@ def test_every_planted_fault_is_named(tmp_path):
 def test_quarantined_frames_and_several_languages_are_named(tmp_path):
     directory = write_set(tmp_path, [make_episode(n) for n in range(3)])
     subject = data_facts.open_subject(directory)
-    subject.split.__dict__["quarantined"] = np.array([3, 17])
+    shard = subject.opened.dataset.splits["train"].shards[0]
+    subject.split.__dict__["quarantine"] = (
+        quarantine.Row("train", shard, 0, 0, 3, quarantine.IMAGE, ""),
+        quarantine.Row("train", shard, 1, 1, 5, quarantine.IMAGE, ""),
+        quarantine.Row("train", shard, 2, 2, None, quarantine.NON_FINITE, ""),
+        quarantine.Row("train", shard, 3, None, None, quarantine.DAMAGED, ""),
+        quarantine.Row("train", shard, 4, None, None, quarantine.LOST, ""),
+    )
     images = data_facts.Images(subject.split)
-    assert data_warnings.find(subject, 4, images) == ["2 frames are quarantined and never sampled: 3, 17"]
+    assert data_warnings.find(subject, 4, images) == [
+        "2 frames are quarantined and never sampled (damaged image): 3, 17",
+        "12 frames are quarantined and never sampled (episode with a non-finite value): 24, 25, 26, 27, 28, 29, 30, 31 "
+        "and 4 more",
+        "2 records are quarantined and no episodes of the index (1 x damaged record, 1 x unreadable rest of a shard): "
+        f"{shard} record 3, {shard} record 4",
+    ]
     twice = dataclasses.replace(subject, languages=subject.languages * 2)
     rows, labelled = data_facts.instructions(twice)
     assert rows == [("pick up", 72, 6)] and labelled.all()

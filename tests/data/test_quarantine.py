@@ -1,7 +1,9 @@
 """Damaged data: the first problem is an error that names it; on request everything bad is set aside and counted."""
 
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 from libero_writer import make_libero
 
 from qdepth_jax import errors
-from qdepth_jax.data import example, index, quarantine, shard_scan, spec, tfrecord
+from qdepth_jax.data import example, finite_check, index, quarantine, shard_scan, spec, tfrecord
 
 ROOT = pathlib.Path(__file__).parents[2]
 ACTION = ("steps/action",)
@@ -201,3 +203,125 @@ def test_the_command(tmp_path):
     }  # fmt: skip
     assert "set aside (quarantine.json): 1 x damaged record" in done.stderr
     assert spec.read_spec(damaged).splits["train"].declared == (3, 3)
+
+
+# ---- checks that an index gets later ----
+
+BOTH = ("steps/action", "steps/observation/state")
+
+
+def _with_nan(directory):
+    """Three of six episodes have a value that is not finite, one of them in both columns."""
+    for split, number, at, changes in (
+        ("train", 0, 1, {"action": _nan_at_2}),
+        ("train", 1, 0, {"action": _nan_at_2, "state": lambda x: np.where(np.arange(len(x)) == 3, np.inf, x)}),
+        ("val", 0, 0, {"state": lambda x: np.where(np.arange(len(x)) > 20, -np.inf, x)}),
+    ):
+        path = _shard(directory, split, number)
+        payloads = _payloads(path)
+        payloads[at] = _changed(payloads[at], **changes)
+        _write(path, payloads)
+    return directory
+
+
+def _files(opened):
+    root = pathlib.Path(opened.directory)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def _hide_damage(directory):
+    """Damages every shard behind its old time: a command that reads one again fails."""
+    for path in pathlib.Path(directory).glob("*.tfrecord-*"):
+        stat, data = path.stat(), bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 1 << 20])
+def test_a_check_added_later_writes_the_files_of_a_scan_with_it(tmp_path, monkeypatch, images, rows):
+    monkeypatch.setattr(finite_check, "_ROWS", rows)
+    directory = _with_nan(make_libero(tmp_path, (7, 4, 9, 5, 4, 6)))
+    if images:
+        path = _shard(directory, "train", 1)
+        _write(path, [_changed(payload, image=_broken_image) for payload in _payloads(path)])
+    tolerate = {"tolerate": True, "images": True} if images else {}
+    whole = _open(directory, tmp_path / "whole", finite=BOTH, **{**tolerate, "tolerate": True})
+    later = _open(directory, tmp_path / "later", **tolerate)
+    assert len(whole.split("train").quarantine) == (6 if images else 3) and len(whole.split("val").quarantine) == 1
+    before = _files(later)
+    assert before != _files(whole)
+    if images:
+        # One column after the other.
+        finite_check.add(later, BOTH[1:], tolerate=True)
+        later = index.open_index(directory, str(tmp_path / "later"))
+        finite_check.add(later, BOTH[:1], tolerate=True)
+        assert later.quarantine_digest != index.open_index(directory, str(tmp_path / "later")).quarantine_digest
+    else:
+        with pytest.raises(errors.UserError, match=r"split train, .*00000-of.*: record 1 .*'steps/action' holds .*nan"):
+            finite_check.add(later, BOTH, tolerate=False)
+        assert _files(later) == before
+        # Killed between its two files, and given again.
+        replace = finite_check._replace
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            names = iter(("quarantine.json", KeyboardInterrupt))
+
+            def killed(directory, name, content):
+                if next(names) is KeyboardInterrupt:
+                    raise KeyboardInterrupt
+                return replace(directory, name, content)
+
+            patch.setattr(finite_check, "_replace", killed)
+            finite_check.add(later, BOTH, tolerate=True)
+        later = index.open_index(directory, str(tmp_path / "later"))
+        assert later.checks.finite == () and later.quarantine_digest == whole.quarantine_digest
+        finite_check.add(later, BOTH, tolerate=True)
+    later = index.open_index(directory, str(tmp_path / "later"))
+    assert _sorted(_files(later)) == _sorted(_files(whole))
+    assert images or _files(later) == _files(whole)
+    assert later.checks == whole.checks and later.quarantine_digest == whole.quarantine_digest
+    index.verify(later)
+
+
+def _sorted(files):
+    """With the rows of one record in one order: two columns checked one after the other are noted in that order."""
+    content = json.loads(files["quarantine.json"])
+    content["rows"] = sorted(content["rows"], key=json.dumps)
+    about = json.loads(files["index.json"])
+    about["files"].pop("quarantine.json")
+    return files | {"quarantine.json": content, "index.json": about}
+
+
+def test_good_data_needs_no_shard_for_the_check(tmp_path):
+    directory = make_libero(tmp_path)
+    opened, whole = index.open_index(directory), _open(directory, tmp_path / "whole", finite=BOTH)
+    _hide_damage(directory)
+    finite_check.add(opened, BOTH, tolerate=False)
+    assert _files(index.open_index(directory)) == _files(whole)
+    with pytest.raises(errors.UserError, match="cannot write the index"):
+        shutil.rmtree(opened.directory + "/val")
+        finite_check._replace(opened.directory + "/val", "index.json", {})
+
+
+def test_the_command_completes_an_index_that_training_built(tmp_path):
+    directory = _with_nan(make_libero(tmp_path))
+    opened = index.open_index(directory)
+    _hide_damage(directory)
+    command = [sys.executable, str(ROOT / "tools" / "index_rlds.py"), directory]
+
+    def run(*flags):
+        return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+
+    refused = run()
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "record 1 (payload at byte" in refused.stderr and "--quarantine" in refused.stderr
+    assert index.open_index(directory).checks == opened.checks
+    for action in ("checked", "opened"):
+        done = run("--quarantine")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout.splitlines()[-1])
+        assert summary["action"] == action and summary["quarantine"]["rows"] == 4
+        assert summary["splits"]["train"]["quarantine"] == {quarantine.NON_FINITE: 3}
+    wanted = run("--check_images")  # needs the shards, and so meets the damage
+    assert wanted.returncode == 2 and "checksum" in wanted.stderr
