@@ -60,7 +60,8 @@ test-slow: $(VENV)/.test
 # more kill points, the experiments that share a program.
 test-gate: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_bridge.py tests/test_experiments.py \
-	  tests/test_train_step.py tests/test_resume.py tests/data tests/convert tests/models/test_augment.py
+	  tests/test_train_step.py tests/test_resume.py tests/test_benchmarks.py tests/test_data_changes.py \
+	  tests/data tests/convert tests/models/test_augment.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
