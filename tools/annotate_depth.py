@@ -78,7 +78,7 @@ def annotate(directory: str) -> dict:
 
 
 def annotate_episode(reader, estimator, camera: str, episode: int, shape: tuple[int, int]):
-    """(raw u16 [T, H, W], scale, offset) of one episode; frames that were set aside are 0, the estimator sees the rest."""
+    """(raw u16 [T, H, W], scale, offset) of one episode; the estimator does not see what was set aside (it is 0)."""
     import numpy as np
 
     from qdepth_jax.data import depth_labels

@@ -45,19 +45,21 @@ class ExportTask:
     first_frame: int
     fps: float
     features: dict[str, spec.FeatureSpec]
-    language: tuple[str, ...]
+    language: tuple[spec.FeatureSpec, ...]
     tasks: dict[str, int]
     episode_features: tuple[spec.FeatureSpec, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export, decided; `left_out`: RLDS feature -> why."""
+    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`: reason -> episodes, as `rlds.Plan`."""
 
     target: rlds_claim.Target
     tasks: tuple[ExportTask, ...]
     fps: float
     left_out: dict[str, str]
+    dropped: dict[str, int]
+    not_indexed: dict[str, int]
     robot_type: str
 
 
@@ -86,14 +88,21 @@ def plan(
     """
     opened = index.open_index(directory, index_dir)
     dataset = opened.dataset
-    output = os.path.abspath(os.path.expanduser(output))
-    rlds_claim.check_place(dataset.directory, output)
+    output = rlds_claim.place(dataset.directory, output)
     if not fps and dataset.name in definitions.DEFINITIONS:
         fps = definitions.DEFINITIONS[dataset.name].rate_hz
     if fps <= 0:
         raise errors.UserError(f"the control rate of {dataset.name!r} is not known: give --fps")
     language = rlds_features.language(opened, language)
-    kept, _ = rlds.select(opened, rlds.Options(splits=(split,)))
+    arrays = [
+        feature for feature in language if dataset.feature(feature).kind == "text" and dataset.feature(feature).shape
+    ]
+    if arrays or not language:
+        raise errors.UserError(
+            f"LeRobot keeps one task per frame, but {arrays or 'no feature'} of {dataset.name!r} is the instruction: "
+            "name a single text with --language"
+        )
+    kept, dropped = rlds.select(opened, rlds.Options(splits=(split,)))
     name, mask = next(iter(kept.items()))
     features, episode_features, left_out = _features(dataset, language, leave_out)
     table = opened.split(name)
@@ -105,8 +114,9 @@ def plan(
     tasks = _task_texts(table, language, chosen)
     provenance = {
         "format": FORMAT,
-        "source": {"name": dataset.name, "version": dataset.version, "fingerprint": opened.fingerprint},
+        "source": rlds.source_identity(opened),
         "split": split,
+        "episodes": rlds.episode_identity(kept),
         "fps": fps,
         "names": {key: {"name": f.name.removeprefix("steps/"), "shape": list(f.shape)} for key, f in features.items()},
         "episode_features": {
@@ -133,7 +143,7 @@ def plan(
                 first_frame=int(rows["length"][: part.start].sum()),
                 fps=fps,
                 features=features,
-                language=language,
+                language=tuple(dataset.feature(feature) for feature in language),
                 tasks=tasks,
                 episode_features=tuple(episode_features),
             )
@@ -143,7 +153,7 @@ def plan(
     target = rlds_claim.Target(
         output, provenance, digest, files, size, last="meta/info.json", notes="meta/qdepth_convert.json"
     )
-    return Plan(target, tuple(parts), fps, left_out, dataset.name)
+    return Plan(target, tuple(parts), fps, left_out, dropped[name], rlds.not_indexed(table), dataset.name)
 
 
 def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None) -> dict:
@@ -204,6 +214,8 @@ def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
         "images_untouched": sum(result["counts"]["images"] for result in results),
         "file_bytes": sum(result["file_bytes"] for result in results),
         "tasks": len(plan.tasks[0].tasks),
+        "dropped": plan.dropped,
+        "not_indexed": plan.not_indexed,
     }
     try:
         lerobot_write.write_tasks(plan.target.folder, plan.tasks[0].tasks)
@@ -244,9 +256,14 @@ def _episode(task: ExportTask, payload: bytes, length: int) -> tuple[dict[str, A
         if len(columns[key]) != length:
             raise ValueError(f"feature {feature.name!r} has {len(columns[key])} rows, {length} steps")
     texts = [""] * length
-    for name in reversed(task.language):
-        found = [piece.decode(errors="backslashreplace") for piece in pieces(name)]
-        found = found * length if len(found) == 1 and not name.startswith("steps/") else found
+    for feature in reversed(task.language):
+        if feature.kind == "text":
+            encoded = pieces(feature.name)
+        else:
+            numbers = scanned[feature.name].value.reshape(-1, *feature.shape)
+            encoded = [shard_scan.code_units(feature, row) for row in numbers]
+        found = [text.decode(errors="backslashreplace") for text in encoded]
+        found = found * length if len(found) == 1 and not feature.per_step else found
         texts = [new if new.strip() else old for new, old in zip(found, texts, strict=True)]
     metadata = {}
     for feature in task.episode_features:

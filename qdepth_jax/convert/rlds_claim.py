@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qdepth_jax import errors
-from qdepth_jax.data import write_rlds
+from qdepth_jax.data import storage, write_rlds
 
 STATE = "convert_state"
 PROVENANCE = "qdepth_convert"  # key in the notes
@@ -151,11 +151,21 @@ def cannot_write(path: str, error: OSError) -> errors.UserError:
     return errors.UserError(f"cannot write {path}: {error.strerror}; {fix} (finished files are kept)")
 
 
-def check_place(source: str, output: str) -> None:
-    """Refuses an output folder that is, holds or lies in the source."""
+def place(source: str, output: str) -> str:
+    """The absolute path of an output folder.
+
+    Raises:
+      UserError: it is, holds or lies in the source, or is no local folder.
+    """
+    if storage.is_remote(output):
+        raise errors.UserError(f"--output={output}: only local folders are written; copy the finished data set there")
+    output = os.path.abspath(os.path.expanduser(output))
+    if storage.is_remote(source):
+        return output
     inside, outside = os.path.realpath(output), os.path.realpath(source)
     if inside == outside or inside.startswith(outside + os.sep) or outside.startswith(inside + os.sep):
         raise errors.UserError(f"--output={output} and the data set {source} contain one another: choose another")
+    return output
 
 
 def _finished(target: Target) -> bool:

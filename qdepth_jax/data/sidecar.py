@@ -37,7 +37,8 @@ class Metadata:
       identity: who made it: the tokenizer's identity, or the estimator's name and version.
       row_shape: shape of one frame: (P,) or (H, W).
       frames, episodes: of the split.
-      details: json-able rest: tokens: grid, codes, invalid (INVALID_TOKEN); depth: {"depth_kind": "metric" | "relative"}.
+      details: json-able rest; tokens: grid, codes, invalid (INVALID_TOKEN);
+        depth: {"depth_kind": "metric" | "relative"}.
     """
 
     kind: str
@@ -191,6 +192,12 @@ def token_validity(valid: np.ndarray, grid: int) -> np.ndarray:
     cell = size // grid
     share = valid.reshape(count, grid, cell, grid, cell).mean(axis=(2, 4))
     return (share >= 0.5).reshape(count, grid * grid)
+
+
+def token_pixels(valid: np.ndarray, size: int) -> np.ndarray:
+    """The pixels bool [N, size, size] of tokens bool [N, P]: where a token holds, all of its pixels do."""
+    grid = int(valid.shape[1] ** 0.5)
+    return valid.reshape(len(valid), grid, grid).repeat(size // grid, axis=1).repeat(size // grid, axis=2)
 
 
 def check(sidecar: Sidecar, *, kind: str, fingerprint: str, camera: str, identity: str = "") -> None:
