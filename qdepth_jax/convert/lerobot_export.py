@@ -52,7 +52,7 @@ class ExportTask:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`: reason -> episodes, as `rlds.Plan`."""
+    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`: as in `rlds.Plan`."""
 
     target: rlds_claim.Target
     tasks: tuple[ExportTask, ...]
@@ -158,16 +158,16 @@ def plan(
 
 def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None) -> dict:
     """Writes one data file unless it is there; returns its done file (episode rows and moments for the statistics)."""
-    finished = rlds_claim.read_done(task.done, task.output, task.digest)
-    if finished is not None:
-        if on_bytes:
-            on_bytes(int(task.rows["size"].sum()))
-        return {**finished, "kept": True}
+    result = rlds_claim.make_file(task, lambda: _write_file(task, on_bytes))
+    if result["kept"] and on_bytes:
+        on_bytes(int(task.rows["size"].sum()))
+    return result
+
+
+def _write_file(task: ExportTask, on_bytes: Callable[[int], None] | None) -> dict:
     files, episodes, counts = frame_reader.ShardFiles(), [], {"frames": 0, "images": 0}
     moments: dict[str, lerobot_write.Moments] = {}
     try:
-        os.makedirs(os.path.dirname(task.done), exist_ok=True)
-        os.makedirs(os.path.dirname(task.output), exist_ok=True)
         with lerobot_write.DataFile(task.output, task.features) as writer:
             frame = task.first_frame
             for number, (row, source) in enumerate(zip(task.rows, task.sources)):
@@ -185,20 +185,14 @@ def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None
                 counts["images"] += sum(length for feature in task.features.values() if feature.kind == "image")
                 if on_bytes:
                     on_bytes(int(row["size"]))
-        result = {
-            "shard": os.path.basename(task.done).removesuffix(".json"),
-            "digest": task.digest,
-            "file_bytes": os.path.getsize(task.output),
-            "episodes": episodes,
-            "counts": counts,
-            "moments": {key: value.as_json() for key, value in moments.items()},
-        }
-        lerobot_write.write_json(task.done, result)
-    except OSError as error:
-        raise rlds_claim.cannot_write(task.output, error) from error
     finally:
         files.close()
-    return {**result, "kept": False}
+    return {
+        "shard": os.path.basename(task.done).removesuffix(".json"),
+        "episodes": episodes,
+        "counts": counts,
+        "moments": {key: value.as_json() for key, value in moments.items()},
+    }
 
 
 def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,39 @@ def read_done(done: str, output: str, digest: str) -> dict | None:
             f"{output} is not what an earlier run finished ({size} bytes): delete {done}, the file is then made again"
         )
     return content
+
+
+def make_file(task: Any, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Makes one file unless an earlier run did; returns its done file, and "kept": it was there already.
+
+    Args:
+      task: with `output` (the file), `done` (path of the done file), `digest` (identity of the conversion).
+      write: writes `task.output`; what it returns goes into the done file.
+    """
+    finished = read_done(task.done, task.output, task.digest)
+    if finished is not None:
+        return {**finished, "kept": True}
+    try:
+        for path in (task.done, task.output):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        content = {"shard": os.path.basename(task.output), "digest": task.digest, **write()}
+        content["file_bytes"] = os.path.getsize(task.output)
+        write_rlds.write_json(task.done, content)
+    except OSError as error:
+        raise cannot_write(task.output, error) from error
+    return {**content, "kept": False}
+
+
+def splits(names: Sequence[str], results: Sequence[dict]) -> list[write_rlds.Split]:
+    """The splits of an RLDS data set from the done files of its shards, in order."""
+    return [
+        write_rlds.Split(
+            name,
+            tuple(result["episodes"] for result in results if result["split"] == name),
+            sum(result["bytes_out"] for result in results if result["split"] == name),
+        )
+        for name in names
+    ]
 
 
 def in_order(target: Target, results: list[dict]) -> list[dict]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qdepth_jax.data import example, frame_reader
+from qdepth_jax.data import example, frame_reader, quarantine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _resized(data: bytes, name: str, step: int, resize: Resize) -> bytes:
             return resize_colour(data, resize.size, resize.jpeg_quality)
         return resize_nearest(data, resize.size)
     except ValueError as error:
-        raise ValueError(f"feature {name!r}, step {step}: {error}") from error
+        raise ValueError(f"feature {name!r}, step {step}: {error}; {quarantine.HOW}") from error
 
 
 def resize_colour(data: bytes, size: tuple[int, int], jpeg_quality: int) -> bytes:

@@ -98,14 +98,7 @@ def finish(plan: rlds.Plan, results: Sequence[dict]) -> dict[str, Any]:
       ValueError: a shard is missing from `results` or is not as its result says.
     """
     ordered = rlds_claim.in_order(plan.target, list(results))
-    splits = [
-        write_rlds.Split(
-            name,
-            tuple(result["episodes"] for result in ordered if result["split"] == name),
-            sum(result["bytes_out"] for result in ordered if result["split"] == name),
-        )
-        for name in plan.splits
-    ]
+    splits = rlds_claim.splits(plan.splits, ordered)
     output = Path(plan.output)
     try:
         for name, path in plan.carried.items():

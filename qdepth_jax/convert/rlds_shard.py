@@ -7,7 +7,6 @@ holds. Memory is one episode.
 
 import collections
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -86,11 +85,6 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
       ValueError: a damaged record or image (names shard, record and episode).
       UserError: the disk is full, a sidecar is gone, a done file of another conversion.
     """
-    finished = rlds_claim.read_done(task.done, task.output, task.digest)
-    if finished is not None:
-        if on_bytes:
-            on_bytes(int(task.rows["size"].sum()))
-        return {**finished, "kept": True}
     counts = collections.Counter(images_resized=0, images_untouched=0, depth_maps=0, token_rows=0)
 
     def payloads() -> Iterator[bytes]:
@@ -100,24 +94,16 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
             if on_bytes:
                 on_bytes(int(row["size"]))
 
-    try:
-        os.makedirs(os.path.dirname(task.done), exist_ok=True)
+    def write() -> dict:
         episodes, size = write_rlds.write_shard(task.output, payloads())
-        result = {
-            "shard": os.path.basename(task.output),
-            "split": task.split,
-            "digest": task.digest,
-            "episodes": episodes,
-            "frames": int(task.rows["length"].sum()),
-            "bytes_in": int(task.rows["size"].sum()),
-            "bytes_out": size,
-            "file_bytes": os.path.getsize(task.output),
-            **counts,
-        }
-        write_rlds.write_json(task.done, result)
-    except OSError as error:
-        raise rlds_claim.cannot_write(task.output, error) from error
-    return {**result, "kept": False}
+        frames, bytes_in = int(task.rows["length"].sum()), int(task.rows["size"].sum())
+        sizes = {"episodes": episodes, "frames": frames, "bytes_in": bytes_in, "bytes_out": size}
+        return {"split": task.split, **sizes, **counts}
+
+    result = rlds_claim.make_file(task, write)
+    if result["kept"] and on_bytes:
+        on_bytes(int(task.rows["size"].sum()))
+    return result
 
 
 def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes, collections.Counter]]:

@@ -7,7 +7,7 @@ data set read `good_steps` and say what stands at the others.
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import depth_images, frame_reader, index, sidecar
+from qdepth_jax.data import depth_images, frame_reader, index, quarantine, sidecar
 
 
 class EpisodeReader:
@@ -112,4 +112,4 @@ class EpisodeReader:
             decode(encoded, out)
         except ValueError as error:
             frame = int(self._split.episodes["start"][episode]) + int(step)
-            raise ValueError(f"{self._split.where(frame)}: {error}") from error
+            raise ValueError(f"{self._split.where(frame)}: {error}; {quarantine.HOW}") from error

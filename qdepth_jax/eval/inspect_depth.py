@@ -142,8 +142,8 @@ class Depth:
         ]
         made = "of the token sidecar" if self.tokens is not None else "made here"
         said = (
-            f"<p>Depth outside of {config.range.near:g}..{config.range.far:g} is masked (grey), and so are tokens mostly without "
-            f"valid depth. Tokens {made}; figures over the {len(frames)} maps below.</p>"
+            f"<p>Depth outside of {config.range.near:g}..{config.range.far:g} is masked (grey), and so are tokens "
+            f"mostly without valid depth. Tokens {made}; figures over the {len(frames)} maps below.</p>"
         )
         return values, decoded, said + report.table(["", "RMSE", "AbsRel", "delta 1"], rows)
 
