@@ -174,11 +174,11 @@ def _write_file(task: ExportTask, on_bytes: Callable[[int], None] | None) -> dic
                 try:
                     payload = rlds_shard.read_record(files, source, int(row["offset"]), int(row["size"]))
                     columns, texts, metadata = _episode(task, payload, int(row["length"]))
+                    lerobot_write.add_moments(moments, task.features, columns)
                 except ValueError as error:
                     raise ValueError(f"{source}: record {row['record']} (episode {row['episode']}): {error}") from error
                 length, episode = int(row["length"]), task.first_episode + number
                 writer.write(columns, episode, frame, task.fps, [task.tasks[text] for text in texts])
-                lerobot_write.add_moments(moments, task.features, columns)
                 episodes.append({"length": length, "tasks": list(dict.fromkeys(texts)), "metadata": metadata})
                 frame += length
                 counts["frames"] += length

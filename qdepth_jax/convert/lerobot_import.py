@@ -6,7 +6,6 @@ float64 becomes float32 in TFDS's float lists; timestamps that are frame_index /
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from qdepth_jax import errors
 from qdepth_jax.convert import lerobot_read, rlds_claim, rlds_record
-from qdepth_jax.data import write_rlds
+from qdepth_jax.data import frame_reader, write_rlds
 
 FORMAT = 1
 NOTES = "meta/qdepth_convert.json"  # written by our export: the original names and shapes
@@ -242,7 +240,7 @@ def _depth_png(data: bytes, counts: dict[str, int]) -> bytes:
     if _encoding(data) == "png":
         counts["images_untouched"] += 1
         return data
-    image = np.asarray(Image.open(io.BytesIO(data)))  # a TIFF, as lerobot records depth
+    image = np.asarray(frame_reader.load_image(data))  # a TIFF, as lerobot records depth
     if image.dtype != np.uint16:
         raise ValueError(f"a depth image of {image.dtype}; only uint16 can be kept without loss: use --leave_out")
     counts["depth_reencoded"] += 1

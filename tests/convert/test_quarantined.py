@@ -108,6 +108,12 @@ def test_lerobot_export_drops_them_too(damaged, tmp_path):
         quarantine.MISFIT: 1
     }
     assert plan.target.provenance["episodes"]["train"]["kept"] == 2
+    # Without it the bad image is named; it must not look like a full disk.
+    index.open_index(damaged, str(tmp_path / "index"), checks=shard_scan.Checks(tolerate=True))
+    plan = lerobot_export.plan(damaged, str(tmp_path / "b"), index_dir=str(tmp_path / "index"))
+    message = r"episode 1\): feature 'steps/observation/image', step 1: .*--quarantine"
+    with pytest.raises(ValueError, match=message):
+        rlds_run.run_tasks(lerobot_export.convert_file, plan.tasks, 1)
 
 
 def test_a_reader_of_good_steps_never_meets_a_bad_frame(damaged):
