@@ -111,7 +111,7 @@ def test_lerobot_export_drops_them_too(damaged, tmp_path):
     # Without it the bad image is named; it must not look like a full disk.
     index.open_index(damaged, str(tmp_path / "index"), checks=shard_scan.Checks(tolerate=True))
     plan = lerobot_export.plan(damaged, str(tmp_path / "b"), index_dir=str(tmp_path / "index"))
-    message = r"episode 1\): feature 'steps/observation/image', step 1: .*--quarantine"
+    message = r"episode 1\): feature 'steps/observation/depth', step 1: damaged image.*--quarantine"
     with pytest.raises(ValueError, match=message):
         rlds_run.run_tasks(lerobot_export.convert_file, plan.tasks, 1)
 
