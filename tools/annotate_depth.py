@@ -4,11 +4,11 @@
 
 The only estimator so far is `stand_in`: a map of image row and brightness in the form of a relative depth estimate, to
 run the whole pipeline without a depth network. It is NOT depth, and its name is stored with the maps.
+Frames that the index has set aside (tools/index_rlds.py --quarantine) are not read: their maps are all invalid.
 Interrupt and run again: finished episodes are kept. The last line of stdout is JSON.
 """
 
 import json
-import os
 import sys
 
 from absl import app, flags
@@ -49,7 +49,7 @@ def annotate(directory: str) -> dict:
     for name in _SPLITS.value or list(opened.splits):
         split = opened.split(name)
         reader = episode_reader.EpisodeReader(split)
-        shape = reader.images(camera, 0).shape[1:3]
+        shape = reader.image_size(camera)
         metadata = sidecar.Metadata(
             kind="depth",
             fingerprint=opened.fingerprint,
@@ -61,20 +61,34 @@ def annotate(directory: str) -> dict:
             episodes=len(split.episodes),
             details={"depth_kind": estimator.kind},
         )
-        writer = sidecar.Writer(os.path.abspath(_OUTPUT.value), metadata)
+        writer = sidecar.Writer(_OUTPUT.value, metadata)
         pending = writer.pending()
         for episode in progress.track(pending, len(pending), f"{name} episodes", "episode"):
-            values = estimator.estimate(reader.images(camera, episode, shape))
-            raw, scale, offset = depth_labels.to_uint16(values, estimator.kind)
+            raw, scale, offset = annotate_episode(reader, estimator, camera, episode, shape)
             writer.write(episode, int(split.episodes["start"][episode]), raw, scale=scale, offset=offset)
         summary["splits"][name] = {
             "directory": writer.finish(),
             "episodes": len(split.episodes),
             "frames": split.frames,
+            "quarantined_frames": len(split.quarantined),
             "annotated_now": len(pending),
         }
         reader.close()
     return summary
+
+
+def annotate_episode(reader, estimator, camera: str, episode: int, shape: tuple[int, int]):
+    """(raw u16 [T, H, W], scale, offset) of one episode; the estimator does not see what was set aside (it is 0)."""
+    import numpy as np
+
+    from qdepth_jax.data import depth_labels
+
+    steps = reader.good_steps(episode)
+    raw, scale, offset = np.zeros((reader.length(episode), *shape), np.uint16), 1.0, 0.0
+    if len(steps):
+        values = estimator.estimate(reader.images(camera, episode, shape, steps))
+        raw[steps], scale, offset = depth_labels.to_uint16(values, estimator.kind)
+    return raw, scale, offset
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 Needs the extra `lerobot` (pyarrow and av; not the lerobot package). A killed command continues with its finished files
 when it is given again. Import: images in parquet keep their bytes, video frames are stored as JPEG (--images=png: as
-decoded). Export: images keep their bytes, no video is made, one split per data set. The last line of stdout is JSON;
-`left_out` says what had no place and why.
+decoded). Export: images keep their bytes, no video is made, one split per data set; episodes with a frame that the
+index has set aside (tools/index_rlds.py --quarantine) are dropped and counted by reason. The last line of
+stdout is JSON; `left_out` says what had no place and why.
 """
 
 import json

@@ -5,9 +5,11 @@
   python tools/convert_rlds.py DATASET_DIR --output=DIR ... --runner=DirectRunner [--beam_arg=--NAME=VALUE ...]
 
 The result opens with plain `tfds.builder_from_directory(DIR)`. What is not changed keeps its bytes: JPEGs are not
-encoded again unless they are resized. Local processes are the default; a killed command continues with its finished
-shards when it is given again, and ends with the same files. --runner makes it an Apache Beam pipeline (extra
-`convert`), of the same function per shard. The last line of stdout is JSON: counts of everything.
+encoded again unless they are resized. Episodes with a frame that the index has set aside (tools/index_rlds.py
+--quarantine) are dropped and counted by reason. DATASET_DIR may be gs:// (with --index_dir). Local processes are the
+default; a killed command continues with its finished shards when it is given again, and ends with the same files.
+--runner makes it an Apache Beam pipeline (extra `convert`), of the same function per shard. The last line of stdout is
+JSON: counts of everything.
 """
 
 import json

@@ -87,7 +87,7 @@ def tokenizer_figures(config, variables, meta):
     import numpy as np
 
     from qdepth_jax import depth
-    from qdepth_jax.data import loader
+    from qdepth_jax.data import loader, sidecar
     from qdepth_jax.eval import depth_metrics, figures
     from qdepth_jax.models import tokenizer
 
@@ -99,18 +99,24 @@ def tokenizer_figures(config, variables, meta):
         reader = loader.Loader(one, features, 32, normalisers=normalisers(meta))
         run = tokenizer.compiled_roundtrip(config)
         sums, floor, indices, rows = depth_metrics.DepthSums(), depth_metrics.DepthSums(), [], []
+        frames = 0
         for i in range(max(1, min(_BATCHES.value, reader.frames // 32))):
             batch = reader.batch(i)
             codes, x_hat, x, valid = run(variables, batch["depth"], batch["depth_scale"], batch["depth_offset"])
             value, truth = (np.asarray(depth.denormalise(a, config.range)) for a in (x_hat, x))
+            # Tokens that stand for no depth are not used by anybody, so they do not count here.
+            kept = sidecar.token_validity(np.asarray(valid), config.grid)
+            valid = np.asarray(valid) & sidecar.token_pixels(kept, valid.shape[1])
             sums.add(value, truth, valid)
             floor.add(depth_metrics.constant_per_token(truth, valid, config.grid), truth, valid)
-            indices.append(codes)
+            indices.append(np.asarray(codes)[kept])
+            frames += len(codes)
             rows.append((batch["image_main"], np.where(valid, truth, np.nan), value))
         reader.close()
         indices = np.concatenate(indices)
         out[source.name] = {
-            "frames": len(indices),
+            "frames": frames,
+            "invalid_token_share": 1 - indices.size / (frames * config.grid**2),
             **depth_metrics.code_usage(indices, config.num_codes),
             **sums.result(),
             "constant_per_token": floor.result(),
@@ -192,6 +198,7 @@ def depth_pictures(config, variables, results):
     import numpy as np
 
     from qdepth_jax import depth
+    from qdepth_jax.data import sidecar
     from qdepth_jax.eval import figures, report
     from qdepth_jax.models import tokenizer
 
@@ -204,7 +211,9 @@ def depth_pictures(config, variables, results):
         truth = np.where(valid, np.asarray(depth.denormalise(x, config.range)), np.nan)
         columns = {"truth": truth}
         for title, codes in (("true tokens", result.tokens), (f"predicted by {name}", result.codes)):
-            columns[title] = np.asarray(depth.denormalise(decode(variables, codes[pick]), config.range))
+            kept = codes[pick] != sidecar.INVALID_TOKEN
+            value = np.asarray(depth.denormalise(decode(variables, np.where(kept, codes[pick], 0)), config.range))
+            columns[title] = np.where(sidecar.token_pixels(kept, value.shape[1]), value, np.nan)
         near, far = np.nanpercentile(truth, [1, 99])
         unit = "m" if config.range.kind == "metric" else "relative"
         return figures.depth_rows(result.images[pick], columns, near, far, unit)

@@ -4,8 +4,10 @@
 
 WORKDIR is the training run of a depth tokenizer; its data sets are tokenised (all splits) unless --dataset names
 others. Tokens are written to OUTPUT/NAME (default WORKDIR/tokens/NAME, where a policy with --config.tokenizer=WORKDIR
-looks). A killed run continues. The last line of stdout is JSON: per data set and split codes used, perplexity, RMSE,
-AbsRel, delta_1 and the same for the best constant per token.
+looks). A killed run continues. A token of which fewer than half of the pixels have valid depth is 65535, and so are all
+tokens of a frame that the index has set aside (tools/index_rlds.py --quarantine). The last line of stdout is JSON: per
+data set and split codes used, perplexity, RMSE, AbsRel, delta_1 and the same for the best constant per token, all over
+the valid tokens alone, and the share of the others.
 """
 
 import json
@@ -54,10 +56,17 @@ def _pair(text: str) -> tuple[str, str]:
 
 def tokenize(config, variables, name: str, path: str, depth_dir: str, index_dir: str, output: str) -> dict:
     """Tokens of all splits of one data set; returns its summary by split."""
-    from qdepth_jax import progress
+    import numpy as np
+
+    from qdepth_jax import errors, progress
     from qdepth_jax.data import definitions, episode_reader, index, sidecar
     from qdepth_jax.models import tokenizer
 
+    if config.num_codes > sidecar.INVALID_TOKEN:
+        raise errors.UserError(
+            f"the tokenizer has {config.num_codes} codes; tokens are stored in 16 bits, which leaves room for "
+            f"{sidecar.INVALID_TOKEN}: train one with fewer"
+        )
     opened = index.open_index(path, index_dir)
     definition = definitions.find(name)
     camera = f"steps/{definition.main_view}"
@@ -76,22 +85,31 @@ def tokenize(config, variables, name: str, path: str, depth_dir: str, index_dir:
             row_shape=(config.grid * config.grid,),
             frames=split.frames,
             episodes=len(split.episodes),
-            details={"grid": config.grid, "codes": config.num_codes},
+            details={"grid": config.grid, "codes": config.num_codes, "invalid": sidecar.INVALID_TOKEN},
         )
-        writer = sidecar.Writer(os.path.abspath(os.path.join(output, name)), metadata)
+        writer = sidecar.Writer(os.path.join(output, name), metadata)
         reader, measure = episode_reader.EpisodeReader(split), Measure(config, variables)
         pending = set(writer.pending())
         episodes = range(len(split.episodes))
-        for episode in progress.track(episodes, len(episodes), f"{name} {split_name} episodes", "episode"):
-            # Episodes done before are encoded again only for the figures; their bytes on disk stay.
-            raw, scale, offset = reader.depth_of(
-                f"steps/{definition.main_depth}", definition.depth_metres, annotated, episode
-            )
-            codes = measure.encode(raw, scale, offset)
+        done = len(episodes) - len(pending)
+        # Episodes done before are encoded again only for the figures; their bytes on disk stay.
+        label = f"{name} {split_name} episodes" + (f" ({done} only measured, done before)" if done else "")
+        for episode in progress.track(episodes, len(episodes), label, "episode"):
+            steps = reader.good_steps(episode)
+            tokens = np.full((reader.length(episode), *metadata.row_shape), sidecar.INVALID_TOKEN, np.uint16)
+            if len(steps):
+                depth_name = f"steps/{definition.main_depth}"
+                depth = reader.depth_of(depth_name, definition.depth_metres, annotated, episode, steps)
+                tokens[steps] = measure.encode(*depth)
             if episode in pending:
-                writer.write(episode, int(split.episodes["start"][episode]), codes)
+                writer.write(episode, int(split.episodes["start"][episode]), tokens)
         reader.close()
-        out[split_name] = {"directory": writer.finish(), "identity": identity} | measure.result()
+        out[split_name] = {
+            "directory": writer.finish(),
+            "identity": identity,
+            "quarantined_frames": len(split.quarantined),
+            **measure.result(),
+        }
     return out
 
 
@@ -115,15 +133,17 @@ class Measure:
 
         self._config, self._variables, self._metrics = config, variables, depth_metrics
         self._tokens, self._floor = depth_metrics.DepthSums(), depth_metrics.DepthSums()
-        self._usage, self._frames, self._masked = 0, 0, 0
+        self._usage, self._frames, self._invalid = 0, 0, 0
+        self._pixels, self._masked = 0, 0
         self._run = tokenizer.compiled_roundtrip(config)
 
     def encode(self, raw, scale: float, offset: float):
-        """u16 [T, P] codes of u16 [T, H, W] raw depth; adds to the figures."""
+        """u16 [T, P] tokens of u16 [T, H, W] raw depth, INVALID_TOKEN where most is invalid; adds to the figures."""
         import jax
         import numpy as np
 
         from qdepth_jax import depth
+        from qdepth_jax.data import sidecar
 
         codes = []
         for start in range(0, len(raw), self.BATCH):
@@ -135,23 +155,28 @@ class Measure:
             )
             index, x_hat, x, valid = (a[: len(part)] for a in (index, x_hat, x, valid))
             value, truth = (np.asarray(depth.denormalise(a, self._config.range)) for a in (x_hat, x))
+            self._pixels += valid.size
+            self._masked += int((~valid).sum())
+            kept = sidecar.token_validity(valid, self._config.grid)
+            valid = valid & sidecar.token_pixels(kept, valid.shape[1])
             self._tokens.add(value, truth, valid)
             self._floor.add(self._metrics.constant_per_token(truth, valid, self._config.grid), truth, valid)
-            self._usage += np.bincount(index.reshape(-1), minlength=self._config.num_codes)
+            self._usage += np.bincount(index[kept], minlength=self._config.num_codes)
             self._frames += len(part)
-            self._masked += int((~valid).sum())
-            codes.append(index.astype(np.uint16))
+            self._invalid += int((~kept).sum())
+            codes.append(np.where(kept, index, sidecar.INVALID_TOKEN).astype(np.uint16))
         return np.concatenate(codes)
 
     def result(self) -> dict:
         """Figures over everything encoded so far."""
         import numpy as np
 
-        count = np.asarray(self._usage)
-        total = self._tokens.pixels + self._masked
+        count = np.broadcast_to(self._usage, (self._config.num_codes,))
         return {
             "frames": self._frames,
-            "masked_share": self._masked / max(total, 1),
+            "masked_share": self._masked / max(self._pixels, 1),
+            "invalid_tokens": self._invalid,
+            "invalid_token_share": self._invalid / max(self._frames * self._config.grid**2, 1),
             **self._metrics.code_usage(np.repeat(np.arange(len(count)), count), len(count)),
             **self._tokens.result(),
             "constant_per_token": self._floor.result(),

@@ -45,19 +45,21 @@ class ExportTask:
     first_frame: int
     fps: float
     features: dict[str, spec.FeatureSpec]
-    language: tuple[str, ...]
+    language: tuple[spec.FeatureSpec, ...]
     tasks: dict[str, int]
     episode_features: tuple[spec.FeatureSpec, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export, decided; `left_out`: RLDS feature -> why."""
+    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`: as in `rlds.Plan`."""
 
     target: rlds_claim.Target
     tasks: tuple[ExportTask, ...]
     fps: float
     left_out: dict[str, str]
+    dropped: dict[str, int]
+    not_indexed: dict[str, int]
     robot_type: str
 
 
@@ -86,14 +88,21 @@ def plan(
     """
     opened = index.open_index(directory, index_dir)
     dataset = opened.dataset
-    output = os.path.abspath(os.path.expanduser(output))
-    rlds_claim.check_place(dataset.directory, output)
+    output = rlds_claim.place(dataset.directory, output)
     if not fps and dataset.name in definitions.DEFINITIONS:
         fps = definitions.DEFINITIONS[dataset.name].rate_hz
     if fps <= 0:
         raise errors.UserError(f"the control rate of {dataset.name!r} is not known: give --fps")
     language = rlds_features.language(opened, language)
-    kept, _ = rlds.select(opened, rlds.Options(splits=(split,)))
+    arrays = [
+        feature for feature in language if dataset.feature(feature).kind == "text" and dataset.feature(feature).shape
+    ]
+    if arrays or not language:
+        raise errors.UserError(
+            f"LeRobot keeps one task per frame, but {arrays or 'no feature'} of {dataset.name!r} is the instruction: "
+            "name a single text with --language"
+        )
+    kept, dropped = rlds.select(opened, rlds.Options(splits=(split,)))
     name, mask = next(iter(kept.items()))
     features, episode_features, left_out = _features(dataset, language, leave_out)
     table = opened.split(name)
@@ -105,8 +114,9 @@ def plan(
     tasks = _task_texts(table, language, chosen)
     provenance = {
         "format": FORMAT,
-        "source": {"name": dataset.name, "version": dataset.version, "fingerprint": opened.fingerprint},
+        "source": rlds.source_identity(opened),
         "split": split,
+        "episodes": rlds.episode_identity(kept),
         "fps": fps,
         "names": {key: {"name": f.name.removeprefix("steps/"), "shape": list(f.shape)} for key, f in features.items()},
         "episode_features": {
@@ -133,7 +143,7 @@ def plan(
                 first_frame=int(rows["length"][: part.start].sum()),
                 fps=fps,
                 features=features,
-                language=language,
+                language=tuple(dataset.feature(feature) for feature in language),
                 tasks=tasks,
                 episode_features=tuple(episode_features),
             )
@@ -143,52 +153,46 @@ def plan(
     target = rlds_claim.Target(
         output, provenance, digest, files, size, last="meta/info.json", notes="meta/qdepth_convert.json"
     )
-    return Plan(target, tuple(parts), fps, left_out, dataset.name)
+    return Plan(target, tuple(parts), fps, left_out, dropped[name], rlds.not_indexed(table), dataset.name)
 
 
 def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None) -> dict:
     """Writes one data file unless it is there; returns its done file (episode rows and moments for the statistics)."""
-    finished = rlds_claim.read_done(task.done, task.output, task.digest)
-    if finished is not None:
-        if on_bytes:
-            on_bytes(int(task.rows["size"].sum()))
-        return {**finished, "kept": True}
+    result = rlds_claim.make_file(task, lambda: _write_file(task, on_bytes))
+    if result["kept"] and on_bytes:
+        on_bytes(int(task.rows["size"].sum()))
+    return result
+
+
+def _write_file(task: ExportTask, on_bytes: Callable[[int], None] | None) -> dict:
     files, episodes, counts = frame_reader.ShardFiles(), [], {"frames": 0, "images": 0}
     moments: dict[str, lerobot_write.Moments] = {}
     try:
-        os.makedirs(os.path.dirname(task.done), exist_ok=True)
-        os.makedirs(os.path.dirname(task.output), exist_ok=True)
         with lerobot_write.DataFile(task.output, task.features) as writer:
             frame = task.first_frame
             for number, (row, source) in enumerate(zip(task.rows, task.sources)):
                 try:
                     payload = rlds_shard.read_record(files, source, int(row["offset"]), int(row["size"]))
                     columns, texts, metadata = _episode(task, payload, int(row["length"]))
+                    lerobot_write.add_moments(moments, task.features, columns)
                 except ValueError as error:
                     raise ValueError(f"{source}: record {row['record']} (episode {row['episode']}): {error}") from error
                 length, episode = int(row["length"]), task.first_episode + number
                 writer.write(columns, episode, frame, task.fps, [task.tasks[text] for text in texts])
-                lerobot_write.add_moments(moments, task.features, columns)
                 episodes.append({"length": length, "tasks": list(dict.fromkeys(texts)), "metadata": metadata})
                 frame += length
                 counts["frames"] += length
                 counts["images"] += sum(length for feature in task.features.values() if feature.kind == "image")
                 if on_bytes:
                     on_bytes(int(row["size"]))
-        result = {
-            "shard": os.path.basename(task.done).removesuffix(".json"),
-            "digest": task.digest,
-            "file_bytes": os.path.getsize(task.output),
-            "episodes": episodes,
-            "counts": counts,
-            "moments": {key: value.as_json() for key, value in moments.items()},
-        }
-        lerobot_write.write_json(task.done, result)
-    except OSError as error:
-        raise rlds_claim.cannot_write(task.output, error) from error
     finally:
         files.close()
-    return {**result, "kept": False}
+    return {
+        "shard": os.path.basename(task.done).removesuffix(".json"),
+        "episodes": episodes,
+        "counts": counts,
+        "moments": {key: value.as_json() for key, value in moments.items()},
+    }
 
 
 def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
@@ -204,6 +208,8 @@ def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
         "images_untouched": sum(result["counts"]["images"] for result in results),
         "file_bytes": sum(result["file_bytes"] for result in results),
         "tasks": len(plan.tasks[0].tasks),
+        "dropped": plan.dropped,
+        "not_indexed": plan.not_indexed,
     }
     try:
         lerobot_write.write_tasks(plan.target.folder, plan.tasks[0].tasks)
@@ -244,9 +250,14 @@ def _episode(task: ExportTask, payload: bytes, length: int) -> tuple[dict[str, A
         if len(columns[key]) != length:
             raise ValueError(f"feature {feature.name!r} has {len(columns[key])} rows, {length} steps")
     texts = [""] * length
-    for name in reversed(task.language):
-        found = [piece.decode(errors="backslashreplace") for piece in pieces(name)]
-        found = found * length if len(found) == 1 and not name.startswith("steps/") else found
+    for feature in reversed(task.language):
+        if feature.kind == "text":
+            encoded = pieces(feature.name)
+        else:
+            numbers = scanned[feature.name].value.reshape(-1, *feature.shape)
+            encoded = [shard_scan.code_units(feature, row) for row in numbers]
+        found = [text.decode(errors="backslashreplace") for text in encoded]
+        found = found * length if len(found) == 1 and not feature.per_step else found
         texts = [new if new.strip() else old for new, old in zip(found, texts, strict=True)]
     metadata = {}
     for feature in task.episode_features:

@@ -6,7 +6,6 @@ float64 becomes float32 in TFDS's float lists; timestamps that are frame_index /
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from qdepth_jax import errors
 from qdepth_jax.convert import lerobot_read, rlds_claim, rlds_record
-from qdepth_jax.data import write_rlds
+from qdepth_jax.data import frame_reader, write_rlds
 
 FORMAT = 1
 NOTES = "meta/qdepth_convert.json"  # written by our export: the original names and shapes
@@ -93,8 +91,7 @@ def plan(
       UserError: not a v3 data set, names that clash, unknown features in `leave_out`.
     """
     dataset = lerobot_read.open_lerobot(root)
-    output = os.path.abspath(os.path.expanduser(output))
-    rlds_claim.check_place(dataset.root, output)
+    output = rlds_claim.place(dataset.root, output)
     if images not in ("jpeg", "png") or episodes_per_shard < 1 or not name.isidentifier():
         raise errors.UserError(
             f"--images={images} (jpeg, png), --episodes_per_shard={episodes_per_shard}, --name={name!r}"
@@ -148,11 +145,6 @@ def plan(
 
 def convert_shard(task: ImportTask, on_episode: Callable[[int], None] | None = None) -> dict:
     """Writes one shard unless it is there; `on_episode` is called with 1 per episode. Returns its done file."""
-    finished = rlds_claim.read_done(task.done, task.output, task.digest)
-    if finished is not None:
-        if on_episode:
-            on_episode(len(task.episodes))
-        return {**finished, "kept": True}
     counts = {"frames": 0, "images_untouched": 0, "depth_reencoded": 0, "video_frames_as_" + task.images: 0}
 
     def payloads() -> Iterator[bytes]:
@@ -161,35 +153,20 @@ def convert_shard(task: ImportTask, on_episode: Callable[[int], None] | None = N
             if on_episode:
                 on_episode(1)
 
-    try:
-        os.makedirs(os.path.dirname(task.done), exist_ok=True)
+    def write() -> dict:
         episodes, size = write_rlds.write_shard(task.output, payloads())
-        result = {
-            "shard": os.path.basename(task.output),
-            "split": task.split,
-            "digest": task.digest,
-            "episodes": episodes,
-            "bytes_out": size,
-            "file_bytes": os.path.getsize(task.output),
-            "counts": counts,
-        }
-        write_rlds.write_json(task.done, result)
-    except OSError as error:
-        raise rlds_claim.cannot_write(task.output, error) from error
-    return {**result, "kept": False}
+        return {"split": task.split, "episodes": episodes, "bytes_out": size, "counts": counts}
+
+    result = rlds_claim.make_file(task, write)
+    if result["kept"] and on_episode:
+        on_episode(len(task.episodes))
+    return result
 
 
 def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
     """Writes the metadata; returns the counts."""
     ordered = rlds_claim.in_order(plan.target, results)
-    splits = [
-        write_rlds.Split(
-            name,
-            tuple(result["episodes"] for result in ordered if result["split"] == name),
-            sum(result["bytes_out"] for result in ordered if result["split"] == name),
-        )
-        for name in plan.splits
-    ]
+    splits = rlds_claim.splits(plan.splits, ordered)
     counts = {"episodes": sum(sum(split.shard_lengths) for split in splits), "shards": len(ordered)}
     for result in ordered:
         for key, value in result["counts"].items():
@@ -263,7 +240,7 @@ def _depth_png(data: bytes, counts: dict[str, int]) -> bytes:
     if _encoding(data) == "png":
         counts["images_untouched"] += 1
         return data
-    image = np.asarray(Image.open(io.BytesIO(data)))  # a TIFF, as lerobot records depth
+    image = np.asarray(frame_reader.load_image(data))  # a TIFF, as lerobot records depth
     if image.dtype != np.uint16:
         raise ValueError(f"a depth image of {image.dtype}; only uint16 can be kept without loss: use --leave_out")
     counts["depth_reencoded"] += 1

@@ -156,7 +156,6 @@ def _whole(dataset: LeRobot, path: str, episode: int, table) -> tuple[int, Any]:
 
 def _row_groups(file, first: int, last: int) -> list[int]:
     """Row groups that may hold episodes first..last, by their statistics."""
-    at = file.schema_arrow.names.index("episode_index")
     leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
     at = leaves.index("episode_index")
     groups = []

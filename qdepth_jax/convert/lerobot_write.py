@@ -1,16 +1,14 @@
 """The files of a LeRobot v3 data set, written with pyarrow (see `lerobot_read` for the layout)."""
 
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from qdepth_jax.data import shard_scan, spec, write_rlds
+from qdepth_jax.data import frame_reader, quarantine, shard_scan, spec, write_rlds
 
 VERSION = "v3.0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -231,13 +229,20 @@ def add_moments(
             continue
         if feature.kind == "image":
             chosen = sorted({int(at) for at in np.linspace(0, len(columns[key]) - 1, _IMAGES_PER_EPISODE)})
-            pictures = [np.asarray(Image.open(io.BytesIO(columns[key][at]))) for at in chosen]
+            pictures = [_picture(feature.name, at, columns[key][at]) for at in chosen]
             channels = 1 if pictures[0].ndim == 2 else pictures[0].shape[2]
             scale = 255 if pictures[0].dtype == np.uint8 else 1
             new = Moments.of(np.concatenate([picture.reshape(-1, channels) for picture in pictures]) / scale)
         else:
             new = Moments.of(np.asarray(columns[key]).reshape(len(columns[key]), -1))
         moments[key] = moments[key].merge(new) if key in moments else new
+
+
+def _picture(name: str, step: int, data: bytes) -> np.ndarray:
+    try:
+        return np.asarray(frame_reader.load_image(data))
+    except ValueError as error:
+        raise ValueError(f"feature {name!r}, step {step}: {error}; {quarantine.HOW}") from error
 
 
 def write_statistics(folder: str, files: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:

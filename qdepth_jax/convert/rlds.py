@@ -11,14 +11,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds_claim, rlds_features, rlds_shard
-from qdepth_jax.data import index, source, write_rlds
+from qdepth_jax.data import index, quarantine, source, storage, write_rlds
 
 FORMAT = 1
 _SAMPLE_EPISODES = 3
@@ -64,7 +63,7 @@ class Plan:
       features, info: new features.json; dataset_info.json without its splits.
       splits: names, in order.
       tasks: shards, in order of split and shard.
-      dropped: split -> reason -> episodes.
+      dropped: split -> reason -> episodes; not_indexed: split -> reason -> records that the index could not read.
       carried: other files of the source that go along (name -> path); left_out: those that do not.
       bytes_in: size of all kept records; bytes_out: estimate.
     """
@@ -77,6 +76,7 @@ class Plan:
     splits: tuple[str, ...]
     tasks: tuple[rlds_shard.ShardTask, ...]
     dropped: dict[str, dict[str, int]]
+    not_indexed: dict[str, dict[str, int]]
     carried: dict[str, str]
     left_out: tuple[str, ...]
     bytes_in: int
@@ -96,27 +96,15 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
       ValueError: a damaged record among those that were tried.
     """
     opened = index.open_index(directory, index_dir)
-    output = os.path.abspath(os.path.expanduser(output))
-    rlds_claim.check_place(opened.dataset.directory, output)
+    output = rlds_claim.place(opened.dataset.directory, output)
     kept, dropped = select(opened, options)
     changes = rlds_features.plan_changes(opened, tuple(kept), options)
     version = _version(output, options.version, opened.dataset.version)
     provenance = {
         "format": FORMAT,
-        "source": {
-            "name": opened.dataset.name,
-            "version": opened.dataset.version,
-            "fingerprint": opened.fingerprint,
-        },
+        "source": source_identity(opened),
         "version": version,
-        "episodes": {
-            name: {
-                "kept": int(mask.sum()),
-                "of": len(mask),
-                "digest": hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16],
-            }
-            for name, mask in kept.items()
-        },
+        "episodes": episode_identity(kept),
         "resize": list(options.resize) if options.resize else None,
         "jpeg_quality": options.jpeg_quality if options.resize else None,
         "added": changes.provenance,
@@ -135,6 +123,7 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
         splits=tuple(kept),
         tasks=tasks,
         dropped=dropped,
+        not_indexed={name: not_indexed(opened.split(name)) for name in kept},
         carried=carried,
         left_out=left_out,
         bytes_in=bytes_in,
@@ -143,7 +132,10 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
 
 
 def select(opened: index.Index, options: Options) -> tuple[dict[str, np.ndarray], dict[str, dict[str, int]]]:
-    """Split -> bool [E] of the episodes that are kept, and split -> reason -> number dropped for it."""
+    """Split -> bool [E] of the episodes that are kept, and split -> reason -> number dropped for it.
+
+    An episode of which frames were set aside goes as a whole: without them its time would have a gap that nobody sees.
+    """
     kept, dropped = {}, {}
     for text in options.splits or tuple(opened.splits):
         try:
@@ -162,6 +154,14 @@ def select(opened: index.Index, options: Options) -> tuple[dict[str, np.ndarray]
         chosen = parse_episodes(options.episodes, len(mask))
         dropped[name]["outside of --episodes"] = int((mask & ~chosen).sum())
         mask &= chosen
+    for name, mask in kept.items():
+        split = opened.split(name)
+        for reason, frames in split.quarantined_by_reason.items():
+            hit = np.zeros(len(mask), bool)
+            hit[split.episode_of(frames)] = True
+            if (mask & hit).any():
+                dropped[name][f"quarantined: {reason}"] = int((mask & hit).sum())
+            mask &= ~hit
     if options.keep_labelled:
         features = rlds_features.language(opened, options.language)
         for name, mask in kept.items():
@@ -172,6 +172,33 @@ def select(opened: index.Index, options: Options) -> tuple[dict[str, np.ndarray]
         if not mask.any():
             raise errors.UserError(f"no episode of split {name!r} is left ({dropped[name]}): leave it out with --split")
     return kept, dropped
+
+
+def not_indexed(split: index.SplitIndex) -> dict[str, int]:
+    """Reason -> entries of the quarantine that are no episodes of the index, so that nothing could keep them."""
+    return quarantine.count(row for row in split.quarantine if row.episode is None)
+
+
+def source_identity(opened: index.Index) -> dict[str, str]:
+    """What a conversion was made from, for its provenance."""
+    return {
+        "name": opened.dataset.name,
+        "version": opened.dataset.version,
+        "fingerprint": opened.fingerprint,
+        "quarantine": opened.quarantine_digest,
+    }
+
+
+def episode_identity(kept: dict[str, np.ndarray]) -> dict[str, dict[str, int | str]]:
+    """Which episodes of each split were kept (`select`), for the provenance."""
+    return {
+        name: {
+            "kept": int(mask.sum()),
+            "of": len(mask),
+            "digest": hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16],
+        }
+        for name, mask in kept.items()
+    }
 
 
 def parse_episodes(text: str, count: int) -> np.ndarray:
@@ -226,7 +253,7 @@ def _tasks(opened, output: str, digest: str, kept: dict[str, np.ndarray], change
 
 def _info(directory: str, version: str, old: str) -> dict[str, Any]:
     """The source's dataset_info.json with the new version; what describes the old shards is left to `finish`."""
-    info = json.loads(Path(directory, "dataset_info.json").read_text(encoding="utf-8"))
+    info = json.loads(storage.read(storage.join(directory, "dataset_info.json")))
     notes = dict(info.get("releaseNotes", {}))
     notes[version] = f"Converted from version {old} (see metadata.json). {notes.get(version, '')}".rstrip()
     return {**info, "fileFormat": "tfrecord", "version": version, "releaseNotes": notes}
@@ -235,9 +262,9 @@ def _info(directory: str, version: str, old: str) -> dict[str, Any]:
 def _other_files(directory: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """(files that belong to the features, everything else beside shards and metadata)."""
     carried, left_out = {}, []
-    for name in sorted(os.listdir(directory)):
+    for name in storage.names(directory):
         if name.endswith(".labels.txt"):  # the names of a ClassLabel; TFDS reads them beside features.json
-            carried[name] = os.path.join(directory, name)
+            carried[name] = storage.join(directory, name)
         elif name not in ("features.json", "dataset_info.json", index.DEFAULT_FOLDER) and ".tfrecord-" not in name:
             left_out.append(name)
     return carried, tuple(left_out)

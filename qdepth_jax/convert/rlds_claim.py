@@ -14,12 +14,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qdepth_jax import errors
-from qdepth_jax.data import write_rlds
+from qdepth_jax.data import storage, write_rlds
 
 STATE = "convert_state"
 PROVENANCE = "qdepth_convert"  # key in the notes
@@ -113,6 +113,39 @@ def read_done(done: str, output: str, digest: str) -> dict | None:
     return content
 
 
+def make_file(task: Any, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Makes one file unless an earlier run did; returns its done file, and "kept": it was there already.
+
+    Args:
+      task: with `output` (the file), `done` (path of the done file), `digest` (identity of the conversion).
+      write: writes `task.output`; what it returns goes into the done file.
+    """
+    finished = read_done(task.done, task.output, task.digest)
+    if finished is not None:
+        return {**finished, "kept": True}
+    try:
+        for path in (task.done, task.output):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        content = {"shard": os.path.basename(task.output), "digest": task.digest, **write()}
+        content["file_bytes"] = os.path.getsize(task.output)
+        write_rlds.write_json(task.done, content)
+    except OSError as error:
+        raise cannot_write(task.output, error) from error
+    return {**content, "kept": False}
+
+
+def splits(names: Sequence[str], results: Sequence[dict]) -> list[write_rlds.Split]:
+    """The splits of an RLDS data set from the done files of its shards, in order."""
+    return [
+        write_rlds.Split(
+            name,
+            tuple(result["episodes"] for result in results if result["split"] == name),
+            sum(result["bytes_out"] for result in results if result["split"] == name),
+        )
+        for name in names
+    ]
+
+
 def in_order(target: Target, results: list[dict]) -> list[dict]:
     """The results in the order of `target.files`; each file must be there as its result says."""
     by_name = {result["shard"]: result for result in results}
@@ -151,11 +184,21 @@ def cannot_write(path: str, error: OSError) -> errors.UserError:
     return errors.UserError(f"cannot write {path}: {error.strerror}; {fix} (finished files are kept)")
 
 
-def check_place(source: str, output: str) -> None:
-    """Refuses an output folder that is, holds or lies in the source."""
+def place(source: str, output: str) -> str:
+    """The absolute path of an output folder.
+
+    Raises:
+      UserError: it is, holds or lies in the source, or is no local folder.
+    """
+    if storage.is_remote(output):
+        raise errors.UserError(f"--output={output}: only local folders are written; copy the finished data set there")
+    output = os.path.abspath(os.path.expanduser(output))
+    if storage.is_remote(source):
+        return output
     inside, outside = os.path.realpath(output), os.path.realpath(source)
     if inside == outside or inside.startswith(outside + os.sep) or outside.startswith(inside + os.sep):
         raise errors.UserError(f"--output={output} and the data set {source} contain one another: choose another")
+    return output
 
 
 def _finished(target: Target) -> bool:

@@ -8,14 +8,13 @@ import dataclasses
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds_record, rlds_shard
-from qdepth_jax.data import definitions, index, sidecar, spec, write_rlds
+from qdepth_jax.data import definitions, index, shard_scan, sidecar, spec, storage, write_rlds
 
 _OBSERVATION = "steps/observation"
 _METADATA = "episode_metadata"
@@ -46,7 +45,7 @@ class Changes:
 def plan_changes(opened: index.Index, splits: tuple[str, ...], options) -> Changes:
     """Args: the index, the chosen splits, `rlds.Options`. Raises UserError for anything that does not fit."""
     dataset = opened.dataset
-    tree = json.loads(Path(dataset.directory, "features.json").read_text(encoding="utf-8"))
+    tree = json.loads(storage.read(storage.join(dataset.directory, "features.json")))
     pictures = [feature for feature in dataset.features.values() if feature.kind == "image" and feature.per_step]
     resize, not_resized = None, ()
     if options.resize:
@@ -83,21 +82,21 @@ def plan_changes(opened: index.Index, splits: tuple[str, ...], options) -> Chang
 def language(opened: index.Index, given: tuple[str, ...]) -> tuple[str, ...]:
     """Full names of the instruction features: those given (below steps/ or complete), else the definition's."""
     dataset = opened.dataset
-    texts = sorted(feature.name for feature in dataset.features.values() if feature.kind == "text")
+    # Not by kind: some data sets keep their instruction as a row of numbers, which the index reads as text.
+    texts = sorted(feature.name for feature in dataset.features.values() if shard_scan.storage(feature) == "text")
     if not given:
         if dataset.name not in definitions.DEFINITIONS:
             raise errors.UserError(
                 f"which text of {dataset.name!r} is the instruction is not known (it has no definition): name it with "
                 f"--language; there is {', '.join(texts)}"
             )
-        known = definitions.DEFINITIONS[dataset.name].language
-        given = (known,) if isinstance(known, str) else tuple(known)
+        given = definitions.DEFINITIONS[dataset.name].language
         # A definition names variants that only some copies of the data set have.
         there = tuple(name for name in given if f"steps/{name}" in texts)
         given = there or given
     names = tuple(name if name in dataset.features else f"steps/{name}" for name in given)
     for name in names:
-        if dataset.feature(name).kind != "text":
+        if dataset.feature(name).name not in texts:
             raise errors.UserError(f"--language: {name!r} is no text; there is {', '.join(texts)}")
     return names
 
@@ -107,7 +106,8 @@ def labelled(split: index.SplitIndex, features: tuple[str, ...]) -> np.ndarray:
     found = np.zeros(len(split.episodes), bool)
     for name in features:
         ids, strings = split.texts(name)
-        has_text = np.array([bool(text.strip()) for text in strings])[ids]
+        has_text = np.array([bool(text.strip()) for text in strings], bool)[ids]
+        has_text = has_text.reshape(len(has_text), -1).any(axis=1)  # an array of strings: any of them
         if split.dataset.feature(name).per_step:
             has_text = np.logical_or.reduceat(has_text, split.episodes["start"])
         found |= has_text
@@ -158,6 +158,14 @@ def _addition(opened: index.Index, split: str, kind: str, text: str, encoding: s
             f"sidecar {found.directory} does not say whether it is metric or relative: make it again"
         )
     leaf = match[1] if match else feature_leaf(kind, metadata.camera)
+    if kind == "depth" and metadata.details["depth_kind"] == "relative":
+        # Readers take `depth` for millimetres; relative depth must not look like that.
+        if match and not leaf.startswith("relative_"):
+            raise errors.UserError(
+                f"sidecar {found.directory} holds relative depth: a name that says so is needed, "
+                f"--depth=relative_{leaf}={root}"
+            )
+        leaf = leaf if match else f"relative_{leaf}"
     root = os.path.abspath(os.path.expanduser(root))
     return rlds_shard.Addition(kind, f"{_OBSERVATION}/{leaf}", root, metadata, encoding)
 
@@ -191,7 +199,9 @@ def _declare(
         }
     else:
         tensor = write_rlds.Tensor(first.metadata.row_shape, "uint16", first.encoding)
-        features = {first.feature: (tensor, f"Depth codes of {camera}, row by row.")}
+        invalid = first.metadata.details.get("invalid")
+        said = f"; {invalid} = too little valid depth, no code" if invalid is not None else ""
+        features = {first.feature: (tensor, f"Depth codes of {camera}, row by row{said}.")}
     for name, (feature, description) in features.items():
         if name in dataset.features or _node(tree, name, missing_ok=True) is not None:
             raise errors.UserError(

@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qdepth_jax.data import example, frame_reader
-
-_JPEG = b"\xff\xd8"
+from qdepth_jax.data import example, frame_reader, quarantine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,7 @@ def _resized(data: bytes, name: str, step: int, resize: Resize) -> bytes:
             return resize_colour(data, resize.size, resize.jpeg_quality)
         return resize_nearest(data, resize.size)
     except ValueError as error:
-        raise ValueError(f"feature {name!r}, step {step}: {error}") from error
+        raise ValueError(f"feature {name!r}, step {step}: {error}; {quarantine.HOW}") from error
 
 
 def resize_colour(data: bytes, size: tuple[int, int], jpeg_quality: int) -> bytes:
@@ -84,12 +82,13 @@ def resize_colour(data: bytes, size: tuple[int, int], jpeg_quality: int) -> byte
         raise ValueError("the image is empty (0 bytes)")
     if frame_reader.image_size(data) == size:
         return data
-    image = _load(data)
+    image = frame_reader.load_image(data)
+    encoding = image.format
     # A palette has no in-between colours to average.
     image = image.convert("RGB") if image.mode == "P" else image
     image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if data[:2] == _JPEG:
+    if encoding == "JPEG":
         image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
     else:
         image.save(buffer, "PNG")
@@ -102,7 +101,7 @@ def resize_nearest(data: bytes, size: tuple[int, int]) -> bytes:
         raise ValueError("the image is empty (0 bytes)")
     if frame_reader.image_size(data) == size:
         return data
-    return png(nearest(np.asarray(_load(data))[None], size)[0])
+    return png(nearest(np.asarray(frame_reader.load_image(data))[None], size)[0])
 
 
 def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -116,12 +115,3 @@ def png(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(values)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _load(data: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not an image, or damaged: {error}") from error
-    return image

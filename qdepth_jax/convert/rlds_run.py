@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import multiprocessing
 import os
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds, rlds_claim, rlds_shard
-from qdepth_jax.data import write_rlds
+from qdepth_jax.data import storage, write_rlds
 
 
 def run_local(plan: rlds.Plan, workers: int, on_bytes: Callable[[int], None] | None = None) -> list[dict]:
@@ -99,18 +98,11 @@ def finish(plan: rlds.Plan, results: Sequence[dict]) -> dict[str, Any]:
       ValueError: a shard is missing from `results` or is not as its result says.
     """
     ordered = rlds_claim.in_order(plan.target, list(results))
-    splits = [
-        write_rlds.Split(
-            name,
-            tuple(result["episodes"] for result in ordered if result["split"] == name),
-            sum(result["bytes_out"] for result in ordered if result["split"] == name),
-        )
-        for name in plan.splits
-    ]
+    splits = rlds_claim.splits(plan.splits, ordered)
     output = Path(plan.output)
     try:
         for name, path in plan.carried.items():
-            shutil.copyfile(path, output / name)
+            (output / name).write_bytes(storage.read(path))
         for partial in output.glob("*.partial.*"):
             partial.unlink()
         counts = count(plan, ordered)
@@ -131,12 +123,16 @@ def count(plan: rlds.Plan, results: Sequence[dict]) -> dict[str, Any]:
     for name in plan.splits:
         rows = [result for result in results if result["split"] == name]
         total = {field: sum(row[field] for row in rows) for field in fields + more}
-        splits[name] = {**total, "shards": len(rows), "dropped": plan.dropped[name]}
+        more_of_split = {"dropped": plan.dropped[name], "not_indexed": plan.not_indexed[name]}
+        splits[name] = {**total, "shards": len(rows), **more_of_split}
     return {
         **{field: sum(split[field] for split in splits.values()) for field in (*fields, *more, "shards")},
-        "dropped": dict(
-            sum((collections.Counter(reasons) for reasons in plan.dropped.values()), collections.Counter())
-        ),
+        "dropped": _over_splits(plan.dropped),
+        "not_indexed": _over_splits(plan.not_indexed),
         "splits": splits,
         "not_carried": list(plan.left_out),
     }
+
+
+def _over_splits(counts: dict[str, dict[str, int]]) -> dict[str, int]:
+    return dict(sum((collections.Counter(reasons) for reasons in counts.values()), collections.Counter()))

@@ -7,14 +7,13 @@ holds. Memory is one episode.
 
 import collections
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds_claim, rlds_record
-from qdepth_jax.data import frame_reader, sidecar, tfrecord, write_rlds
+from qdepth_jax.data import depth_labels, frame_reader, sidecar, tfrecord, write_rlds
 
 # `episode` and `start` (first frame id) are of the input split: rows of a sidecar.
 ROW = np.dtype(
@@ -86,11 +85,6 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
       ValueError: a damaged record or image (names shard, record and episode).
       UserError: the disk is full, a sidecar is gone, a done file of another conversion.
     """
-    finished = rlds_claim.read_done(task.done, task.output, task.digest)
-    if finished is not None:
-        if on_bytes:
-            on_bytes(int(task.rows["size"].sum()))
-        return {**finished, "kept": True}
     counts = collections.Counter(images_resized=0, images_untouched=0, depth_maps=0, token_rows=0)
 
     def payloads() -> Iterator[bytes]:
@@ -100,24 +94,16 @@ def convert_shard(task: ShardTask, on_bytes: Callable[[int], None] | None = None
             if on_bytes:
                 on_bytes(int(row["size"]))
 
-    try:
-        os.makedirs(os.path.dirname(task.done), exist_ok=True)
+    def write() -> dict:
         episodes, size = write_rlds.write_shard(task.output, payloads())
-        result = {
-            "shard": os.path.basename(task.output),
-            "split": task.split,
-            "digest": task.digest,
-            "episodes": episodes,
-            "frames": int(task.rows["length"].sum()),
-            "bytes_in": int(task.rows["size"].sum()),
-            "bytes_out": size,
-            "file_bytes": os.path.getsize(task.output),
-            **counts,
-        }
-        write_rlds.write_json(task.done, result)
-    except OSError as error:
-        raise rlds_claim.cannot_write(task.output, error) from error
-    return {**result, "kept": False}
+        frames, bytes_in = int(task.rows["length"].sum()), int(task.rows["size"].sum())
+        sizes = {"episodes": episodes, "frames": frames, "bytes_in": bytes_in, "bytes_out": size}
+        return {"split": task.split, **sizes, **counts}
+
+    result = rlds_claim.make_file(task, write)
+    if result["kept"] and on_bytes:
+        on_bytes(int(task.rows["size"].sum()))
+    return result
 
 
 def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes, collections.Counter]]:
@@ -136,6 +122,8 @@ def records(task: ShardTask, rows: np.ndarray) -> Iterator[tuple[np.void, bytes,
                 for addition, found in opened:
                     added |= _values(addition, found, row, task.resize)
                 new, counts = rlds_record.convert(payload, added, task.resize)
+            except errors.UserError:
+                raise
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             length = int(row["length"])
@@ -166,11 +154,27 @@ def _values(
         if addition.encoding == "bytes":
             return {addition.feature: [np.asarray(tokens, "<u2").tobytes() for tokens in values]}
         return {addition.feature: np.asarray(values)}
+    episode, kind = int(row["episode"]), found.metadata.details["depth_kind"]
+    scale, offset = np.float32(found.scale[episode]), np.float32(found.offset[episode])
+    if kind == "metric":
+        values, scale, offset = _millimetres(values, scale, offset, f"{found.directory}, episode {episode}")
     maps = rlds_record.nearest(values, resize.size) if resize else values
-    episode = int(row["episode"])
     return {
         addition.feature: [rlds_record.png(np.asarray(depth)) for depth in maps],
-        f"episode_metadata/{addition.leaf}_scale": np.float32([found.scale[episode]]),
-        f"episode_metadata/{addition.leaf}_offset": np.float32([found.offset[episode]]),
+        f"episode_metadata/{addition.leaf}_scale": np.float32([scale]),
+        f"episode_metadata/{addition.leaf}_offset": np.float32([offset]),
         f"episode_metadata/{addition.leaf}_kind": [found.metadata.details["depth_kind"].encode()],
     }
+
+
+def _millimetres(
+    raw: np.ndarray, scale: np.float32, offset: np.float32, where: str
+) -> tuple[np.ndarray, np.float32, np.float32]:
+    """Metric depth in the unit that every reader of depth images expects; raw 0 stays invalid."""
+    unit, none = np.float32(0.001), np.float32(0)
+    if (scale, offset) == (unit, none):
+        return raw, unit, none
+    metres = np.where(raw > 0, raw * np.float64(scale) + np.float64(offset), np.nan)
+    if (furthest := np.nanmax(metres, initial=0)) > 65.535:
+        raise errors.UserError(f"{where}: depth of {furthest:.1f} m does not fit 16 bits of millimetres (65.535 m)")
+    return depth_labels.to_uint16(metres, "metric")[0], unit, none

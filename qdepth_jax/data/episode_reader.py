@@ -1,9 +1,13 @@
-"""Whole episodes in order: what annotation, tokenisation and inspection read (training reads batches)."""
+"""Whole episodes in order: what annotation, tokenisation and inspection read (training reads batches).
+
+An episode may hold frames that were set aside (see `quarantine`): they may not decode, so those who go through all of a
+data set read `good_steps` and say what stands at the others.
+"""
 
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import depth_images, frame_reader, index, sidecar
+from qdepth_jax.data import depth_images, frame_reader, index, quarantine, sidecar
 
 
 class EpisodeReader:
@@ -13,53 +17,93 @@ class EpisodeReader:
         self._split = split
         self._files = frame_reader.ShardFiles()
 
-    def images(self, feature: str, episode: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """u8 [T, H, W, 3] of an image feature; native size, or resized to `size` (height, width)."""
-        data = self._encoded(feature, episode)
+    def length(self, episode: int) -> int:
+        return int(self._split.episodes["length"][episode])
+
+    def good_steps(self, episode: int) -> np.ndarray:
+        """i64 [n]: ascending steps of an episode that were not set aside; all of them but in damaged data."""
+        row = self._split.episodes[episode]
+        bad = self._split.quarantined
+        low, high = np.searchsorted(bad, [row["start"], row["start"] + row["length"]])
+        return np.setdiff1d(np.arange(row["length"]), bad[low:high] - row["start"])
+
+    def image_size(self, feature: str) -> tuple[int, int]:
+        """(height, width) of the first image of a split that was not set aside."""
+        for episode in range(len(self._split.episodes)):
+            steps = self.good_steps(episode)
+            if len(steps):
+                return frame_reader.image_size(self._encoded(feature, episode, steps[:1])[0])
+        raise errors.UserError(
+            f"{self._split.dataset.name} {self._split.name}: all {self._split.frames} frames are set aside "
+            "(quarantine.json of the index): leave this split out with --splits"
+        )
+
+    def images(
+        self, feature: str, episode: int, size: tuple[int, int] | None = None, steps: np.ndarray | None = None
+    ) -> np.ndarray:
+        """u8 [T, H, W, 3] of an image feature; native size, or resized to `size` (height, width).
+
+        With `steps`, i64 [n], only those are read: u8 [n, H, W, 3].
+        """
+        data, steps = self._encoded(feature, episode, steps), self._steps(episode, steps)
         height, width = size or frame_reader.image_size(data[0])
         out = np.empty((len(data), height, width, 3), np.uint8)
-        for step, encoded in enumerate(data):
-            self._decode(frame_reader.decode_rgb, encoded, out[step], episode, step)
+        for row, (step, encoded) in enumerate(zip(steps, data, strict=True)):
+            self._decode(frame_reader.decode_rgb, encoded, out[row], episode, step)
         return out
 
-    def depth(self, feature: str, metres: float, episode: int) -> tuple[np.ndarray, float]:
-        """u16 [T, H, W] of a depth feature (0 = invalid), and metres per unit of it; `metres` per stored unit."""
+    def depth(
+        self, feature: str, metres: float, episode: int, steps: np.ndarray | None = None
+    ) -> tuple[np.ndarray, float]:
+        """u16 [T, H, W] of a depth feature (0 = invalid), and metres per unit of it; `metres` per stored unit.
+
+        With `steps`, i64 [n], only those are read: u16 [n, H, W].
+        """
         declared = self._split.dataset.feature(feature)
         decode, scale = depth_images.decoder(declared, metres)
-        data, shape = self._encoded(feature, episode), declared.shape[:2]
+        data, shape = self._encoded(feature, episode, steps), declared.shape[:2]
         if min(shape) < 1:
             shape = frame_reader.image_size(data[0])
         out = np.empty((len(data), *shape), np.uint16)
-        for step, encoded in enumerate(data):
-            self._decode(decode, encoded, out[step], episode, step)
+        for row, (step, encoded) in enumerate(zip(self._steps(episode, steps), data, strict=True)):
+            self._decode(decode, encoded, out[row], episode, step)
         return out, scale
 
     def depth_of(
-        self, feature: str, metres: float, annotated: sidecar.Sidecar | None, episode: int
+        self,
+        feature: str,
+        metres: float,
+        annotated: sidecar.Sidecar | None,
+        episode: int,
+        steps: np.ndarray | None = None,
     ) -> tuple[np.ndarray, float, float]:
         """Depth of an episode from an annotation sidecar, or from the data set's own images where that is None.
 
         Returns:
-          raw u16 [T, H, W], scale, offset; value = raw * scale + offset (see `qdepth_jax.depth`).
+          raw u16 [T, H, W] (of `steps`: [n, H, W]), scale, offset; value = raw * scale + offset (see
+          `qdepth_jax.depth`).
         """
         if annotated is not None:
             row = self._split.episodes[episode]
-            raw = annotated.values[row["start"] : row["start"] + row["length"]]
+            raw = annotated.values[row["start"] : row["start"] + row["length"]][self._steps(episode, steps)]
             return np.array(raw), float(annotated.scale[episode]), float(annotated.offset[episode])
         if feature not in self._split.dataset.features:
             raise errors.UserError(
                 f"data set {self._split.dataset.name} in {self._split.dataset.directory} has no depth feature "
                 f"{feature!r}: annotate it with tools/annotate_depth.py"
             )
-        return *self.depth(feature, metres, episode), 0.0
+        return *self.depth(feature, metres, episode, steps), 0.0
 
     def close(self) -> None:
         self._files.close()
 
-    def _encoded(self, feature: str, episode: int) -> list[bytes]:
+    def _steps(self, episode: int, steps: np.ndarray | None) -> np.ndarray:
+        return np.arange(self.length(episode)) if steps is None else steps
+
+    def _encoded(self, feature: str, episode: int, steps: np.ndarray | None) -> list[bytes]:
         row = self._split.episodes[episode]
         path = self._split.shard_path(int(row["shard"]))
-        spans = self._split.spans(feature)[row["start"] : row["start"] + row["length"]]
+        spans = self._split.spans(feature)[row["start"] + self._steps(episode, steps)]
         pending = [self._files.start(path, offset, size) for offset, size in spans.tolist()]
         return [wait() for wait in pending]
 
@@ -67,5 +111,5 @@ class EpisodeReader:
         try:
             decode(encoded, out)
         except ValueError as error:
-            frame = int(self._split.episodes["start"][episode]) + step
-            raise ValueError(f"{self._split.where(frame)}: {error}") from error
+            frame = int(self._split.episodes["start"][episode]) + int(step)
+            raise ValueError(f"{self._split.where(frame)}: {error}; {quarantine.HOW}") from error

@@ -21,6 +21,8 @@ EMPTY = "episode without steps"
 NON_FINITE = "episode with a non-finite value"
 IMAGE = "damaged image"
 
+HOW = "`python tools/index_rlds.py DATASET_DIR --quarantine --check_images` sets damaged images aside"
+
 
 class Row(NamedTuple):
     """One thing that was set aside.

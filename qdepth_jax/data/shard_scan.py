@@ -300,7 +300,7 @@ def _numeric_rows(
     if plan.kind == "column":
         return values.reshape(count, *feature.shape).astype(dtype)
     if plan.kind == "text":
-        return [_code_units(feature, row) for row in values.reshape(count, -1)]
+        return [code_units(feature, row) for row in values.reshape(count, -1)]
     if scanned.start < 0:
         raise ValueError(f"feature {feature.name!r} is not one packed run: its steps have no place in the record")
     spans = np.empty(count, SPAN)
@@ -314,7 +314,12 @@ def _numeric_rows(
     return spans
 
 
-def _code_units(feature: spec.FeatureSpec, row: np.ndarray) -> bytes:
+def code_units(feature: spec.FeatureSpec, row: np.ndarray) -> bytes:
+    """The UTF-8 bytes of a text that is kept as numbers (`storage` "text" of a tensor), i64 [width], padded with zeros.
+
+    Raises:
+      ValueError: numbers that are no such text.
+    """
     used = int(np.count_nonzero(row))
     if row[:used].astype(bool).sum() != used:
         raise ValueError(f"feature {feature.name!r} goes on after its first zero: it is no zero-padded text")

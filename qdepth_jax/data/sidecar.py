@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
+from qdepth_jax.data import storage
 
 KINDS = ("depth", "depth_tokens")
-INVALID_TOKEN = 65535  # a depth token whose patch has too little valid depth
+# A token that stands for no depth: what is invalid must not be trained on, and a code would hide that.
+INVALID_TOKEN = 65535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Metadata:
     """What a sidecar holds.
 
     Attributes:
-      kind: "depth" (u16 maps, 0 = invalid) or "depth_tokens" (u16 code indices).
+      kind: "depth" (u16 maps, 0 = invalid) or "depth_tokens" (u16 code indices, INVALID_TOKEN = no valid depth).
       fingerprint, split: of the data set index.
       camera: image feature the values belong to ("steps/observation/image").
       identity: who made it: the tokenizer's identity, or the estimator's name and version.
       row_shape: shape of one frame: (P,) or (H, W).
       frames, episodes: of the split.
-      details: json-able rest: tokens: grid, codes; depth: {"depth_kind": "metric" | "relative"}.
+      details: json-able rest; tokens: grid, codes, invalid (INVALID_TOKEN);
+        depth: {"depth_kind": "metric" | "relative"}.
     """
 
     kind: str
@@ -75,11 +78,13 @@ class Writer:
     def __init__(self, root: str, metadata: Metadata):
         if metadata.kind not in KINDS:
             raise ValueError(f"sidecar kind {metadata.kind!r}: use one of {KINDS}")
-        self._final = os.path.join(root, metadata.split)
+        if storage.is_remote(root):
+            raise errors.UserError(f"--output={root}: a sidecar is memory-mapped, so it needs a local folder")
+        self._final = os.path.join(os.path.abspath(os.path.expanduser(root)), metadata.split)
         self._partial = self._final + ".partial"
         self._metadata = metadata
         if os.path.exists(self._final):
-            found = open_sidecar(root, metadata.split).metadata
+            found = open_sidecar(os.path.dirname(self._final), metadata.split).metadata
             _same(found, metadata, self._final)
             self._done = np.ones(metadata.episodes, np.uint8)
             self._finished = True
@@ -175,6 +180,24 @@ def open_sidecar(root: str, split: str) -> Sidecar:
             "delete it and make it again"
         )
     return Sidecar(metadata, directory, values, scale[:, 0].copy(), scale[:, 1].copy())
+
+
+def token_validity(valid: np.ndarray, grid: int) -> np.ndarray:
+    """bool [N, grid * grid]: tokens of which at least half of the pixels have valid depth, row by row.
+
+    Args:
+      valid: bool [N, R, R] of the pixels; grid: tokens per side, a divisor of R.
+    """
+    count, size, _ = valid.shape
+    cell = size // grid
+    share = valid.reshape(count, grid, cell, grid, cell).mean(axis=(2, 4))
+    return (share >= 0.5).reshape(count, grid * grid)
+
+
+def token_pixels(valid: np.ndarray, size: int) -> np.ndarray:
+    """The pixels bool [N, size, size] of tokens bool [N, P]: where a token holds, all of its pixels do."""
+    grid = int(valid.shape[1] ** 0.5)
+    return valid.reshape(len(valid), grid, grid).repeat(size // grid, axis=1).repeat(size // grid, axis=2)
 
 
 def check(sidecar: Sidecar, *, kind: str, fingerprint: str, camera: str, identity: str = "") -> None:

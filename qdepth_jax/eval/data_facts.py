@@ -301,8 +301,9 @@ class Images:
 
 
 def code_counts(tokens: sidecar.Sidecar, codes: int) -> np.ndarray:
-    """How often each code occurs in a token sidecar, i64 [codes]; read in chunks."""
+    """How often each code occurs in a token sidecar, i64 [codes], invalid tokens left out; read in chunks."""
     out, step = np.zeros(codes, np.int64), max(1, 16 * CHUNK // tokens.values.shape[1])
     for start in range(0, len(tokens.values), step):
-        out += np.bincount(np.asarray(tokens.values[start : start + step]).reshape(-1), minlength=codes)
+        part = np.asarray(tokens.values[start : start + step])
+        out += np.bincount(part[part != sidecar.INVALID_TOKEN], minlength=codes)
     return out

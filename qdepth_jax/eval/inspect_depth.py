@@ -123,34 +123,44 @@ class Depth:
         decode = jax.jit(lambda v, codes: tokenizer.decode(config, v["params"], v["state"], codes))
         for (raw, scale, offset), frame in zip(maps, frames):
             _, x_hat, x, valid = run(variables, raw[None], np.float32([scale]), np.float32([offset]))
-            if self.tokens is not None:
-                x_hat = decode(variables, np.asarray(self.tokens.values[frame : frame + 1], np.int32))
-            guess, truth = (np.asarray(depth_lib.denormalise(a, config.range)) for a in (x_hat, x))
             valid = np.asarray(valid)
+            kept = sidecar.token_validity(valid, config.grid)
+            if self.tokens is not None:
+                codes = np.asarray(self.tokens.values[frame : frame + 1], np.int32)
+                kept = codes != sidecar.INVALID_TOKEN
+                x_hat = decode(variables, np.where(kept, codes, 0))
+            guess, truth = (np.asarray(depth_lib.denormalise(a, config.range)) for a in (x_hat, x))
+            kept = sidecar.token_pixels(kept, valid.shape[1])
+            valid = valid & kept
             sums.add(guess, truth, valid)
             floor.add(depth_metrics.constant_per_token(truth, valid, config.grid), truth, valid)
             values.append(np.where(valid, truth, np.nan)[0])
-            decoded.append(guess[0])
+            decoded.append(np.where(kept, guess, np.nan)[0])
         rows = [
             [name, r["rmse"], r["abs_rel"], r["delta_1"]]
             for name, r in (("from tokens", sums.result()), ("best constant per token", floor.result()))
         ]
         made = "of the token sidecar" if self.tokens is not None else "made here"
         said = (
-            f"<p>Depth outside of {config.range.near:g}..{config.range.far:g} is masked (grey). Tokens {made}; figures "
-            f"over the {len(frames)} maps below.</p>"
+            f"<p>Depth outside of {config.range.near:g}..{config.range.far:g} is masked (grey), and so are tokens "
+            f"mostly without valid depth. Tokens {made}; figures over the {len(frames)} maps below.</p>"
         )
         return values, decoded, said + report.table(["", "RMSE", "AbsRel", "delta 1"], rows)
 
     def _usage(self) -> str:
         meta = self.tokens.metadata
         counts = data_facts.code_counts(self.tokens, int(meta.details["codes"]))
-        used, p = int((counts > 0).sum()), counts[counts > 0] / counts.sum()
+        total = int(counts.sum())
+        invalid = 1 - total / (meta.frames * meta.row_shape[0])
+        if not total:
+            return "<h3>Code usage</h3><p>All tokens are invalid: they stand for no depth.</p>"
+        used, p = int((counts > 0).sum()), counts[counts > 0] / total
         perplexity = float(np.exp(-(p * np.log(p)).sum()))
         return (
             f"<h3>Code usage</h3><p>{used} of {len(counts)} codes in {meta.frames} frames of {meta.row_shape[0]} "
-            f"tokens, perplexity {perplexity:.1f}, most frequent code {counts.max() / counts.sum():.1%}. Tokenizer "
-            f"{html.escape(meta.identity)}.</p>" + figures.code_shares(counts / counts.sum())
+            f"tokens, perplexity {perplexity:.1f}, most frequent code {counts.max() / total:.1%}; {invalid:.1%} "
+            f"of the tokens are invalid. Tokenizer {html.escape(meta.identity)}.</p>"
+            + figures.code_shares(counts / total)
         )
 
 

@@ -104,7 +104,7 @@ def evaluate(
         images=out[f"image_{config.views[0]}"],
         frames=out["frame"],
         codes=out.get("codes"),
-        tokens=out.get("depth_tokens"),
+        tokens=np.where(out["depth_tokens_mask"], out["depth_tokens"], sidecar.INVALID_TOKEN) if has_codes else None,
         raw_depth=out.get("depth"),
         scale=out.get("depth_scale"),
         offset=out.get("depth_offset"),
@@ -160,6 +160,7 @@ def _token_figures(reader: loader.Loader, data: data_config.DataConfig, out: dic
 
 
 def most_frequent(tokens: np.ndarray, codes: int) -> np.ndarray:
-    """The most frequent code of each position, i32 [P], of u16 [F, P] tokens."""
-    columns = [np.bincount(tokens[:, p], minlength=codes).argmax() for p in range(tokens.shape[1])]
+    """The most frequent code of each position, i32 [P], of u16 [F, P] tokens; invalid ones do not count."""
+    valid = tokens != sidecar.INVALID_TOKEN
+    columns = [np.bincount(tokens[valid[:, p], p], minlength=codes).argmax() for p in range(tokens.shape[1])]
     return np.asarray(columns, np.int32)

@@ -18,9 +18,20 @@ from PIL import Image
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds, rlds_claim, rlds_features, rlds_record, rlds_run, rlds_shard
-from qdepth_jax.data import definitions, example, frame_reader, index, sidecar, spec, tfrecord, write_rlds
+from qdepth_jax.data import (
+    data_config,
+    definitions,
+    example,
+    frame_reader,
+    index,
+    loader,
+    sidecar,
+    spec,
+    tfrecord,
+    write_rlds,
+)
 
-DEPTH = "steps/observation/depth_new"
+DEPTH = "steps/observation/relative_depth_new"
 TOKENS = "steps/observation/depth_tokens"
 
 
@@ -70,7 +81,11 @@ def test_depth_and_tokens_are_those_of_the_sidecars(libero_dir, tmp_path, encodi
     depth = sidecar_writer.make_sidecar(tmp_path / "depth", opened, "depth")
     tokens = sidecar_writer.make_sidecar(tmp_path / "tokens", opened, "depth_tokens", seed=1)
     counts = convert_all(
-        libero_dir, tmp_path / "new", depth=(f"depth_new={depth}",), depth_tokens=(tokens,), token_encoding=encoding
+        libero_dir,
+        tmp_path / "new",
+        depth=(f"relative_depth_new={depth}",),
+        depth_tokens=(tokens,),
+        token_encoding=encoding,
     )
     assert counts["depth_maps"] == counts["token_rows"] == counts["frames"]
     new = index.open_index(tmp_path / "new")
@@ -83,11 +98,11 @@ def test_depth_and_tokens_are_those_of_the_sidecars(libero_dir, tmp_path, encodi
         ):
             before, after = entries(old), entries(payload)
             assert {key: after[key] for key in before} == before  # bytes, not values
-            names = {"depth_new_scale", "depth_new_offset", "depth_new_kind"}
+            names = {"relative_depth_new_scale", "relative_depth_new_offset", "relative_depth_new_kind"}
             assert set(after) - set(before) == {DEPTH, TOKENS, *(f"episode_metadata/{n}" for n in names)}
             scanned = example.scan(payload)
-            assert scanned["episode_metadata/depth_new_scale"].value.tolist() == [0.5 + at]
-            assert scanned["episode_metadata/depth_new_offset"].value.tolist() == [-at]
+            assert scanned["episode_metadata/relative_depth_new_scale"].value.tolist() == [0.5 + at]
+            assert scanned["episode_metadata/relative_depth_new_offset"].value.tolist() == [-at]
             length = len(scanned[DEPTH].value)
             for step, (offset, size) in enumerate(scanned[DEPTH].value.tolist()):
                 np.testing.assert_array_equal(
@@ -354,7 +369,7 @@ def test_bad_options_name_the_fix(libero_dir, tmp_path, options, message):
 def test_sidecars_that_do_not_fit_are_refused(libero_dir, tmp_path):
     opened = index.open_index(libero_dir)
     strange = sidecar_writer.make_sidecar(tmp_path / "strange", opened, "depth", fingerprint="0" * 32)
-    depth = sidecar_writer.make_sidecar(tmp_path / "depth", opened, "depth")
+    depth = sidecar_writer.make_sidecar(tmp_path / "depth", opened, "depth", details={"depth_kind": "metric"})
     train = sidecar_writer.make_sidecar(tmp_path / "train", opened, "depth_tokens", splits=["train"])
     for options, message in (
         ({"depth": (strange,)}, "has fingerprint '0000"),
@@ -387,3 +402,39 @@ def test_a_size_that_would_hide_swapped_channels_is_refused(seven_episodes, tmp_
     with pytest.raises(errors.UserError, match=r"\('wrist',\) of libero_object hold blue before red"):
         rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options(resize=(256, 256)))
     rlds.plan(seven_episodes, str(tmp_path / "new"), rlds.Options(resize=(128, 128)))
+
+
+def test_metric_depth_comes_back_in_metres_and_relative_depth_never_as_metres(tmp_path):
+    source = libero_writer.make_libero(tmp_path / "source", depth=False)
+    opened = index.open_index(source)
+
+    def written(root, kind, scale):
+        for name, split in opened.splits.items():
+            metadata = sidecar.Metadata(
+                "depth", opened.fingerprint, name, "steps/observation/image", "test", (6, 8), split.frames,
+                len(split.episodes), {"depth_kind": kind},
+            )  # fmt: skip
+            writer = sidecar.Writer(str(root), metadata)
+            for episode in writer.pending():
+                row = split.episodes[episode]
+                raw = np.full((row["length"], 6, 8), 2000, np.uint16)
+                raw[:, 0] = 0
+                writer.write(episode, int(row["start"]), raw, scale=scale, offset=0.25)
+            writer.finish()
+        return str(root)
+
+    metric = written(tmp_path / "metric", "metric", 0.0005)
+    convert_all(source, tmp_path / "new" / "libero_object" / "1.1.0", depth=(metric,))
+    config = data_config.DataConfig((data_config.DatasetConfig(path=str(tmp_path / "new" / "libero_object")),))
+    batch = loader.Loader(config, ("depth", "depth_scale", "depth_offset"), 4).batch(0)
+    metres = batch["depth"] * batch["depth_scale"][:, None, None] + batch["depth_offset"][:, None, None]
+    np.testing.assert_allclose(metres[:, 1:], 1.25, atol=1e-6)
+    assert (batch["depth"][:, 0] == 0).all()
+    relative = written(tmp_path / "relative", "relative", 1e-5)
+    with pytest.raises(errors.UserError, match="holds relative depth: a name that says so"):
+        rlds.plan(source, str(tmp_path / "no"), rlds.Options(depth=(f"depth={relative}",)))
+    convert_all(source, tmp_path / "other" / "1.1.0", depth=(relative,))
+    assert "steps/observation/relative_depth" in spec.read_spec(str(tmp_path / "other")).features
+    far = written(tmp_path / "far", "metric", 0.1)
+    with pytest.raises(errors.UserError, match=r"depth of 200\.[23] m does not fit"):
+        convert_all(source, tmp_path / "far_out", depth=(far,))

@@ -75,7 +75,7 @@ def arguments_for(source, index_dir, folder, camera, size=(16, 16)):
     opened = index.open_index(source, str(index_dir) if index_dir else "")
     depth = sidecar_writer.make_sidecar(folder / "depth", opened, "depth", camera, shape=size)
     tokens = sidecar_writer.make_sidecar(folder / "tokens", opened, "depth_tokens", camera, shape=(256,), seed=1)
-    flags = [f"--depth=depth_made={depth}", f"--depth_tokens={tokens}", "--resize=48,40"]
+    flags = [f"--depth=relative_depth_made={depth}", f"--depth_tokens={tokens}", "--resize=48,40"]
     return opened, [*flags, f"--index_dir={index_dir}"] if index_dir else flags
 
 
@@ -234,13 +234,16 @@ def test_plain_tfds_reads_all_original_features_and_the_new_ones(which, encoding
         frame = count = 0
         for number, (before, after) in enumerate(zip(old, new, strict=True)):
             made = after["episode_metadata"]
-            assert made.pop("depth_made_scale") == np.float32(0.5 + number)
-            assert made.pop("depth_made_offset") == -number and made.pop("depth_made_kind") == b"relative"
+            assert made.pop("relative_depth_made_scale") == np.float32(0.5 + number)
+            assert (
+                made.pop("relative_depth_made_offset") == -number
+                and made.pop("relative_depth_made_kind") == b"relative"
+            )
             length = len(after["steps"]["action"])
             skipped = after["steps"]["observation"].pop(tokens_name)
             if encoding == "none":  # what octo's and OpenVLA's loaders see
                 np.testing.assert_array_equal(skipped, codes.values[frame : frame + length])
-            after["steps"]["observation"].pop("depth_made")
+            after["steps"]["observation"].pop("relative_depth_made")
             before.setdefault("episode_metadata", {})
             _assert_equal(before, after)
             frame, count = frame + length, count + 1
@@ -252,7 +255,7 @@ def test_plain_tfds_reads_all_original_features_and_the_new_ones(which, encoding
             for step_before, step_after in zip(
                 tfds.as_numpy(before["steps"]), tfds.as_numpy(after["steps"]), strict=True
             ):
-                depth = step_after["observation"].pop("depth_made")
+                depth = step_after["observation"].pop("relative_depth_made")
                 tokens = step_after["observation"].pop(tokens_name)
                 assert depth.dtype == tokens.dtype == np.uint16
                 np.testing.assert_array_equal(depth[..., 0], maps.values[frame])

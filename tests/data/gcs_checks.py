@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, episode_reader, frame_reader, index, loader, spec, storage, tfrecord
+from qdepth_jax.convert import rlds, rlds_claim, rlds_run
+from qdepth_jax.data import data_config, episode_reader, frame_reader, index, loader, sidecar, spec, storage, tfrecord
 
 PREFIX = "lab-data/rlds/libero_object/1.0.0"
 URL = f"gs://{PREFIX}"
@@ -162,8 +163,31 @@ def batches(folder: pathlib.Path) -> None:
         loader.Loader(theirs, keys, 8).batch(0)
 
 
+def converted(folder: pathlib.Path) -> None:
+    """A data set of objects is converted to the same files as one on a disk; the output must be a local folder."""
+    fake, local = _served(folder)
+    (local / "extra.labels.txt").write_text("a\nb\n")
+    fake.put(f"{PREFIX}/extra.labels.txt", b"a\nb\n")
+    made = []
+    for number, source in enumerate((str(local), URL)):
+        output = folder / str(number) / "1.1.0"
+        plan = rlds.plan(source, str(output), rlds.Options(resize=(12, 16)), str(folder / "index"))
+        with rlds_claim.claimed(plan.target):
+            rlds_run.finish(plan, rlds_run.run_local(plan, 1))
+        made.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert made[0] == made[1] and "extra.labels.txt" in made[1] and len(made[1]) == 7
+    for write in (
+        lambda: rlds.plan(URL, "gs://lab-data/new", rlds.Options(), str(folder / "index")),
+        lambda: sidecar.Writer("gs://lab-data/new", sidecar.Metadata("depth", "", "train", "", "", (2, 2), 1, 1)),
+    ):
+        with pytest.raises(errors.UserError, match=r"--output=gs://lab-data/new: .*local folder"):
+            write()
+
+
 if __name__ == "__main__":
     logging.disable()
-    checks = {check.__name__: check for check in (index_and_frames, sequential, changed, unreadable, batches)}
+    checks = {
+        check.__name__: check for check in (index_and_frames, sequential, changed, unreadable, batches, converted)
+    }
     checks[sys.argv[1]](pathlib.Path(sys.argv[2]))
     print(json.dumps({"passed": sys.argv[1]}))

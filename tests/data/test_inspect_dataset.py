@@ -212,6 +212,7 @@ def test_depth_and_tokens_of_sidecars(tmp_path):
     subject = data_facts.open_subject(directory)
     maps = np.random.default_rng(0).integers(0, 3, (15, 8, 8)).astype(np.uint16) * 20000
     tokens = (np.arange(15 * 4).reshape(15, 4) % 6).astype(np.uint16)
+    tokens[3:6] = sidecar.INVALID_TOKEN  # two of each code
     roots = {}
     for kind, values, details in (
         ("depth", maps, {"depth_kind": "relative"}),
@@ -231,6 +232,7 @@ def test_depth_and_tokens_of_sidecars(tmp_path):
     assert summary["warnings"] == []
     assert f"{(maps == 0).mean():.2%}" in page and "relative inverse depth" in page and "maker &lt;1&gt;" in page
     assert "6 of 8 codes in 15 frames of 4 tokens, perplexity 6.0" in page
+    assert "20.0% of the tokens are invalid" in page
     with pytest.raises(errors.UserError, match="has kind 'depth_tokens'"):
         look(directory, tmp_path, depth=roots["depth_tokens"])
     other = write_set(tmp_path / "other", [make_episode(5)])
@@ -283,3 +285,30 @@ def test_real_bridge_and_shipped_data(bridge_dir, tmp_path):
         check_page(pathlib.Path(summary["page"]).read_text())
     bad = subprocess.run([*command, str(tmp_path / "gone")], capture_output=True, text=True, timeout=120)
     assert bad.returncode == 2 and "no data set folder" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_invalid_tokens_are_not_decoded():
+    import jax
+
+    from qdepth_jax import depth
+    from qdepth_jax.eval import inspect_depth
+    from qdepth_jax.models import tokenizer
+
+    metres = depth.DepthRange("metric", 0.1, 1.0)
+    config = tokenizer.TokenizerConfig(
+        depth_size=16, grid=2, num_codes=8, code_dim=4, widths=(8, 8), blocks=1, range=metres
+    )
+    variables = tokenizer.init(config, jax.random.key(0))
+    raw = np.full((16, 16), 500, np.uint16)
+    raw[:8, :8] = 0
+    metadata = sidecar.Metadata("depth_tokens", "", "train", "", "", (4,), 1, 1, {})
+    tokens = sidecar.Sidecar(
+        metadata, "", np.asarray([[65535, 3, 65535, 1]], np.uint16), np.ones(1, np.float32), np.zeros(1, np.float32)
+    )
+    for coded, gone in ((tokens, [True, False, True, False]), (None, [True, False, False, False])):
+        found = inspect_depth.Depth(None, "main", "", "", None, coded, (config, variables))
+        values, decoded, said = found._reconstruct([(raw, 0.001, 0.0)], [0])
+        expected = np.asarray(gone).reshape(2, 2).repeat(8, 0).repeat(8, 1)
+        np.testing.assert_array_equal(np.isnan(decoded[0]), expected)
+        np.testing.assert_array_equal(np.isnan(values[0]), expected)
+        assert "tokens mostly without valid depth" in said

@@ -85,3 +85,16 @@ def test_stand_in_says_what_it_is():
     assert out.shape == (2, 6, 8) and (np.diff(out[0, :, 0]) > 0).all()
     with pytest.raises(errors.UserError, match="there is stand_in"):
         depth_labels.find("midas")
+
+
+def test_a_token_is_valid_from_half_of_its_pixels_on():
+    valid = np.zeros((2, 8, 8), bool)
+    valid[0, :2, :4] = True  # token 0: 8 of 16 pixels
+    valid[0, :4, 4:] = True  # token 1: all
+    valid[0, 4:, :4].flat[:7] = True  # token 2: 7 of 16
+    kept = sidecar.token_validity(valid, 2)
+    assert kept.tolist() == [[True, True, False, False], [False] * 4]
+    pixels = sidecar.token_pixels(kept, 8)
+    assert pixels[0, :4].all() and not pixels[0, 4:].any() and not pixels[1].any()
+    order = np.arange(9).reshape(1, 9) == 5  # row 1, column 2 of three
+    assert np.argwhere(sidecar.token_pixels(order, 3)).tolist() == [[0, 1, 2]]

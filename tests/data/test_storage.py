@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).parent
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sequential", "changed")]
 
 
-@pytest.mark.parametrize("name", ["index_and_frames", "unreadable", "batches", *_SLOW])
+@pytest.mark.parametrize("name", ["index_and_frames", "unreadable", "batches", "converted", *_SLOW])
 def test_objects_of_a_fake_gcs(name, tmp_path):
     # In a process of its own: TensorStore reads the address of the server once.
     command = [sys.executable, str(HERE / "gcs_checks.py"), name, str(tmp_path)]

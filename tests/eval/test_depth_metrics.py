@@ -43,6 +43,8 @@ def test_code_usage():
 def test_most_frequent_code_is_taken_per_position():
     tokens = np.asarray([[1, 5], [1, 5], [2, 6]], np.uint16)
     np.testing.assert_array_equal(offline.most_frequent(tokens, 8), [1, 5])
+    tokens = np.asarray([[65535, 65535], [65535, 65535], [2, 65535]], np.uint16)  # invalid ones are no codes
+    np.testing.assert_array_equal(offline.most_frequent(tokens, 8), [2, 0])
 
 
 def summary(rmse, action, accuracy):
