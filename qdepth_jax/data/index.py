@@ -45,7 +45,7 @@ class SplitIndex:
     @functools.cached_property
     def episodes(self) -> np.ndarray:
         """EPISODE [E]."""
-        return np.load(os.path.join(self.directory, "episodes.npy"))
+        return _read(np.load, os.path.join(self.directory, "episodes.npy"))
 
     @functools.cached_property
     def frames(self) -> int:
@@ -62,14 +62,13 @@ class SplitIndex:
     def texts(self, name: str) -> tuple[np.ndarray, list[str]]:
         """(ids i32 [F] or [E], table of distinct strings); of an array of strings, ids i32 [F, ...]."""
         ids = self._table("text", name)
-        with open(self._path("text", name, ".json"), encoding="utf-8") as file:
-            return ids, json.load(file)
+        return ids, _read(_json, self._path("text", name, ".json"))
 
     @functools.cached_property
     def quarantine(self) -> tuple[quarantine.Row, ...]:
         """What of this split was set aside when the index was built."""
-        with open(os.path.join(os.path.dirname(self.directory), "quarantine.json"), encoding="utf-8") as file:
-            rows = quarantine.from_json(json.load(file))
+        path = os.path.join(os.path.dirname(self.directory), "quarantine.json")
+        rows = _read(lambda path: quarantine.from_json(_json(path)), path)
         return tuple(row for row in rows if row.split == self.name)
 
     @functools.cached_property
@@ -107,7 +106,7 @@ class SplitIndex:
                 f"feature {name!r} of {self.dataset.name} is {feature.kind} {feature.dtype}{list(feature.shape)}: "
                 f"it cannot be read as {kind}"
             )
-        return np.load(self._path(kind, name, ".npy"), mmap_mode="r")
+        return _read(functools.partial(np.load, mmap_mode="r"), self._path(kind, name, ".npy"))
 
     def _path(self, kind: str, name: str, suffix: str) -> str:
         return os.path.join(self.directory, kind, index_build.file_name(name) + suffix)
@@ -236,7 +235,8 @@ def verify(opened: Index, on_shard: Callable[[str, int], None] | None = None, wo
                 size, crc = size + len(part), google_crc32c.extend(crc, part)
         if [size, crc] != expected:
             raise errors.UserError(
-                f"{opened.directory}/{name} is damaged: {_rebuild_hint(opened.dataset)}, the shards are good"
+                f"{opened.directory}/{name} is damaged, the shards are good: "
+                f"{_rebuild_hint(opened.dataset, opened.directory)}"
             )
 
 
@@ -255,18 +255,35 @@ def _load(directory: str) -> dict[str, Any]:
     return content
 
 
-def _rebuild_hint(dataset: spec.DatasetSpec) -> str:
-    return f"run `python tools/index_rlds.py {dataset.directory} --rebuild`"
+def _rebuild_hint(dataset: spec.DatasetSpec, directory: str) -> str:
+    inside = os.path.dirname(directory) == dataset.directory
+    where = "" if inside else f" --index_dir={os.path.dirname(directory)}"
+    return f"run `python tools/index_rlds.py {dataset.directory}{where} --rebuild`"
+
+
+def _read(load: Callable[[str], Any], path: str) -> Any:
+    """A file of an index; one that is gone or cut is an error with the fix."""
+    try:
+        return load(path)
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise errors.UserError(
+            f"{path} of the index is gone or damaged ({error}): delete the index folder, and it is built again"
+        ) from error
+
+
+def _json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _open(
     dataset: spec.DatasetSpec, directory: str, on_shard: Callable[[str, int], None] | None, workers: int
 ) -> Index:
     content, path = _load(directory), os.path.join(directory, "index.json")
-    rebuild = f"{_rebuild_hint(dataset)} if the new data is what you want"
+    rebuild = f"{_rebuild_hint(dataset, directory)} if the new data is what you want"
     if content["format"] != FORMAT:
         raise errors.UserError(
-            f"{path} has format {content['format']}, this code reads {FORMAT}: {_rebuild_hint(dataset)}"
+            f"{path} has format {content['format']}, this code reads {FORMAT}: {_rebuild_hint(dataset, directory)}"
         )
     rows = index_build.feature_rows(dataset)
     if content["features"] != rows or (content["name"], content["version"]) != (dataset.name, dataset.version):
@@ -296,8 +313,7 @@ def _open(
         _check_content(dataset, directory, content, changed, on_shard, workers)
         _remember(path, content)
     splits = {name: SplitIndex(dataset, name, os.path.join(directory, name)) for name in dataset.splits}
-    with open(os.path.join(directory, "quarantine.json"), encoding="utf-8") as file:
-        quarantine_digest = json.load(file)["digest"]
+    quarantine_digest = _read(lambda path: _json(path)["digest"], os.path.join(directory, "quarantine.json"))
     return Index(
         dataset,
         directory,
@@ -332,8 +348,8 @@ def _check_content(
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise errors.UserError(
             f"{dataset.directory}: {len(bad)} shards changed since they were indexed in {directory}: "
-            f"{', '.join(bad[:3])}{more}. Restore them, or {_rebuild_hint(dataset)} if the new data is what you want "
-            "(with --quarantine where it is damaged)"
+            f"{', '.join(bad[:3])}{more}. Restore them, or {_rebuild_hint(dataset, directory)} if the new data is what "
+            "you want (with --quarantine where it is damaged)"
         )
 
 

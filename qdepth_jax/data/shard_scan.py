@@ -150,7 +150,7 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
             raise errors.UserError(
                 f"data set {dataset.name}, split {split}, {path}: record {record}{at} {message}. Repair or copy "
                 f"the shard again, or set the bad parts aside with `python tools/index_rlds.py {dataset.directory} "
-                "--quarantine`"
+                f"--quarantine{' --check_images' if checks.images else ''}` (and your --index_dir, if you use one)"
             )
         episode = len(episodes) if known else None
         problems.append(quarantine.Row(split, name, record, episode, step, reason, message))

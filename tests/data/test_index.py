@@ -430,3 +430,14 @@ def test_any_numbers_in_any_shape_come_back(data):
             np.testing.assert_array_equal(mine, expected)
             assert mine.dtype == expected.dtype and mine.shape[1:] == shape
         files.close()
+
+
+@pytest.mark.parametrize("name", ["quarantine.json", "train/episodes.npy", "train/column/steps.action.npy"])
+def test_a_damaged_file_of_the_index_is_a_message(libero_dir, name):
+    path = pathlib.Path(index.open_index(libero_dir).directory) / name
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], None):
+        path.write_bytes(content) if content is not None else path.unlink()
+        with pytest.raises(errors.UserError, match=r"gone or damaged .*delete the index folder"):
+            split = index.open_index(libero_dir).split("train")
+            split.column("steps/action"), split.episodes
