@@ -17,6 +17,7 @@ import numpy as np
 from qdepth_jax import errors
 from qdepth_jax.data import (
     batch_keys,
+    batch_memory,
     blocks,
     data_config,
     frame_reader,
@@ -33,6 +34,8 @@ Job = Callable[[], None]
 
 # Bumped when equal configs would give other batches than before, so that no run resumes on a different order.
 ORDER_VERSION = 1
+# Steps whose order is computed together: for the rows of one batch alone, NumPy's cost is that of its calls.
+PLANNED = 16
 
 
 class Loader:
@@ -101,7 +104,8 @@ class Loader:
                 for item, share in zip(self.sources, shares)
             )
         self.order = order.Order(sizes, shares, seed, config.shuffle, tables)
-        self._files = frame_reader.ShardFiles()
+        self._plan: tuple[int, tuple[np.ndarray, ...]] = (-1, ())
+        self._files, self._memory = frame_reader.ShardFiles(), batch_memory.BatchMemory()
         self._cache = blocks.BlockCache(self._files.read, blocks.memory(tables)) if tables else None
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "decode")
         shapes = {
@@ -211,11 +215,10 @@ class Loader:
                 "this loader was opened before a fork, and threads do not survive one: open it afterwards"
             )
         position = step * self.batch_size + self._rows
-        which, sample = self.order.samples(position)
-        index = self.order.locate(which, sample)
+        which, sample, index = self._planned(step)
         if self._cache is not None:
             self._request_blocks(which, sample)
-        out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._layout.items()}
+        out = self._allocate()
         jobs: list[Job] = []
         for number, item in enumerate(self.sources):
             rows = np.flatnonzero(which == number)
@@ -235,6 +238,26 @@ class Loader:
             out["dataset"][:] = which
         self._run(jobs)
         return out
+
+    def _planned(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(data set, sample, index into its sampled frames) of this host's rows, computed for PLANNED steps at once."""
+        turn, place = divmod(step, PLANNED)
+        plan = self._plan
+        if plan[0] != turn:
+            steps = np.arange(turn * PLANNED, (turn + 1) * PLANNED)
+            which, sample = self.order.samples((steps[:, None] * self.batch_size + self._rows).reshape(-1))
+            arrays = (which, sample, self.order.locate(which, sample))
+            # One assignment: another thread sees the old plan or the new one.
+            plan = self._plan = (turn, tuple(array.reshape(PLANNED, -1) for array in arrays))
+        which, sample, index = plan[1]
+        return which[place], sample[place], index[place]
+
+    def _allocate(self) -> HostBatch:
+        """Arrays of a batch; pictures are filled completely, everything else may keep zeros."""
+        return {
+            name: self._memory.empty(shape, dtype) if name.startswith(("image_", "goal_")) else np.zeros(shape, dtype)
+            for name, (shape, dtype) in self._layout.items()
+        }
 
     def iterate(self, step: int = 0, prefetch: int = 2) -> Iterator[HostBatch]:
         """Endless batches from `step` on, prepared by one background thread.
@@ -265,7 +288,7 @@ class Loader:
         """One job for each picture: fetch its bytes, decode them into their row."""
         item, frames = part.item, pictures.frames
         episodes = item.frames.episode[frames]
-        paths = [item.split.shard_path(shard) for shard in item.split.episodes["shard"][episodes].tolist()]
+        paths = [item.paths[shard] for shard in item.split.episodes["shard"][episodes].tolist()]
         spans = item.spans(pictures.feature)[frames].tolist()
         if self._cache is None:
             fetches = [self._files.start(path, *span) for path, span in zip(paths, spans)]

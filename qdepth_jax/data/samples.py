@@ -86,7 +86,12 @@ def images(out: Mapping[str, np.ndarray], part: Part, config: data_config.DataCo
     steps = np.arange(config.image_steps)
     found = []
     for view in config.views:
-        for camera, mine in _cameras(part, view, config, seed):
+        cameras = _cameras(part, view, config, seed)
+        if not cameras:  # the data set lacks the view: its rows are empty, and view_mask says so
+            for name in (f"image_{view}", f"goal_{view}"):
+                if name in out:
+                    out[name][part.rows] = 0
+        for camera, mine in cameras:
             feature = part.item.image_feature(camera)
             decode = frame_reader.decode_bgr if camera in part.item.swapped_channels else frame_reader.decode_rgb
             if (array := out.get(f"image_{view}")) is not None:

@@ -62,6 +62,11 @@ class Source:
         return self.mapped[feature]
 
     @functools.cached_property
+    def paths(self) -> list[str]:
+        """Path of every shard of the split."""
+        return [self.split.shard_path(shard) for shard in range(len(self.index.dataset.splits[self.split.name].shards))]
+
+    @functools.cached_property
     def good_frames(self) -> np.ndarray:
         """i64 [n] ascending: all frames of the split that are not quarantined."""
         return np.setdiff1d(np.arange(self.split.frames), self.split.quarantined, assume_unique=True)
