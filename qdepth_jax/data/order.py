@@ -141,7 +141,7 @@ def permute(rank: np.ndarray, size: int, seed: int, stream: int, epoch: np.ndarr
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: a bijection of u64 with good avalanche. For arrays, whose overflow wraps silently."""
+    """The finaliser of splitmix64: a bijection of u64 with good avalanche. Arrays overflow without a warning."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
