@@ -57,7 +57,7 @@ test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # The slow tests that the gate runs too: real BridgeData through every command (skips without the sample), more meshes,
-# more kill points, the experiments that share a program.
+# more kill points, the experiments that share a program, and all that is slow about data and conversion.
 test-gate: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_bridge.py tests/test_experiments.py \
 	  tests/test_train_step.py tests/test_resume.py tests/test_benchmarks.py tests/test_data_changes.py \

@@ -189,9 +189,9 @@ class BlockCache:
         key = (path, low)
         if key not in self._kept:
             self._kept[key] = (high - low, self._pool.submit(self._load, path, low, high))
+            self.bytes_read += high - low  # here, under the lock: threads adding at once lose counts
         self._kept.move_to_end(key)
         return self._kept[key][1]
 
     def _load(self, path: str, low: int, high: int) -> bytes:
-        self.bytes_read += high - low
         return b"".join(self._read(path, at, min(PIECE, high - at)) for at in range(low, high, PIECE))

@@ -166,6 +166,11 @@ class Loader:
             "goal_max_steps",
             "instructions",
             "swap_views",
+            "views",
+            "missing_views",
+            "image_size",
+            "proprio_dim",
+            "depth_offset",
         )
         read = {"read": c.read} | ({"block": [c.block_mib, c.block_window_mib]} if c.read == "blocks" else {})
         return {
@@ -179,7 +184,7 @@ class Loader:
             "normalisation": {
                 name: {key: value.to_json() for key, value in pair.items()} for name, pair in self.normalisers.items()
             },
-            **{name: getattr(c, name) for name in sampling},
+            **{name: list(value) if isinstance(value := getattr(c, name), tuple) else value for name in sampling},
             **read,
         }
 
@@ -281,6 +286,7 @@ class Loader:
         if self._cache is not None:
             self._cache.close()
         self._files.close()
+        self._memory.clear()
 
     # ---- reading ----
 

@@ -137,6 +137,8 @@ def _goals(part: Part, config: data_config.DataConfig, seed: int) -> np.ndarray:
 
 def depth(out: Mapping[str, np.ndarray], part: Part, config: data_config.DataConfig) -> list[Pictures]:
     """Depth and depth tokens of this or a later frame; those that have to be decoded are returned."""
+    if not any(name.startswith("depth") for name in out):
+        return []
     item, rows = part.item, part.rows
     later, end = part.frames + config.depth_offset, item.end(part.frames)
     # Behind the end of the episode there is nothing to predict, nor where the later frame is quarantined.

@@ -178,9 +178,13 @@ def test_workers_end_with_a_parent_that_was_killed(many_shards, tmp_path):
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _until(lambda: len(_group(process.pid)) >= 4)  # the workers have started
+        workers = [pid for pid in _group(process.pid) if pid != process.pid]
+        assert len(workers) >= 3
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL  # killed at its work, not finished before
         _until(lambda: not _group(process.pid))
+        assert _group(process.pid) == []  # ended ones may wait to be reaped: nobody of the group lives
+        assert not (tmp_path / "new" / "dataset_info.json").exists()  # nobody went on and called it whole
     finally:
         _kill_group(process)
 
