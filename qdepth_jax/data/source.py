@@ -15,6 +15,9 @@ import numpy as np
 from qdepth_jax import errors
 from qdepth_jax.data import data_config, definitions, depth_images, index, normalise, sidecar, standardise
 
+# Part of the name of a statistics file: files of another form are not found, and computed again.
+STATISTICS_FORMAT = 2
+
 _SLICE = re.compile(r"^([^\[\]]+?)(?:\[(\d*%?):(\d*%?)\])?$")
 
 
@@ -249,7 +252,14 @@ def _normalisers(
     if split_text != config.split or config.held_out:
         _, frames = _select(opened, definition, config, split_text, False, seed)
     # Exactly these frames under exactly this recipe.
-    key = [opened.fingerprint, definition.name, definition.version, split_text, _digest(frames.valid)]
+    key = [
+        STATISTICS_FORMAT,
+        opened.fingerprint,
+        definition.name,
+        definition.version,
+        split_text,
+        _digest(frames.valid),
+    ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = os.path.join(opened.directory, f"statistics-{definition.name}-{digest}.json")
     statistics = _load_statistics(path)
