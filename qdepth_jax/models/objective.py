@@ -31,9 +31,13 @@ class Objective(NamedTuple):
         A loss is a mean over the batch; `step` is the optimiser step (i32 scalar), for schedules inside the loss.
       features: batch keys the loss reads, without the leading batch axis.
       augment: `(batch, key) -> batch` on training batches alone, or None; the same rules for randomness as `loss`.
+      groups: (name, path regex) rows, first full match wins: parts of the parameters whose gradient norms are reported.
+      flops: model FLOPs of one example in one training step, forward and backward, without recomputation; 0 = unknown.
     """
 
     init: Callable[[jax.Array], dict[str, Tree]]
     loss: Callable[[Tree, Tree, Batch, jax.Array, jax.Array], LossOutput]
     features: tuple[str, ...]
     augment: Callable[[Batch, jax.Array], Batch] | None = None
+    groups: tuple[tuple[str, str], ...] = ()
+    flops: float = 0.0
