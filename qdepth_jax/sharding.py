@@ -139,5 +139,5 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(params|mu|nu|ema)/(encoder|decoder|codebook)", P()),
     (r"state/(codebook|count|sum|updates)$", P()),
     (r"(bias|scale)$", P()),
-    (r"(^|/)(step|count)$", P()),
+    (r"(^|/)(step|count|skipped|skipped_in_row)$", P()),
 )
