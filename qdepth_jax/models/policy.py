@@ -29,6 +29,7 @@ from qdepth_jax.models import (
     augment,
     augment_config,
     depth_expert,
+    flops,
     flow,
     gemma,
     images,
@@ -314,6 +315,7 @@ def make_objective(
         augment=(lambda batch, key: augment.augment_views(batch, config.views, size, augmentation, key))
         if augmentation.active
         else None,
+        flops=flops.model_flops(flops.policy(config)),
     )
 
 
