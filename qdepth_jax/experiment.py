@@ -180,6 +180,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         train=train,
         ema_decay=optim_config.ema_decay,
         seed=config.seed,
+        rows=rows,
         batches=lambda start: batches.iterate(start, train.prefetch),
         eval_batches=eval_batches,
         initialise=initialise,

@@ -44,7 +44,8 @@ class Run(NamedTuple):
       objective, tx, frozen, learning_rate: the model and its optimiser.
       mesh: (replica, fsdp, tensor).
       config: the whole experiment as JSON types; `train` and `ema_decay`, `seed` are read from their dataclasses.
-      batches: first step -> iterator of this process's batches, the step that comes next first.
+      rows: of the global batch that this host reads (sharding.batch_rows).
+      batches: first step -> iterator of this host's rows of the batches, the step that comes next first.
       eval_batches: () -> the batches of held-out data, or None.
       initialise: fresh state -> state with what earlier stages provide (pretrained parameters, a codebook).
       meta: JSON stored beside every checkpoint; meta["data"] must be equal on resume.
@@ -59,6 +60,7 @@ class Run(NamedTuple):
     train: config_lib.TrainConfig
     ema_decay: float
     seed: int
+    rows: np.ndarray
     batches: Callable[[int], Iterator[HostBatch]]
     eval_batches: Callable[[], Iterable[HostBatch]] | None
     initialise: Callable[[train_step.TrainState], train_step.TrainState]
@@ -158,7 +160,7 @@ def compile_step(run: Run, state: train_step.TrainState, batch: dict[str, jax.Ar
     )
     everywhere = NamedSharding(run.mesh, P())
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)).lower(state, batch, key)
-    distributed.same_program(lowered)
+    distributed.same_program(lowered, run.meta["data"], run.rows, run.mesh, run.train.batch_size)
     return lowered.compile()
 
 

@@ -29,6 +29,7 @@ from qdepth_jax.models import (
     augment,
     augment_config,
     depth_expert,
+    flops,
     flow,
     gemma,
     images,
@@ -323,6 +324,7 @@ def make_objective(
         if augmentation.active
         else None,
         groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
+        flops=flops.model_flops(flops.policy(config)),
     )
 
 
