@@ -141,7 +141,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         seed=config.seed,
         rows=rows,
     )
-    distributed.same_everywhere("the data", batches.identity())
+    distributed.same_everywhere("data", batches.identity())
     for line in batches.summary():
         train_loop.say(line)
     _check_fit(config, model, batches, codes)

@@ -40,7 +40,7 @@ class MetricsFile:
             temporary = self.path.parent / (self.path.name + ".tmp")
             temporary.write_text(self._text)
             os.replace(temporary, self.path)
-            self._text, self._file = "", open(self.path, "a")
+            self._text, self._file = "", open(self.path, "a")  # noqa: SIM115 (closed by `close`)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; on a local disk it is in the disk cache at once. NaN and infinity are written as null."""

@@ -2,11 +2,11 @@
 
   python -m qdepth_jax.train --config=experiments/NAME.py[:args] --workdir=DIR [--config.a.b=value]
 
-Writes WORKDIR/config.json, command.txt, metrics.jsonl, tensorboard/ and checkpoints/. The last line of stdout is JSON of
-the final metrics.
+Writes WORKDIR/config.json, command.txt, metrics.jsonl, tensorboard/ and checkpoints/. The last line of stdout is JSON
+of the final metrics.
 
-Several hosts: the same command on each, --workdir on a disk or bucket that all of them see. TPU pods, SLURM and Open MPI
-are recognised; elsewhere give --coordinator, --num_processes and --process_id.
+Several hosts: the same command on each, --workdir on a disk or bucket that all of them see. TPU pods, SLURM and Open
+MPI are recognised; elsewhere give --coordinator, --num_processes and --process_id.
 
 Exit codes: 0 finished; 2 bad input; 75 stopped by SIGTERM after a save (give the same command again).
 """
@@ -47,11 +47,14 @@ def main(argv: list[str]) -> int:
         wandb=_WANDB.value,
         profile_steps=_steps(_PROFILE.value),
     )
-    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout=_TIMEOUT.value)
-    distributed.same_everywhere("the experiment", config_lib.to_json(_CONFIG.value))
+    said = distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout=_TIMEOUT.value)
+    train_loop.say(said)
+    distributed.same_everywhere("experiment", config_lib.to_json(_CONFIG.value))
     run = distributed.together(lambda: experiment.assemble(_CONFIG.value))
+    main = distributed.is_main()
     metrics, finished = train_loop.run_training(run, _WORKDIR.value, extras)
-    if distributed.is_main():
+    distributed.stop()
+    if main:
         print(json.dumps(metrics, sort_keys=True))
     return 0 if finished else STOPPED
 

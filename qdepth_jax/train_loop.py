@@ -92,7 +92,7 @@ def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainSta
     return target, placed
 
 
-def run_training(run: Run, workdir: str, extras: Extras = Extras()) -> tuple[dict[str, float], bool]:
+def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[dict[str, float], bool]:
     """Train until total_steps; resumes when `workdir` holds a checkpoint.
 
     Returns:
@@ -103,7 +103,7 @@ def run_training(run: Run, workdir: str, extras: Extras = Extras()) -> tuple[dic
     devices stay busy); then validation; the checkpoint comes last and only after the rows up to it were written, so
     that a checkpoint always holds the step it is named after and no row before it can be lost.
     """
-    c, folder = run.train, epath.Path(workdir)
+    c, folder, extras = run.train, epath.Path(workdir), extras or Extras()
     check_batch(c, run.mesh)
     distributed.together(lambda: _make_folder(folder))
     target, placed = abstract_state(run)
@@ -165,7 +165,7 @@ def compile_step(run: Run, state: train_step.TrainState, batch: dict[str, jax.Ar
 
 
 def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[dict[str, float], bool]:
-    c, last, last_eval, saved = run.train, {}, {}, start
+    c, last, last_eval = run.train, {}, {}
     if start >= c.total_steps:
         say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
         rows = metrics.read(epath.Path(workdir) / "metrics.jsonl")
@@ -174,18 +174,18 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
     devices = run.mesh.devices.size
     peak = chips.peak_flops(jax.local_devices()[0].device_kind)
     timer = watch.Watch(c.batch_size, run.objective.flops, devices, peak)
-    bar = progress.Progress(c.total_steps, run.config.get("name", "train"), initial=start, unit="step")
+    name = run.config.get("name", "train")
+    bar = progress.Progress(c.total_steps, name, initial=start, unit="step", shown=distributed.is_main())
     profile = profiler.Profiler(extras.profile_steps, workdir, start, say)
     batches, compiled, finished = run.batches(start), None, True
 
     def flush():
-        nonlocal pending, last, extra
+        nonlocal pending, last
         if pending is None:
             return
-        step, values = pending
+        step, values, measured = pending
         pending = None
-        last = {"step": step} | {k: float(v) for k, v in jax.device_get(values).items()} | timer.row() | extra
-        extra = {}
+        last = {"step": step} | {k: np.asarray(v).item() for k, v in jax.device_get(values).items()} | measured
         log.write(last)
 
     running: collections.deque[Any] = collections.deque()
@@ -208,17 +208,16 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
             _count_skipped(*running.popleft(), c.max_skipped, workdir)
         timer.turn()
         flush()
-        if step % c.log_every == 0 or step in (1, c.total_steps):
-            pending = (step, values)
         stops = stop.reached(step)
         saves = step % c.checkpoint_every == 0 or step == c.total_steps or stops
         validates = (
             run.eval_batches is not None and c.eval_every and (step % c.eval_every == 0 or step == c.total_steps)
         )
+        if saves or validates or step % c.log_every == 0 or step == 1:
+            pending, extra = (step, values, timer.row() | extra), {}
         if saves or validates:
             while running:
                 _count_skipped(*running.popleft(), c.max_skipped, workdir)
-            pending = (step, values)
             flush()
         if validates:
             with timer.apart():
@@ -241,14 +240,15 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
 def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict[str, float]]:
     """Mean of the objective's metrics over the held-out batches, names prefixed "val/"; averaged params if kept."""
 
-    @jax.jit
     def eval_step(params, model_state, batch, key, step):
         return run.objective.loss(params, model_state, batch, jax.random.fold_in(key, 2), step).metrics
+
+    compiled = jax.jit(eval_step, out_shardings=NamedSharding(run.mesh, P()))
 
     def evaluate(state: train_step.TrainState, key: jax.Array) -> dict[str, float]:
         params, rows = state.params if state.ema is None else state.ema, []
         for batch in run.eval_batches():
-            rows.append(jax.device_get(eval_step(params, state.state, put_batch(batch, run.mesh), key, state.step)))
+            rows.append(jax.device_get(compiled(params, state.state, put_batch(batch, run.mesh), key, state.step)))
         if not rows:
             raise errors.UserError("the held-out split has fewer frames than one batch: lower train.batch_size")
         return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
