@@ -78,7 +78,9 @@ def tensorboard(workdir: epath.PathLike, first_step: int) -> Sink:
         )
     import tensorboardX
 
-    writer = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step)
+    writer = tensorboardX.SummaryWriter(
+        str(epath.Path(workdir) / "tensorboard"), purge_step=first_step, filename_suffix=f".{first_step}"
+    )
 
     def write(row: dict[str, Any]) -> None:
         for name, value in row.items():

@@ -278,7 +278,7 @@ def _count_skipped(step: int, values: dict[str, jax.Array], most: int, workdir: 
     say(f"step {step} skipped: loss {loss}, gradient norm {norm}; {in_row} in a row, {total} in all")
     if in_row > most:
         raise errors.UserError(
-            f"{in_row} steps in a row up to step {step} had no finite gradient (loss {loss}, train.max_skipped={most}); "
+            f"{in_row} steps in a row, up to step {step}, had no finite gradient (loss {loss}, max_skipped {most}); "
             f"the last checkpoint in {workdir!r} is good. Lower optim.learning_rate, or look at the data with "
             "tools/inspect_dataset.py"
         )
