@@ -1,8 +1,6 @@
 """The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
 
 import collections
-import contextlib
-import errno
 import functools
 import json
 import pathlib
@@ -16,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from qdepth_jax import checkpoint, errors, metrics, optim, progress, sharding, train_step
+from qdepth_jax import checkpoint, errors, metrics, optim, progress, same_experiment, sharding, train_step, workdirs
 from qdepth_jax import config as config_lib
 from qdepth_jax.models import objective as objective_lib
 
@@ -77,22 +75,23 @@ def run_training(run: Run, workdir: str, command: str = "") -> dict[str, float]:
     except OSError as error:
         raise errors.UserError(f"--workdir={workdir} cannot be made ({error}): choose another") from error
     target, placed = abstract_state(run)
-    checkpoint.check_same_experiment(workdir, run.config)
+    same_experiment.check_same_experiment(workdir, run.config)
     key = jax.random.key(run.seed)
 
-    with _full_disk(workdir), jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
+    with workdirs.full_disk(workdir), jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c) as manager:
         start = manager.latest_step() or 0
         if start < c.total_steps:
-            checkpoint.check_disk(workdir, target, c.keep_checkpoints, len(manager.all_steps()))
+            workdirs.check_room(workdir, target, c, len(manager.all_steps()))
         if manager.latest_step() is None:
             init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
             state = run.initialise(jax.jit(init, out_shardings=placed)(key))
         else:
-            _check_data(checkpoint.read_meta(workdir), run.meta, workdir, start * c.batch_size)
-            state = checkpoint.restore(manager, start, target)
+            check = lambda saved: _check_data(saved, run.meta, workdir, saved["step"] * c.batch_size)  # noqa: E731
+            state, saved, start = checkpoint.restore_latest(manager, target, check=check)
+            key = checkpoint.random_key_of(saved)
         # Nothing has been written so far: what does not fit was refused above.
         _say_changed_length(folder / "config.json", c.total_steps)
-        checkpoint.write_config(workdir, run.config)
+        same_experiment.write_config(workdir, run.config)
         if command:
             with (folder / "command.txt").open("a") as file:
                 file.write(command + "\n")
@@ -198,20 +197,6 @@ def put_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(placed, v) for k, v in batch.items()}
 
 
-@contextlib.contextmanager
-def _full_disk(workdir: str) -> Iterator[None]:
-    """A disk that fills during the run is a message, not a page of tracebacks; finished checkpoints are whole."""
-    try:
-        yield
-    except Exception as error:
-        if "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:
-            raise errors.UserError(
-                f"the disk of {workdir!r} is full; earlier checkpoints are complete. Free space and give the "
-                "same command again"
-            ) from error
-        raise
-
-
 def _say_changed_length(config_path: pathlib.Path, total_steps: int) -> None:
     """A longer or shorter run also stretches a cosine schedule: say it."""
     if config_path.exists():
@@ -266,7 +251,9 @@ def _by_data_set(data: dict[str, Any]) -> dict[str, Any]:
 
 def _meta(run: Run, step: int) -> dict[str, Any]:
     position = step * run.train.batch_size
-    return run.meta | {"step": step, "config": run.config, "data": run.meta["data"] | {"position": position}}
+    key = checkpoint.random_key_meta(jax.random.key(run.seed))
+    data = run.meta["data"] | {"position": position}
+    return run.meta | {"step": step, "config": run.config, "random_key": key, "data": data}
 
 
 def say(message: str) -> None:
