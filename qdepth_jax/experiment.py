@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from qdepth_jax import checkpoint, depth, errors, optim, progress, sharding, train_loop, train_step
+from qdepth_jax import checkpoint, depth, distributed, errors, optim, progress, sharding, train_loop, train_step
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import data_config, index, loader, spec, text
 from qdepth_jax.models import augment_config, policy, tokenizer
@@ -128,15 +128,20 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     if config.model_kind == "policy" and model.depth_labels == "codes":
         codes = load_codebook(config.tokenizer, model)
         data = with_tokens(data, config.tokenizer)
+    # The main host reads a new data set once and writes its index; the others open it (or build their own, where
+    # data.index_dir is a disk of each host).
+    distributed.together(lambda: _build_indexes(data) if distributed.is_main() else None)
     _build_indexes(data)
+    train_loop.check_batch(train, mesh)
+    rows = sharding.batch_rows(mesh, train.batch_size)
     batches = loader.Loader(
         data,
         (*objective.features, "position") if "position" not in objective.features else objective.features,
         train.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
+    distributed.same_everywhere("data", batches.identity())
     for line in batches.summary():
         train_loop.say(line)
     _check_fit(config, model, batches, codes)
@@ -152,8 +157,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
             batches.features,
             train.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             normalisers=batches.normalisers,
         )
         eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731
@@ -176,6 +180,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         train=train,
         ema_decay=optim_config.ema_decay,
         seed=config.seed,
+        rows=rows,
         batches=lambda start: batches.iterate(start, train.prefetch),
         eval_batches=eval_batches,
         initialise=initialise,

@@ -29,6 +29,7 @@ from qdepth_jax.models import (
     augment,
     augment_config,
     depth_expert,
+    flops,
     flow,
     gemma,
     images,
@@ -42,6 +43,14 @@ from qdepth_jax.models import (
 PolicyConfig = policy_config.PolicyConfig
 sized = policy_config.sized
 frozen_table = policy_config.frozen_table
+
+# Parts whose gradient norms are reported; every parameter is in one. `depth` only where there is a depth expert.
+GROUPS = (
+    ("vision", "img/.*"),
+    ("vlm", "llm/(embedder|layers/vlm)/.*"),
+    ("depth", "llm/(layers/depth|final_norm_depth)/.*|depth_(encoder|decoder)/.*"),
+    ("action", "llm/(layers/action|final_norm_action)/.*|(proprio_encoder|action_encoder|action_decoder)/.*"),
+)
 
 PREFIX = ("image", "text", "depth", "proprio")
 
@@ -314,6 +323,8 @@ def make_objective(
         augment=(lambda batch, key: augment.augment_views(batch, config.views, size, augmentation, key))
         if augmentation.active
         else None,
+        groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
+        flops=flops.model_flops(flops.policy(config)),
     )
 
 
