@@ -24,7 +24,7 @@ from jax import Array
 
 from qdepth_jax import depth as depth_values
 from qdepth_jax import errors
-from qdepth_jax.models import gemma, linear
+from qdepth_jax.models import gemma, layout, linear
 
 HEADS = ("codes", "pixels")
 
@@ -121,7 +121,7 @@ class Conv3x3(nn.Module):
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y + bias[None, None, None]
+        return layout.pin(y) + bias[None, None, None]
 
 
 def unit_codebook(codebook: Array) -> tuple[Array, Array, Array]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from qdepth_jax.models import layout
+
 
 def uniform(bound: float) -> Callable[..., Array]:
     """Initialiser: f32, uniform in +-bound.
@@ -74,4 +76,4 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
         y = fold(x).astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
-        return y.reshape(*x.shape[:-1], self.features)
+        return layout.pin(y.reshape(*x.shape[:-1], self.features))

@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax import Array
 
 from qdepth_jax import errors
-from qdepth_jax.models import attention, linear, stack
+from qdepth_jax.models import attention, layout, linear, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Siglip(nn.Module):
         if images.shape[1:] != (size, size, 3):
             raise errors.UserError(f"siglip takes images of shape [B, {size}, {size}, 3], got {images.shape}")
         x = self.embedding(images.astype(self.dtype)) + self.pos_embedding.astype(self.dtype)
-        return self.Transformer(x)
+        return layout.pin(self.Transformer(layout.pin(x)))
 
     def project(self, features: Array) -> Array:
         """[B, P, D] -> [B, P, projection]."""
@@ -142,6 +142,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, per_layer: None, shared: None) -> tuple[Array, None]:
         del per_layer, shared
+        x = layout.pin(x)
         h = _layer_norm("LayerNorm_0")(x).astype(self.dtype)
         x = x + SelfAttention(self.config.heads, self.dtype, name="MultiHeadDotProductAttention_0")(h)
         h = _layer_norm("LayerNorm_1")(x).astype(self.dtype)
@@ -163,7 +164,7 @@ class SelfAttention(nn.Module):
 
         def project(name: str) -> Array:
             y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, name=name)(folded)
-            return y.reshape(b, p, self.heads, h)
+            return layout.pin(y.reshape(b, p, self.heads, h), None, layout.TENSOR)
 
         out = attention.attend(project("query"), project("key"), project("value"), mask=None)
         y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(
@@ -182,7 +183,7 @@ class MlpBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = linear.xavier_uniform(x.shape[-1], self.hidden)
         h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="Dense_0")(linear.fold(x))
-        h = jax.nn.gelu(h, approximate=True)
+        h = jax.nn.gelu(layout.pin(h, layout.TENSOR), approximate=True)
         y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="Dense_1")(h)
         return y.reshape(x.shape)
 
