@@ -45,7 +45,7 @@ def save(manager: ocp.CheckpointManager, state: train_step.TrainState, meta: dic
     """Start an asynchronous save; device arrays are copied to the host before this returns."""
     items = {
         "params": ocp.args.StandardSave(state.params),
-        "train": ocp.args.StandardSave({"step": state.step, "opt_state": _saveable(state.opt_state)}),
+        "train": ocp.args.StandardSave(_train_item(state)),
         "meta": ocp.args.JsonSave(meta),
     }
     if jax.tree.leaves(state.state):
@@ -59,7 +59,7 @@ def restore(manager: ocp.CheckpointManager, step: int, target: train_step.TrainS
     """The whole train state of a checkpoint, placed as `target` (ShapeDtypeStructs with shardings) says."""
     items = {
         "params": ocp.args.StandardRestore(target.params),
-        "train": ocp.args.StandardRestore({"step": target.step, "opt_state": _saveable(target.opt_state)}),
+        "train": ocp.args.StandardRestore(_train_item(target)),
     }
     if jax.tree.leaves(target.state):
         items["state"] = ocp.args.StandardRestore(target.state)
@@ -80,6 +80,8 @@ def restore(manager: ocp.CheckpointManager, step: int, target: train_step.TrainS
         out["state"] if "state" in items else target.state,
         opt_state,
         out["ema"] if "ema" in items else None,
+        out["train"]["skipped"],
+        out["train"]["skipped_in_row"],
     )
 
 
@@ -185,6 +187,11 @@ def write_config(workdir: str, config: dict[str, Any]) -> None:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _train_item(state: train_step.TrainState) -> dict[str, Any]:
+    scalars = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_row")}
+    return scalars | {"opt_state": _saveable(state.opt_state)}
 
 
 def _saveable(opt_state: Any) -> dict[str, Any]:

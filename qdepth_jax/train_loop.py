@@ -116,6 +116,8 @@ def _loop(run, state, placed, key, start, manager, log, workdir) -> dict[str, fl
             frozen=run.frozen,
             micro_batches=c.micro_batches,
             ema_decay=run.ema_decay,
+            learning_rate=run.learning_rate,
+            placed=placed.params,
         ),
         donate_argnums=0,
         out_shardings=(placed, None),
@@ -132,7 +134,6 @@ def _loop(run, state, placed, key, start, manager, log, workdir) -> dict[str, fl
         step, values = pending
         pending = None
         row = {"step": step} | {k: float(v) for k, v in jax.device_get(values).items()}
-        row["learning_rate"] = float(run.learning_rate(step - 1))
         now = time.monotonic()
         row["steps_per_second"] = (step - clock_step) / max(now - clock, 1e-9)
         clock, clock_step = now, step

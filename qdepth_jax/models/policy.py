@@ -45,6 +45,14 @@ PolicyConfig = policy_config.PolicyConfig
 sized = policy_config.sized
 frozen_table = policy_config.frozen_table
 
+# Parts whose gradient norms are reported; every parameter is in one. `depth` only where there is a depth expert.
+GROUPS = (
+    ("vision", "img/.*"),
+    ("vlm", "llm/(embedder|layers/vlm)/.*"),
+    ("depth", "llm/(layers/depth|final_norm_depth)/.*|depth_(encoder|decoder)/.*"),
+    ("action", "llm/(layers/action|final_norm_action)/.*|(proprio_encoder|action_encoder|action_decoder)/.*"),
+)
+
 PREFIX = ("image", "text", "depth", "proprio")
 
 
@@ -317,6 +325,7 @@ def make_objective(
         if augmentation.active
         else None,
         flops=flops.model_flops(flops.policy(config)),
+        groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
     )
 
 

@@ -271,11 +271,13 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         }
         return objective.LossOutput(total, metrics, state)
 
+    parts = ("encoder", "decoder", "codebook") if config.quantiser == "plain" else ("encoder", "decoder")
     return objective.Objective(
         init=lambda key: init(config, key),
         loss=loss,
         features=("depth", "depth_scale", "depth_offset"),
         flops=flops.model_flops(flops.tokenizer(config, STEM)),
+        groups=tuple((name, f"{name}(/.*)?") for name in parts),
     )
 
 
