@@ -117,6 +117,7 @@ class Conv3x3(nn.Module):
         fan_in = 9 * x.shape[-1]
         init = linear.fan_in_uniform(fan_in, self.scale)
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        kernel = layout.gather(kernel, None, None, layout.FSDP)
         bias = self.param("bias", init, (self.features,)).astype(self.dtype)
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

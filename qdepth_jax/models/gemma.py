@@ -265,11 +265,12 @@ class Attention(nn.Module):
         self.attn_vec_einsum = Weight((n, h, d), n * h)
 
     def query(self, x: Array) -> Array:
-        q = jnp.einsum("MD,NDH->MNH", linear.fold(x), self.q_einsum().astype(self.dtype))
+        weight = layout.gather(self.q_einsum().astype(self.dtype), layout.TENSOR, layout.FSDP)
+        q = jnp.einsum("MD,NDH->MNH", linear.fold(x), weight)
         return layout.pin(q.reshape(*x.shape[:2], *q.shape[1:]), None, layout.TENSOR)
 
     def key_value(self, x: Array) -> tuple[Array, Array]:
-        weight = self.kv_einsum().astype(self.dtype)
+        weight = layout.gather(self.kv_einsum().astype(self.dtype), None, None, layout.FSDP)
         folded = linear.fold(x)
         k, v = (jnp.einsum("MD,KDH->MKH", folded, weight[i]) for i in range(2))
         k, v = (layout.pin(y.reshape(*x.shape[:2], *y.shape[1:]), None, layout.TENSOR) for y in (k, v))
@@ -278,7 +279,7 @@ class Attention(nn.Module):
     def out(self, attended: Array) -> Array:
         b, t, n, h = attended.shape
         attended = layout.pin(attended, None, layout.TENSOR)
-        weight = self.attn_vec_einsum().astype(self.dtype)
+        weight = layout.gather(self.attn_vec_einsum().astype(self.dtype), layout.TENSOR, None, layout.FSDP)
         return jnp.einsum("MNH,NHD->MD", attended.reshape(b * t, n, h), weight).reshape(b, t, self.width)
 
 
@@ -302,8 +303,10 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        gating = self.param("gating_einsum", linear.fan_in_uniform(width), (2, width, self.hidden)).astype(self.dtype)
-        down = self.param("linear", linear.fan_in_uniform(self.hidden), (self.hidden, width)).astype(self.dtype)
+        gating = self.param("gating_einsum", linear.fan_in_uniform(width), (2, width, self.hidden))
+        gating = layout.gather(gating.astype(self.dtype), None, layout.FSDP, layout.TENSOR)
+        down = self.param("linear", linear.fan_in_uniform(self.hidden), (self.hidden, width))
+        down = layout.gather(down.astype(self.dtype), layout.TENSOR, layout.FSDP)
         folded = linear.fold(x)
         gate, up = (layout.pin(jnp.einsum("MD,DF->MF", folded, gating[i]), layout.TENSOR) for i in range(2))
         gate = jax.nn.gelu(gate, approximate=True)

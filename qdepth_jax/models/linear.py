@@ -75,5 +75,5 @@ class Linear(nn.Module):
         init = fan_in_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        y = fold(x).astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
+        y = fold(x).astype(self.dtype) @ layout.gather(kernel.astype(self.dtype)) + bias.astype(self.dtype)[None]
         return layout.pin(y.reshape(*x.shape[:-1], self.features))

@@ -103,7 +103,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", linear.normal_like((p * p * c) ** -0.5), (p, p, c, self.width)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * c)
-        x = patches @ kernel.reshape(p * p * c, self.width) + bias[None]
+        x = patches @ layout.gather(kernel.reshape(p * p * c, self.width), None, layout.FSDP) + bias[None]
         return x.reshape(b, (h // p) * (w // p), self.width)
 
 
@@ -163,11 +163,13 @@ class SelfAttention(nn.Module):
         init = linear.xavier_uniform(d, d)
 
         def project(name: str) -> Array:
-            y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, name=name)(folded)
+            dot = layout.gathered_dot(layout.FSDP, layout.TENSOR)
+            y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, dot_general=dot, name=name)(folded)
             return layout.pin(y.reshape(b, p, self.heads, h), None, layout.TENSOR)
 
         out = attention.attend(project("query"), project("key"), project("value"), mask=None)
-        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(
+        dot = layout.gathered_dot(layout.TENSOR, None, layout.FSDP)
+        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, dot_general=dot, name="out")(
             out.reshape(b * p, self.heads, h)
         )
         return y.reshape(b, p, d)
@@ -182,9 +184,11 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = linear.xavier_uniform(x.shape[-1], self.hidden)
-        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="Dense_0")(linear.fold(x))
+        split = layout.gathered_dot(layout.FSDP, layout.TENSOR)
+        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, dot_general=split, name="Dense_0")(linear.fold(x))
         h = jax.nn.gelu(layout.pin(h, layout.TENSOR), approximate=True)
-        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="Dense_1")(h)
+        merge = layout.gathered_dot(layout.TENSOR, layout.FSDP)
+        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, dot_general=merge, name="Dense_1")(h)
         return y.reshape(x.shape)
 
 

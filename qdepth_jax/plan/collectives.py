@@ -59,7 +59,7 @@ def find(module: hlo.Module, mesh_shape: dict[str, int]) -> tuple[list[Collectiv
     chains: set[str] = set()
     for name, times in counts.items():
         for instruction in module.computations[name].values():
-            kind = _kind(instruction.opcode)
+            kind = kind_of(instruction.opcode)
             if kind is None:
                 continue
             # The TPU compiler writes an overlapped collective once into every fusion it overlaps with.
@@ -78,7 +78,8 @@ def find(module: hlo.Module, mesh_shape: dict[str, int]) -> tuple[list[Collectiv
     return found, unknown
 
 
-def _kind(opcode: str) -> str | None:
+def kind_of(opcode: str) -> str | None:
+    """The kind of KINDS that an operation is or starts, or None."""
     if opcode.endswith("-done"):
         return None
     return next((kind for kind in KINDS if opcode in (kind, f"{kind}-start")), None)

@@ -1,8 +1,8 @@
 """Reads the text of a compiled XLA program: its computations, and how often each runs in one call.
 
 XLA's own cost analysis sees the body of a loop once. A scanned stack and a scan over micro-batches are loops, so every
-figure about them needs the trip counts. They stand in the text: as `known_trip_count`, or as the constant with which the
-loop's condition compares its counter.
+figure about them needs the trip counts. They stand in the text: as `known_trip_count`, or as the constant with which
+the loop's condition compares its counter.
 """
 
 import math
@@ -34,7 +34,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """`%name = shape opcode(operands), attributes`; a constant's attributes are its value."""
+    """`%name = shape opcode(operands), attributes`; of a constant or parameter they are its value or number."""
 
     name: str
     shape: tuple[Array, ...]
@@ -86,7 +86,7 @@ def _instruction(rest: str, name: str, root: bool) -> Instruction:
     close = _closing(rest, open_at)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[open_at:close]))
     opcode = rest[:open_at]
-    attributes = rest[open_at + 1 : close] if opcode == "constant" else rest[close + 1 :]
+    attributes = rest[open_at + 1 : close] if opcode in ("constant", "parameter") else rest[close + 1 :]
     return Instruction(name, arrays(shape), opcode, operands, attributes, root)
 
 

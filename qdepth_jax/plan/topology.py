@@ -1,8 +1,8 @@
 """Names of slices, the devices behind them (descriptors, no hardware), and how fast a group of them can talk.
 
-`v5e:4x4` says the shape. `v5e-16` is Google's name of it; for v4 and v5p that name counts TensorCores, two a chip: v5p-64
-has 32 chips in 2x4x4. `2xv5e-256` are two slices that meet over the data centre's network. `h100-64` are GPUs: they cannot
-be compiled for here, only estimated.
+`v5e:4x4` says the shape. `v5e-16` is Google's name of it; for v4 and v5p that name counts TensorCores, two a chip:
+v5p-64 has 32 chips in 2x4x4. `2xv5e-256` are two slices that meet over the data centre's network. `h100-64` are GPUs:
+they cannot be compiled for here, only estimated.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def parse(text: str) -> Topology:
     match = re.fullmatch(r"(?:(\d+)x)?(v\d+[a-z]?|[a-z]+\d+)(?:([:-])([\dx]+))", text.strip().lower())
     if match is None or match.group(2) not in chips.CHIPS:
         raise errors.UserError(
-            f"--topology={text} is unknown: write v5e:4x4, v5e-16, v5p-64 or 2xv5e-256, with one of {sorted(chips.CHIPS)}"
+            f"--topology={text} is unknown: write v5e:4x4, v5e-16, v5p-64 or 2xv5e-256; chips are {sorted(chips.CHIPS)}"
         )
     slices, chip = int(match.group(1) or 1), chips.CHIPS[match.group(2)]
     if match.group(3) == ":":
@@ -81,6 +81,18 @@ def parse(text: str) -> Topology:
         names = [f"{chip.name}-{n * chip.cores}" for n in known]
         raise errors.UserError(f"--topology={text}: slices on offer are {', '.join(names)}; or write the shape")
     return Topology(chip, known[count // chip.cores], slices, count // chip.cores)
+
+
+def prepare_environment() -> None:
+    """Call it before JAX is imported: the plan is made on the CPU, and libtpu looks for no chips and no cloud."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # several processes on one machine
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(name, value)
 
 
 def compiler_missing() -> str:
@@ -102,15 +114,6 @@ def devices(topology: Topology) -> list[Any]:
         raise errors.UserError(f"{topology.name} cannot be compiled for ahead of time here: only estimated")
     if missing := compiler_missing():
         raise errors.UserError(missing)
-    # libtpu asks the cloud who it is unless told; several processes share it on one machine.
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_MIN_LOG_LEVEL", "3"),
-    ):
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     side = "x".join(str(n) for n in topology.shape)
