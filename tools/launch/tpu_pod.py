@@ -1,8 +1,9 @@
 r"""Trains on Cloud TPU slices through gcloud: one slice, or several joined over the data-centre network (--slices).
 
-  python tools/launch/tpu_pod.py --name=object --project=PROJECT --zone=us-west4-a --topology=v5e:16x16 --slices=2 --spot \
-      --code=GIT_URL --ref=COMMIT [--nodry_run] [--watch_seconds=60] \
-      -- --config=experiments/libero.py:object --workdir=gs://BUCKET/runs/object --config.mesh.replica=4
+  python tools/launch/tpu_pod.py --name=object --project=PROJECT --zone=us-west4-a --topology=v5e:16x16 --slices=2 \
+      --spot --code=GIT_URL --ref=COMMIT [--nodry_run] [--watch_seconds=60] \
+      -- --config=experiments/libero.py:object --workdir=gs://BUCKET/runs/object \
+      --config.mesh.replica=4 --config.mesh.fsdp=128 --config.train.micro_batches=1
 
 Everything behind `--` goes to `python -m qdepth_jax.train`. A dry run is the default: it prints every command and file
 in order and runs nothing.
@@ -20,8 +21,10 @@ multislice-introduction. Not run on a TPU by us.
 
 import dataclasses
 import json
+import pathlib
 import shlex
 import sys
+import tempfile
 import time
 
 import tpu_slices
@@ -118,14 +121,20 @@ def create(pod: Pod) -> list[str]:
     return gcloud(pod, "create", *shape, runtime, *nodes, *(["--spot"] if pod.spot else []))
 
 
-def on_all_hosts(pod: Pod, script: str) -> list[str]:
-    """Runs a bash script as root on every host of every slice."""
-    return gcloud(pod, "ssh", "--node=all", "--worker=all", f"--command=sudo bash -c {shlex.quote(script)}")
+def on_all_hosts(pod: Pod, line: str) -> list[str]:
+    """Runs a shell line on every host of every slice."""
+    return gcloud(pod, "ssh", "--node=all", "--worker=all", f"--command={line}")
 
 
-def on_first_host(pod: Pod, script: str) -> list[str]:
+def on_first_host(pod: Pod, line: str) -> list[str]:
     """The same on one."""
-    return gcloud(pod, "ssh", "--node=0", "--worker=0", f"--command=sudo bash -c {shlex.quote(script)}")
+    return gcloud(pod, "ssh", "--node=0", "--worker=0", f"--command={line}")
+
+
+def copy(pod: Pod, folder: str) -> list[str]:
+    """A folder of this machine, its last name the run's, into the home folder of every host."""
+    where = [f"--zone={pod.zone}", f"--project={pod.project}", "--node=all", "--worker=all", "--recurse"]
+    return ["gcloud", "compute", "tpus", "queued-resources", "scp", folder, f"{pod.name}:", *where]
 
 
 def state(pod: Pod) -> list[str]:
@@ -163,7 +172,7 @@ def start_script(pod: Pod) -> str:
             '    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"',
             "}",
             "environment=$(attribute tpu-env)",
-            """variable() { sed -n "s/^$1: *'\\{0,1\\}\\([^']*\\)'\\{0,1\\}$/\\1/p" <<<"$environment"; }""",
+            """variable() { sed -n "s/^ *$1 *: *//p" <<<"$environment" | tr -d "'"; }""",
             "# HOST or NAME:ID:HOST, one line each.",
             "workers=$(attribute worker-network-endpoints | tr , '\\n' | awk -F: '{ print (NF == 3) ? $3 : $1 }')",
             'hosts=$(wc --lines <<<"$workers")',
@@ -218,29 +227,36 @@ def setup_script(pod: Pod, units: str = "/etc/systemd/system") -> str:
     if pod.image:
         code = [shlex.join(["docker", "pull", "--quiet", pod.image])]
     else:
-        checkout, python, pip = (shlex.quote(p) for p in (f"{folder}/code", pod.python, f"{folder}/venv/bin/pip"))
         code = [
-            f"command -v {python} || {{ apt-get update -q && apt-get install -qy {python} {python}-venv; }}",
-            f"[ -d {checkout}/.git ] || git clone --quiet {shlex.quote(pod.code)} {checkout}",
-            f"git -C {checkout} fetch --quiet --tags --force origin",
-            f"git -C {checkout} checkout --quiet --detach {shlex.quote(pod.ref)}",
-            f"[ -x {pip} ] || {python} -m venv {shlex.quote(f'{folder}/venv')}",
-            f"{pip} install --quiet --editable {checkout}'[tpu]'",
+            f"python={shlex.quote(pod.python)}",
+            'command -v "$python" || { apt-get update -q; apt-get install -qy "$python" "$python-venv"; }',
+            f"[ -d {folder}/code/.git ] || git clone --quiet {shlex.quote(pod.code)} {folder}/code",
+            f"git -C {folder}/code fetch --quiet --tags --force origin",
+            f"git -C {folder}/code checkout --quiet --detach {shlex.quote(pod.ref)}",
+            f'[ -d {folder}/venv ] || "$python" -m venv {folder}/venv',
+            f"{folder}/venv/bin/pip install --quiet --editable '{folder}/code[tpu]'",
         ]
-    unit = f"{units}/{pod.name}.service"
     return "\n".join(
         [
-            "set -eu",
-            f"mkdir -p {shlex.quote(folder)}",
+            "#!/bin/bash",
+            "# Written by tools/launch/tpu_pod.py; runs as root beside start.sh and the service.",
+            "set -eux",
+            f"mkdir -p {folder}",
             *code,
-            f"printf %s {shlex.quote(start_script(pod))} >{shlex.quote(f'{folder}/start.sh')}",
-            f"printf %s {shlex.quote(service(pod))} >{shlex.quote(unit)}",
+            f'cp "$(dirname "$0")"/start.sh {folder}/start.sh',
+            f'cp "$(dirname "$0")"/{pod.name}.service {units}/{pod.name}.service',
             "systemctl daemon-reload",
-            f"systemctl reset-failed {pod.name} 2>/dev/null || true",
-            f"systemctl enable --quiet {pod.name}",
+            f"systemctl reset-failed {pod.name} || true",
+            f"systemctl enable {pod.name}",
             f"systemctl restart {pod.name}",
+            "",
         ]
     )
+
+
+def files(pod: Pod) -> dict[str, str]:
+    """Name -> content of what every host gets."""
+    return {"setup.sh": setup_script(pod), "start.sh": start_script(pod), f"{pod.name}.service": service(pod)}
 
 
 # ---- actions ----
@@ -254,7 +270,13 @@ def up(pod: Pod, watch: int, max_restarts: int, dry_run: bool) -> str:
     """
     for start in range(max_restarts + 1):
         _provide(pod, dry_run)
-        _must(on_all_hosts(pod, setup_script(pod)), dry_run)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = pathlib.Path(parent) / pod.name
+            folder.mkdir()
+            for name, text in files(pod).items():
+                (folder / name).write_text(text)
+            _must(copy(pod, str(folder)), dry_run)
+        _must(on_all_hosts(pod, f"sudo bash {pod.name}/setup.sh"), dry_run)
         if not watch or dry_run:
             return "started"
         end = _watch(pod, watch)
@@ -334,15 +356,16 @@ def main(argv: list[str]) -> int:
         if _CHECK.value:
             training.check_experiment(arguments, pod.part.chips * pod.slices, pod.slices)
         if dry_run:
-            print(f"# {pod.root}/{pod.name}/start.sh\n{start_script(pod)}\n# {pod.name}.service\n{service(pod)}")
+            for name, text in files(pod).items():
+                print(f"---- {name}\n{text}")
         end = up(pod, _WATCH.value, _RESTARTS.value, dry_run)
     elif end == "status":
         end = _state(pod, dry_run) or end
-        _must(on_all_hosts(pod, f"systemctl --no-pager status {pod.name} | head -n 4"), dry_run)
+        _must(on_all_hosts(pod, f"sudo systemctl --no-pager status {pod.name} | head -n 4"), dry_run)
     elif end == "logs":
-        _must(on_first_host(pod, f"journalctl --no-pager --lines=200 --unit={pod.name}"), dry_run)
+        _must(on_first_host(pod, f"sudo journalctl --no-pager --lines=200 --unit={pod.name}"), dry_run)
     elif end == "stop":
-        _must(on_all_hosts(pod, f"systemctl disable --quiet {pod.name}; systemctl stop {pod.name}"), dry_run)
+        _must(on_all_hosts(pod, f"sudo systemctl disable {pod.name}; sudo systemctl stop {pod.name}"), dry_run)
     else:
         _must(delete(pod), dry_run)
     print(json.dumps({"state": end, "hosts": pod.part.hosts * pod.slices, "dry_run": dry_run}))
