@@ -4,8 +4,8 @@
 
 The real loop on the demo model and its data: loader, batches to the device, the whole train state donated, metrics of
 every step to metrics.jsonl and TensorBoard, three checkpoints. Only the forward and backward pass is replaced, by a
-wait of --step_seconds inside the compiled program: on a CPU the loop would otherwise compete with the "device" for the same
-cores, on an accelerator it does not. The same compiled program on one waiting batch, before and after, is the step
+wait of --step_seconds inside the compiled program: on a CPU the loop would otherwise compete with the "device" for the
+same cores, on an accelerator it does not. The same compiled program on one waiting batch, before and after, is the step
 alone. The last line of stdout is JSON; exit code 1 if the overhead reaches 2 % or a save stalls for a step.
 """
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from qdepth_jax import workdirs
+
 UPLOAD_SECONDS = 30.0  # objects of a bucket cannot be appended to: there the file is written whole, this often
 
 
@@ -20,7 +22,7 @@ class MetricsFile:
         The others (rows after it, a row cut off by a crash) move to metrics.dropped.jsonl; `dropped` counts them.
         """
         self.path = epath.Path(path)
-        self._local = is_local(path)
+        self._local = not workdirs.is_remote(path)
         rows, dropped = [], []
         if self.path.exists():
             for line in self.path.read_bytes().decode(errors="replace").splitlines():
@@ -64,11 +66,6 @@ class MetricsFile:
         self.flush()
         if self._file is not None:
             self._file.close()
-
-
-def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is on a disk of this machine (no gs://, s3://, ...)."""
-    return "://" not in os.fspath(path)
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:

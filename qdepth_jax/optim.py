@@ -166,7 +166,7 @@ def group_norms(grads: Any, groups: tuple[tuple[str, str], ...]) -> dict[str, Ar
         raise errors.UserError(
             f"gradient groups {empty} hold no parameter: correct their rows in the objective's groups"
         )
-    return {name: optax.global_norm(leaves) for name, leaves in members.items()}
+    return {name: optax.tree.norm(leaves) for name, leaves in members.items()}
 
 
 def frozen_kind(path: str, frozen: FrozenTable) -> str | None:

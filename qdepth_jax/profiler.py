@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import jax
-from etils import epath
+
+from qdepth_jax import workdirs
 
 
 class Profiler:
@@ -17,7 +18,7 @@ class Profiler:
     """
 
     def __init__(self, steps: tuple[int, int] | None, workdir: str, start: int, say: Callable[[str], None]):
-        self._folder, self._say, self._since = epath.Path(workdir) / "profile", say, 0
+        self._folder, self._say, self._since = workdirs.folder(workdir) / "profile", say, 0
         self._first, self._end = steps or (0, 0)
         if steps and self._end <= start + 1:
             say(f"--profile_steps={self._first}:{self._end}: resumed at step {start}, there is nothing to profile")

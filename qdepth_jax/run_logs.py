@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from qdepth_jax import distributed, errors, metrics, same_experiment
+from qdepth_jax import distributed, errors, metrics, same_experiment, workdirs
 
 Sink = tuple[Callable[[dict[str, Any]], None], Callable[[], None]]
 
@@ -52,7 +52,7 @@ def start(
       use_tensorboard: write event files.
       project: of Weights & Biases, "" = none.
     """
-    folder = epath.Path(workdir)
+    folder = workdirs.folder(workdir)
     same_experiment.write_config(workdir, config)
     if command:
         path = folder / "command.txt"
@@ -65,20 +65,22 @@ def start(
     return Logs(metrics.MetricsFile(folder / "metrics.jsonl", step), tuple(sinks), found)
 
 
-def tensorboard(workdir: epath.PathLike, first_step: int) -> Sink:
+def tensorboard(workdir: str, first_step: int) -> Sink:
     """Event files under WORKDIR/tensorboard; events of an earlier start from `first_step` on are superseded.
 
     Raises:
       UserError: WORKDIR is in a bucket: event files are appended to, which objects do not allow.
     """
-    if not metrics.is_local(workdir):
+    if workdirs.is_remote(workdir):
         raise errors.UserError(
             f"--tensorboard writes to local folders only, --workdir is {workdir}: pass --notensorboard and look at "
             "metrics.jsonl, or use --wandb"
         )
     import tensorboardX
 
-    writer = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=first_step)
+    writer = tensorboardX.SummaryWriter(
+        str(workdirs.folder(workdir) / "tensorboard"), purge_step=first_step, filename_suffix=f".{first_step}"
+    )
 
     def write(row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -88,7 +90,7 @@ def tensorboard(workdir: epath.PathLike, first_step: int) -> Sink:
     return write, writer.close
 
 
-def wandb(project: str, experiment_id: str, name: str, config: dict[str, Any], workdir: epath.PathLike) -> Sink:
+def wandb(project: str, experiment_id: str, name: str, config: dict[str, Any], workdir: str) -> Sink:
     """A run of Weights & Biases that a restart continues: its id is the experiment's.
 
     Raises:
@@ -98,7 +100,7 @@ def wandb(project: str, experiment_id: str, name: str, config: dict[str, Any], w
         import wandb as package
     except ImportError as error:
         raise errors.UserError("--wandb needs the wandb package: pip install -e '.[wandb]'") from error
-    local = str(workdir) if metrics.is_local(workdir) else None
+    local = str(workdir) if not workdirs.is_remote(workdir) else None
     try:
         run = package.init(project=project, id=experiment_id, name=name, config=config, dir=local, resume="allow")
     except Exception as error:  # whatever its client raises without network or login

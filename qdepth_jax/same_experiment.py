@@ -1,14 +1,15 @@
-"""Whether a workdir holds this experiment: its config, and the data and position of its checkpoint."""
+"""Whether a workdir holds this experiment: config.json of its last start, data and position of its checkpoint.
+
+Local folders and buckets alike.
+"""
 
 import json
 import re
 from collections.abc import Callable
 from typing import Any
 
-from etils import epath
-
 from qdepth_jax import config as config_lib
-from qdepth_jax import errors
+from qdepth_jax import errors, workdirs
 
 # Config keys that change no value of the run.
 _MAY_CHANGE = re.compile(
@@ -26,45 +27,57 @@ def _may_change(key: str, config: dict[str, Any]) -> bool:
 def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
     """Refuse a workdir that holds another experiment; writes nothing.
 
-    Run lengths, intervals, the mesh, how memory is traded for time (micro-batches, remat, scan) and where things lie
-    may change between starts, everything else may not. What lies there is compared by content: see Loader.identity.
+    Run lengths, intervals, which checkpoints stay, the mesh, how memory is traded for time (micro-batches, remat, scan)
+    and where things lie may change between starts, everything else may not. What lies there is compared by content: see
+    Loader.identity.
 
     Raises:
       UserError: listing the keys that differ.
     """
-    path = epath.Path(workdir) / "config.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise errors.UserError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
-        found = config_lib.differences(before, config)
-        found = [line for line in found if not _may_change(line.partition(":")[0], config)]
-        if found:
-            raise errors.UserError(
-                f"{workdir!r} belongs to another experiment; choose another --workdir. Differences:\n  "
-                + "\n  ".join(found)
-            )
+    before = read_config(workdir)
+    if before is None:
+        return
+    found = [d for d in config_lib.differences(before, config) if not _may_change(d.partition(":")[0], config)]
+    if found:
+        raise errors.UserError(
+            f"{workdir!r} belongs to another experiment; choose another --workdir. Differences:\n  "
+            + "\n  ".join(found)
+        )
+
+
+def read_config(workdir: str) -> dict[str, Any] | None:
+    """config.json of a run, None where there is none.
+
+    Raises:
+      UserError: it is no JSON.
+    """
+    path = workdirs.folder(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise errors.UserError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
 
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:
-    """config.json of a run, atomically."""
-    path = epath.Path(workdir) / "config.json"
-    temporary = path.parent / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1))
-    temporary.replace(path)
+    """config.json of a run, atomically (an object of a bucket appears whole by itself)."""
+    folder, text = workdirs.folder(workdir), json.dumps(config, indent=1)
+    if workdirs.is_remote(workdir):
+        (folder / "config.json").write_text(text)
+    else:
+        (folder / "config.json.tmp").write_text(text)
+        (folder / "config.json.tmp").replace(folder / "config.json")
 
 
 def say_changed_length(workdir: str, total_steps: int, say: Callable[[str], None]) -> None:
     """A longer or shorter run also stretches a cosine schedule: say it."""
-    path = epath.Path(workdir) / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())["train"]["total_steps"]
-        if before != total_steps:
-            say(
-                f"train.total_steps changed from {before} to {total_steps}: a cosine schedule without "
-                "optim.cycle_steps changes with it"
-            )
+    saved = read_config(workdir)
+    if saved is not None and (before := saved["train"]["total_steps"]) != total_steps:
+        say(
+            f"train.total_steps changed from {before} to {total_steps}: a cosine schedule without optim.cycle_steps "
+            "changes with it"
+        )
 
 
 def check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str, position: int) -> None:

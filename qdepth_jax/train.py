@@ -21,7 +21,9 @@ from qdepth_jax import command
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run: checkpoints and metrics", required=True)
-_TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "write event files to WORKDIR/tensorboard")
+_TENSORBOARD = flags.DEFINE_bool(
+    "tensorboard", None, "write event files to WORKDIR/tensorboard; by default where --workdir is no bucket"
+)
 _WANDB = flags.DEFINE_string("wandb", "", "project of Weights & Biases that metrics go to as well")
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:END writes a profile of these steps to WORKDIR/profile")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing announces it")
@@ -37,13 +39,13 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; launchers restart 
 def main(argv: list[str]) -> int:
     # Heavy imports only now: --help answers at once.
     from qdepth_jax import config as config_lib
-    from qdepth_jax import distributed, errors, experiment, train_loop
+    from qdepth_jax import distributed, errors, experiment, train_loop, workdirs
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}: flags are --config, --workdir, --config.a.b=value")
     extras = train_loop.Extras(
         command=shlex.join(["python", "-m", "qdepth_jax.train", *sys.argv[1:]]),
-        tensorboard=_TENSORBOARD.value,
+        tensorboard=not workdirs.is_remote(_WORKDIR.value) if _TENSORBOARD.value is None else _TENSORBOARD.value,
         wandb=_WANDB.value,
         profile_steps=_steps(_PROFILE.value),
     )

@@ -1,8 +1,6 @@
 """The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
 
 import collections
-import contextlib
-import errno
 import functools
 import sys
 import time
@@ -30,6 +28,7 @@ from qdepth_jax import (
     sharding,
     train_step,
     watch,
+    workdirs,
 )
 from qdepth_jax import config as config_lib
 from qdepth_jax.models import objective as objective_lib
@@ -103,7 +102,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     devices stay busy); then validation; the checkpoint comes last and only after the rows up to it were written, so
     that a checkpoint always holds the step it is named after and no row before it can be lost.
     """
-    c, folder, extras = run.train, epath.Path(workdir), extras or Extras()
+    c, folder, extras = run.train, workdirs.folder(workdir), extras or Extras()
     check_batch(c, run.mesh)
     distributed.together(lambda: _make_folder(folder))
     target, placed = abstract_state(run)
@@ -111,7 +110,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     key = jax.random.key(run.seed)
 
     with (
-        _full_disk(workdir),
+        workdirs.full_disk(workdir),
         jax.set_mesh(run.mesh),
         checkpoint.open_manager(workdir, c) as manager,
         distributed.StopSignal() as stop,
@@ -129,15 +128,22 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
 
 
 def _first_state(run, manager, target, placed, key, workdir) -> tuple[train_step.TrainState, int]:
-    """Fresh, or the newest good checkpoint. Nothing is written here: what does not fit is refused first."""
+    """Fresh, or the newest good checkpoint, and its step. Before anything is written: what does not fit is refused."""
     c, found = run.train, manager.latest_step()
     if (found or 0) < c.total_steps:
-        checkpoint.check_disk(workdir, target, c.keep_checkpoints, len(manager.all_steps()))
+        room = functools.partial(workdirs.check_room, workdir, target, c, len(manager.all_steps()))
+        distributed.together(room)
     if found is None:
         init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
         return run.initialise(jax.jit(init, out_shardings=placed)(key)), 0
-    state, meta, start = checkpoint.restore_latest(manager, target, say=say)
-    same_experiment.check_data(meta, run.meta, workdir, start * c.batch_size)
+    state, _, start = checkpoint.restore_latest(
+        manager,
+        target,
+        agree=distributed.all_agree,
+        barrier=distributed.barrier,
+        is_main=distributed.is_main(),
+        check=lambda meta: same_experiment.check_data(meta, run.meta, workdir, meta["step"] * c.batch_size),
+    )
     return state, start
 
 
@@ -168,7 +174,7 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
     c, last, last_eval = run.train, {}, {}
     if start >= c.total_steps:
         say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
-        rows = metrics.read(epath.Path(workdir) / "metrics.jsonl")
+        rows = metrics.read(workdirs.folder(workdir) / "metrics.jsonl")
         return functools.reduce(lambda a, b: a | b, rows, {}), True
     evaluate, pending, extra = make_evaluate(run), None, {}
     devices = run.mesh.devices.size
@@ -226,7 +232,8 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
         if saves:
             with timer.checkpoint():
                 log.flush()
-                checkpoint.save(manager, state, _meta(run, step, key), step, last | last_eval)
+                validated = last_eval if validates else None
+                checkpoint.save(manager, state, _meta(run, step, key), step, validated, distributed.all_agree)
         bar.update(1, f"loss {last.get('loss', float('nan')):.4f}" if last else "")
         if stops:
             say(f"stopped by a signal at step {step}, which is saved: the same command, given again, continues")
@@ -278,7 +285,7 @@ def _count_skipped(step: int, values: dict[str, jax.Array], most: int, workdir: 
     say(f"step {step} skipped: loss {loss}, gradient norm {norm}; {in_row} in a row, {total} in all")
     if in_row > most:
         raise errors.UserError(
-            f"{in_row} steps in a row up to step {step} had no finite gradient (loss {loss}, train.max_skipped={most}); "
+            f"{in_row} steps in a row, up to step {step}, had no finite gradient (loss {loss}, max_skipped {most}); "
             f"the last checkpoint in {workdir!r} is good. Lower optim.learning_rate, or look at the data with "
             "tools/inspect_dataset.py"
         )
@@ -304,20 +311,6 @@ def _make_folder(folder: epath.Path) -> None:
             raise errors.UserError(f"--workdir={folder} cannot be made ({error}): choose another") from error
 
 
-@contextlib.contextmanager
-def _full_disk(workdir: str) -> Iterator[None]:
-    """A disk that fills during the run is a message, not a page of tracebacks; finished checkpoints are whole."""
-    try:
-        yield
-    except Exception as error:
-        if "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:
-            raise errors.UserError(
-                f"the disk of {workdir!r} is full; earlier checkpoints are complete. Free space and give the "
-                "same command again"
-            ) from error
-        raise
-
-
 def check_batch(c: config_lib.TrainConfig, mesh: Mesh) -> None:
     """Raises UserError, with the next size that works, unless every device gets whole examples of each micro-batch."""
     ways = mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -333,7 +326,7 @@ def _meta(run: Run, step: int, key: jax.Array) -> dict[str, Any]:
     return run.meta | {
         "step": step,
         "config": run.config,
-        "rng": jax.device_get(jax.random.key_data(key)).tolist(),
+        "random_key": checkpoint.random_key_meta(key),
         "data": run.meta["data"] | {"position": position},
     }
 

@@ -12,7 +12,7 @@ import libero_writer
 import numpy as np
 import pytest
 
-from qdepth_jax import checkpoint, errors, same_experiment
+from qdepth_jax import errors, same_experiment
 from qdepth_jax.data import data_config, example, index, loader, shard_scan, spec, tfrecord
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -150,9 +150,9 @@ def test_another_batch_size_means_another_position(tmp_path):
     with pytest.raises(errors.UserError, match=r"'runs/x' had seen 80 samples .* stands for 160: restore train.batch"):
         same_experiment.check_data(saved, {"data": data}, "runs/x", 160)
     # The configuration kept beside a run says it first.
-    checkpoint.write_config(str(tmp_path), {"train": {"batch_size": 8}})
+    same_experiment.write_config(str(tmp_path), {"train": {"batch_size": 8}})
     with pytest.raises(errors.UserError, match=r"train\.batch_size: 8 there, 16 here"):
-        checkpoint.check_same_experiment(str(tmp_path), {"train": {"batch_size": 16}})
+        same_experiment.check_same_experiment(str(tmp_path), {"train": {"batch_size": 16}})
 
 
 # ---- the command ----
