@@ -4,10 +4,10 @@ r"""Writes an sbatch script that trains on SLURM nodes, and submits it with --no
       --logs=/shared/logs --output=run.sbatch [--nodry_run] \
       -- --config=experiments/libero.py:object --workdir=/shared/runs/object --config.mesh.fsdp=32
 
-Everything behind `--` goes to `python -m qdepth_jax.train`. A dry run is the default: it prints the script and what would
-be run, and writes and submits nothing.
+Everything behind `--` goes to `python -m qdepth_jax.train`. A dry run is the default: it prints the script and what
+would be run, and writes and submits nothing.
 
-One process per GPU (JAX's own reading of SLURM) or, with --processes_per_node=1, one per node. --signal asks SLURM for a
+One process per GPU, or --processes_per_node=1 for one per node. --signal asks SLURM for a
 SIGTERM --grace_seconds before the time limit: train.py saves at the next step and ends with exit code 75, the script
 puts its job back into the queue, and the next start resumes. Exit code 2 (bad input) and crashes end the job; a failed
 node puts it back (SLURM's own --requeue). The last line of stdout is JSON.
@@ -28,8 +28,12 @@ from qdepth_jax import command, errors
 _NAME = flags.DEFINE_string("name", "qdepth", "job name")
 _NODES = flags.DEFINE_integer("nodes", 1, "nodes", lower_bound=1)
 _GPUS = flags.DEFINE_integer("gpus_per_node", 8, "GPUs of one node; 0 = train on CPUs", lower_bound=0)
-_PROCESSES = flags.DEFINE_integer("processes_per_node", 0, "0 = one per GPU; 1 = one per node", lower_bound=0)
-_CPUS = flags.DEFINE_integer("cpus_per_process", 0, "CPU cores of one process; 0 = what the cluster gives", lower_bound=0)
+_PROCESSES = flags.DEFINE_integer(
+    "processes_per_node", 0, "0 = one per GPU (or one per node without any)", lower_bound=0
+)
+_CPUS = flags.DEFINE_integer(
+    "cpus_per_process", 0, "CPU cores of one process; 0 = what the cluster gives", lower_bound=0
+)
 _TIME = flags.DEFINE_string("time", "24:00:00", "time limit of one start: the run goes on in the next")
 _GRACE = flags.DEFINE_integer("grace_seconds", 300, "SIGTERM comes so long before the time limit", lower_bound=30)
 _RESTARTS = flags.DEFINE_integer("max_restarts", 1000, "starts after the first", lower_bound=0)
@@ -80,10 +84,10 @@ class Job:
         return self.processes_per_node or self.gpus_per_node or 1
 
     def __post_init__(self):
-        if self.gpus_per_node and self.processes not in (1, self.gpus_per_node):
+        if self.gpus_per_node % self.processes:  # 0 GPUs divide by anything
             raise errors.UserError(
-                f"--processes_per_node={self.processes} with {self.gpus_per_node} GPUs: use 1, or {self.gpus_per_node} "
-                "for one process per GPU"
+                f"--processes_per_node={self.processes} does not divide {self.gpus_per_node} GPUs: use 1 or "
+                f"{self.gpus_per_node}"
             )
         if not self.repo and not self.container_image:
             raise errors.UserError("no --repo: name the checkout on the shared disk (or a --container_image with it)")
@@ -102,7 +106,8 @@ def script(job: Job) -> str:
         f"--job-name={job.name}",
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.processes}",
-        # Per node, not per task: every process must see all GPUs of its node, because JAX picks number SLURM_LOCALID.
+        # Per node, not per task: NCCL shares memory between GPUs that the processes of a node all see;
+        # qdepth_jax/cluster.py gives each its part.
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
         *([f"--cpus-per-task={job.cpus_per_process}"] if job.cpus_per_process else []),
         f"--time={job.time}",
@@ -114,9 +119,6 @@ def script(job: Job) -> str:
         *job.sbatch,
     ]
     exports = dict(job.env)
-    if job.gpus_per_node > 1 and job.processes == 1:
-        # JAX would give the only process of a node the one GPU with its local number.
-        exports["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(n) for n in range(job.gpus_per_node))
     srun = [
         "srun",
         # The first process to end may leave others in the middle of a save: they have the same grace, then they are

@@ -1,7 +1,7 @@
 """What the launchers share: the train command behind `--`, its check before anything is rented, and dry runs.
 
-Pure functions but for `act`. The launchers are started as files (`python tools/launch/slurm.py`), so this module is found
-beside them.
+Pure functions but for `act`. The launchers are started as files (`python tools/launch/slurm.py`), so this module is
+found beside them.
 """
 
 import pathlib
@@ -36,8 +36,7 @@ def train_arguments(argv: list[str], shared: tuple[str, ...] = ("/", "gs://", "s
     for argument in arguments:
         if not argument.startswith("--"):
             raise errors.UserError(
-                f"unexpected argument {argument!r}: everything for qdepth_jax.train comes behind `--`, "
-                "as --name=value"
+                f"unexpected argument {argument!r}: everything for qdepth_jax.train comes behind `--`, as --name=value"
             )
     for name in _PLACED:
         if _value(arguments, name) is not None:
@@ -54,56 +53,40 @@ def train_arguments(argv: list[str], shared: tuple[str, ...] = ("/", "gs://", "s
     return arguments
 
 
-def check_experiment(arguments: list[str], devices: int) -> None:
+def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> None:
     """Loads --config with its overrides as train.py would, so that a slip is found now and not after hours in a queue.
 
     Args:
       arguments: of train.py.
-      devices: chips or GPUs of the whole job.
+      devices: chips or GPUs of the whole job, in so many equal slices.
 
     Raises:
-      UserError: an unknown or ill-typed field, a mesh that does not fill the devices, a batch that does not divide.
+      UserError: an unknown or ill-typed field, a mesh that does not fit the devices, a batch that does not divide.
     """
     from absl import flags
     from ml_collections import config_flags
 
-    from qdepth_jax import experiment
+    from qdepth_jax import config as config_lib
+    from qdepth_jax import experiment, sharding
 
-    for folder in (str(ROOT),):
-        if folder not in sys.path:
-            sys.path.append(folder)  # experiments import each other
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # experiments import each other
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
     try:
         values(["train", *arguments], known_only=True)
+        config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        raise errors.UserError(f"the config cannot be loaded: {error}") from error
-    config = values.config
+        raise errors.UserError(f"the config cannot be loaded: {error.args[0] if error.args else error}") from error
     experiment.check_keys(config)
-    check_mesh(config.mesh.to_dict(), config.train.batch_size, config.train.micro_batches, devices)
-
-
-def check_mesh(mesh: dict[str, int], batch_size: int, micro_batches: int, devices: int) -> None:
-    """The mesh fills the devices and the batch divides over them.
-
-    Raises:
-      UserError: with the numbers that would do.
-    """
-    sizes = {axis: mesh[axis] for axis in ("replica", "fsdp", "tensor")}
-    known = 1
-    for size in sizes.values():
-        known *= size if size > 0 else 1
-    free = [axis for axis, size in sizes.items() if size < 0]
-    if devices % known or (not free and known != devices):
+    mesh = config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
+    sizes = sharding.mesh_sizes(mesh, devices, mesh.slices or slices)
+    parts = config.train.micro_batches * sizes["replica"] * sizes["fsdp"]
+    if config.train.batch_size % parts:
         raise errors.UserError(
-            f"mesh {sizes} takes {known} devices{' or a multiple' if free else ''}, this job has {devices}: "
-            "set --config.mesh.replica, fsdp and tensor so that they multiply to it"
-        )
-    ways = devices // (sizes["tensor"] if sizes["tensor"] > 0 else devices // known)
-    if batch_size % (ways * micro_batches):
-        raise errors.UserError(
-            f"train.batch_size={batch_size} does not divide by micro_batches x replica x fsdp = "
-            f"{micro_batches} x {ways}: change one of them"
+            f"train.batch_size={config.train.batch_size} must be a multiple of micro_batches x replica x fsdp = "
+            f"{config.train.micro_batches} x {sizes['replica']} x {sizes['fsdp']}: use "
+            f"{-(-config.train.batch_size // parts) * parts} or another mesh"
         )
 
 
