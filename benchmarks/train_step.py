@@ -34,7 +34,9 @@ if __name__ == "__main__":
 from benchmarks import loader_report, train_step_sizes  # noqa: E402
 
 _CHECKOUT = flags.DEFINE_string("open_pi_zero", "", "checkout of open-pi-zero; empty = ours alone")
-_SIZE = flags.DEFINE_enum("size", "mid", list(train_step_sizes.SIZES), "mid: 42 M parameters; full: the published 3.2 B")
+_SIZE = flags.DEFINE_enum(
+    "size", "mid", list(train_step_sizes.SIZES), "mid: 42 M parameters; full: the published 3.2 B"
+)
 _CONTESTANTS = flags.DEFINE_list("contestants", ["ours", "eager", "compile"], "who runs")
 _BATCH = flags.DEFINE_integer("batch", 4, "examples per step", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "turns of each contestant", lower_bound=1)
@@ -58,7 +60,9 @@ def main(argv: list[str]) -> int:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; flags start with --")
     names = list(_CONTESTANTS.value) if _CHECKOUT.value else ["ours"]
     if unknown := set(names) - {"ours", "eager", "compile"} or "ours" not in names:
-        raise errors.UserError(f"--contestants={','.join(names)}: 'ours', with 'eager' and 'compile' or without ({unknown})")
+        raise errors.UserError(
+            f"--contestants={','.join(names)}: 'ours', with 'eager' and 'compile' or without ({unknown})"
+        )
     if _CHECKOUT.value and not (pathlib.Path(_CHECKOUT.value) / "src/model/vla/pizero.py").is_file():
         raise errors.UserError(f"--open_pi_zero={_CHECKOUT.value}: no src/model/vla/pizero.py there, is it a checkout?")
     if _THREADS.value > len(os.sched_getaffinity(0)):

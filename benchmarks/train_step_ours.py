@@ -135,7 +135,9 @@ def _weights(config, folder: pathlib.Path) -> Any:
 
     shapes = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
     # A weight's name has a dot of its own; noise.npy has none.
-    return open_pi_zero.load({path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.*.npy")}, shapes).params
+    return open_pi_zero.load(
+        {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.*.npy")}, shapes
+    ).params
 
 
 def _count(params, frozen) -> tuple[int, int]:
@@ -149,6 +151,10 @@ def _count(params, frozen) -> tuple[int, int]:
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total += leaf.size
         kind = optim.frozen_kind(sharding.path_of(key_path), frozen)
-        parts = {"all": leaf.size, "last_layer": leaf[-1:].size, "last_layer_value": leaf[-1:, 1:].size if leaf.ndim > 1 else 0}
+        parts = {
+            "all": leaf.size,
+            "last_layer": leaf[-1:].size,
+            "last_layer_value": leaf[-1:, 1:].size if leaf.ndim > 1 else 0,
+        }
         trained += leaf.size - parts.get(kind, 0)
     return total, trained

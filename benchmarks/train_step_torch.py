@@ -100,7 +100,9 @@ def _model(checkout: str, size: sizes.Size):
     from omegaconf import OmegaConf
     from src.model.vla.pizero import PiZero
 
-    config = OmegaConf.merge(OmegaConf.load(pathlib.Path(checkout) / "config" / "train" / "bridge.yaml"), _changes(size))
+    config = OmegaConf.merge(
+        OmegaConf.load(pathlib.Path(checkout) / "config" / "train" / "bridge.yaml"), _changes(size)
+    )
     torch.manual_seed(0)
     model = PiZero(config)
     model.tie_action_proprio_weights()
