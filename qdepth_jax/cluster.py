@@ -1,5 +1,6 @@
 """What the launcher of this process says about the run: how many processes, which GPUs are ours."""
 
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -79,3 +80,24 @@ def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
         )
     part = total // tasks
     return list(range(place * part, (place + 1) * part))
+
+
+def check_address(coordinator: str, listens: bool) -> None:
+    """Raises UserError unless this is HOST:PORT; on the process that `listens` the port must be free.
+
+    JAX's service dies of a port that is taken (segmentation fault, jaxlib 0.10.2).
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise errors.UserError(f"--coordinator={coordinator}: HOST:PORT of process 0 is needed, e.g. 10.0.0.2:8476")
+    if not listens:
+        return
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", int(port)))
+        except OSError as error:
+            raise errors.UserError(
+                f"--coordinator={coordinator}: port {port} of this machine cannot be used ({error.strerror}): choose a "
+                "free one"
+            ) from error

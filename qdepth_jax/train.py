@@ -49,13 +49,13 @@ def main(argv: list[str]) -> int:
         wandb=_WANDB.value,
         profile_steps=_steps(_PROFILE.value),
     )
-    said = distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout=_TIMEOUT.value)
-    train_loop.say(said)
-    distributed.same_everywhere("experiment", config_lib.to_json(_CONFIG.value))
-    run = distributed.together(lambda: experiment.assemble(_CONFIG.value))
-    main = distributed.is_main()
-    metrics, finished = train_loop.run_training(run, _WORKDIR.value, extras)
-    distributed.stop()
+    cluster = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    with distributed.joined(*cluster, timeout=_TIMEOUT.value) as said:
+        train_loop.say(said)
+        main = distributed.is_main()
+        distributed.same_everywhere("experiment", config_lib.to_json(_CONFIG.value))
+        run = distributed.together(lambda: experiment.assemble(_CONFIG.value))
+        metrics, finished = train_loop.run_training(run, _WORKDIR.value, extras)
     if main:
         print(json.dumps(metrics, sort_keys=True))
     return 0 if finished else STOPPED

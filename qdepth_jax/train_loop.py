@@ -25,7 +25,9 @@ from qdepth_jax import (
     progress,
     run_logs,
     same_experiment,
+    same_program,
     sharding,
+    stop_signal,
     train_step,
     watch,
     workdirs,
@@ -113,7 +115,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
         workdirs.full_disk(workdir),
         jax.set_mesh(run.mesh),
         checkpoint.open_manager(workdir, c) as manager,
-        distributed.StopSignal() as stop,
+        stop_signal.StopSignal() as stop,
     ):
         state, start = _first_state(run, manager, target, placed, key, workdir)
         log = distributed.together(lambda: _start_logs(run, workdir, start, extras))
@@ -166,7 +168,7 @@ def compile_step(run: Run, state: train_step.TrainState, batch: dict[str, jax.Ar
     )
     everywhere = NamedSharding(run.mesh, P())
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)).lower(state, batch, key)
-    distributed.same_program(lowered, run.meta["data"], run.rows, run.mesh, run.train.batch_size)
+    same_program.check(lowered, run.meta["data"], run.rows, run.mesh, run.train.batch_size)
     return lowered.compile()
 
 

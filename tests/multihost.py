@@ -48,7 +48,7 @@ def start_all(arguments: Callable[[int, int], list[str]], count: int, devices: i
     return out
 
 
-def finish(processes: list[Started], timeout: float = 300) -> list[tuple[int, str, str]]:
+def finish(processes: list[Started], timeout: float = 150) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each; one that hangs is killed, and all output shown."""
     deadline, late = time.monotonic() + timeout, False
     for started in processes:
@@ -68,7 +68,7 @@ def finish(processes: list[Started], timeout: float = 300) -> list[tuple[int, st
 
 
 def run_all(
-    arguments: Callable[[int, int], list[str]], count: int, devices: int = 2, timeout: float = 300
+    arguments: Callable[[int, int], list[str]], count: int, devices: int = 2, timeout: float = 150
 ) -> list[tuple[int, str, str]]:
     """`start_all` and `finish`."""
     return finish(start_all(arguments, count, devices), timeout)

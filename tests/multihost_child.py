@@ -1,23 +1,22 @@
 """One process of the runs in test_distributed.py: multihost_child.py MODE PORT COUNT NUMBER [--timeout=SECONDS]."""
 
+import functools
 import os
 import sys
 import time
 
 from absl import flags
 
-from qdepth_jax import command, distributed, errors
+from qdepth_jax import command, distributed, errors, stop_signal
 
 _TIMEOUT = flags.DEFINE_integer("timeout", 120, "seconds for the start")
 
 
 def main(argv: list[str]) -> None:
     mode, port, count, number = argv[1], argv[2], int(argv[3]), int(argv[4])
-    print(distributed.start(f"127.0.0.1:{port}", count, number, _TIMEOUT.value), flush=True)
-    try:
+    with distributed.joined(f"127.0.0.1:{port}", count, number, _TIMEOUT.value) as said:
+        print(said, flush=True)
         MODES[mode](number, count)
-    finally:
-        distributed.stop()
 
 
 def agree(number: int, count: int) -> None:
@@ -94,7 +93,7 @@ def check_devices(number: int, count: int) -> None:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from qdepth_jax import config, sharding
+    from qdepth_jax import config, same_program, sharding
 
     distributed_turns_back_in_step(number, count)
     devices = jax.devices()
@@ -115,14 +114,14 @@ def check_devices(number: int, count: int) -> None:
             expected = (np.arange(16.0)[:, None] * [1, 10] * 2.0 ** -np.arange(16)[:, None]).sum(0)
             np.testing.assert_allclose(step(array).addressable_data(0), expected, rtol=1e-6)
             lowered = step.lower(array)
-        distributed.same_program(lowered, {"seed": 1}, rows, mesh, 16)
+        same_program.check(lowered, {"seed": 1}, rows, mesh, 16)
         for what, arguments in (
             ("compiled program", (jax.jit(lambda x: x * (number + 1)).lower(array), {"seed": 1}, rows)),
             ("batch plan", (lowered, {"seed": number}, rows)),
             (f"host {count - 1} reads rows", (lowered, {"seed": 1}, rows[:-1] if number == count - 1 else rows)),
         ):
             try:
-                distributed.same_program(*arguments, mesh, 16)
+                same_program.check(*arguments, mesh, 16)
             except errors.UserError as error:
                 assert what in str(error), error
             else:
@@ -144,9 +143,26 @@ def fail(number: int, count: int) -> None:
     distributed.together(lambda: os.stat("/no/data") if number == 1 else None)
 
 
+def fail_alone(number: int, count: int, failing: int) -> None:
+    """One host fails between two steps, while the others wait for it inside one."""
+    import jax
+    import numpy as np
+
+    from qdepth_jax import config, sharding
+
+    mesh = sharding.make_mesh(config.MeshConfig())
+    placed = jax.NamedSharding(mesh, sharding.BATCH)
+    x = jax.make_array_from_process_local_data(placed, np.ones(2, np.float32), (2 * count,))
+    step = jax.jit(lambda x: x * 0.5 + x.mean(), out_shardings=placed)
+    for i in range(100):
+        if i == 20 and number == failing:
+            raise errors.UserError("shard 7 is damaged")
+        x = jax.block_until_ready(step(x))
+
+
 def stop(number: int, count: int) -> None:
     """Steps of another length on each host; the stop comes at the same one."""
-    with distributed.StopSignal() as signal:
+    with stop_signal.StopSignal() as signal:
         begin = time.perf_counter()
         for _ in range(1000):
             signal.reached(0)
@@ -160,7 +176,7 @@ def stop(number: int, count: int) -> None:
 
 
 MODES = {"agree": agree, "config": other_config, "fail": fail, "stop": stop}
-
+MODES |= {f"alone{i}": functools.partial(fail_alone, failing=i) for i in (0, 1)}
 if __name__ == "__main__":
     sys.path.insert(0, "")
     command.run(main)

@@ -18,7 +18,7 @@ import multihost
 import numpy as np
 import pytest
 
-from qdepth_jax import cluster, config, distributed, errors, sharding
+from qdepth_jax import cluster, config, distributed, errors, same_program, sharding, stop_signal
 
 # ---- what the launcher says ----
 
@@ -147,15 +147,15 @@ def test_the_plan_of_the_batch_is_checked():
     mesh = sharding.make_mesh(config.MeshConfig(1, 4, 2))
     lowered = jax.jit(lambda x: x * 2).lower(jnp.zeros((8,)))
     rows = sharding.batch_rows(mesh, 8)
-    distributed.same_program(lowered, {"seed": 1}, rows, mesh, 8)
+    same_program.check(lowered, {"seed": 1}, rows, mesh, 8)
     with pytest.raises(errors.UserError, match=r"host 0 reads rows \[\[0, 3\], .*rows \[\[3, 4\]\] are read by"):
-        distributed.same_program(lowered, {"seed": 1}, np.delete(rows, 3), mesh, 8)
+        same_program.check(lowered, {"seed": 1}, np.delete(rows, 3), mesh, 8)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_process_stops_after_the_step_and_puts_the_handlers_back(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with distributed.StopSignal() as stop:
+    with stop_signal.StopSignal() as stop:
         assert not stop.reached(1)
         os.kill(os.getpid(), number)
         assert stop.reached(2) and stop.reached(3)
@@ -170,7 +170,7 @@ def test_a_stop_signal_belongs_to_the_main_thread():
 
     def enter():
         try:
-            with distributed.StopSignal():
+            with stop_signal.StopSignal():
                 pass
         except ValueError as error:
             found.append(str(error))
@@ -211,6 +211,15 @@ def test_a_failure_on_one_host_stops_all_with_its_message():
     assert "error: host 1: FileNotFoundError: [Errno 2] No such file or directory: '/no/data'" in done[0][2]
     assert "error: host 1: FileNotFoundError: [Errno 2] No such file or directory: '/no/data'" in done[2][2]
     assert "FileNotFoundError" in done[1][2] and "Traceback" in done[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_between_two_steps_stops_the_others_inside_theirs(failing):
+    done = multihost.run_all(lambda port, i: [multihost.CHILD, f"alone{failing}", str(port), "2", str(i)], 2)
+    assert [code for code, _, _ in done] == [2, 2], done
+    assert "error: shard 7 is damaged" in done[failing][2]
+    assert f"error: host {failing}: shard 7 is damaged" in done[1 - failing][2]
 
 
 @pytest.mark.slow
