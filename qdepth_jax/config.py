@@ -71,6 +71,12 @@ class TrainConfig:
             raise errors.UserError(
                 f"train.keep_best={self.keep_best} needs validations to tell the best: set train.eval_every"
             )
+        if self.keep_best and self.checkpoint_every % self.eval_every:
+            raise errors.UserError(
+                f"train.keep_best={self.keep_best}: each checkpoint needs a validation of its own step, so "
+                f"train.checkpoint_every={self.checkpoint_every} must be a multiple of "
+                f"train.eval_every={self.eval_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +116,20 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (at most one) takes all that remain. The batch is split over replica x fsdp."""
+    """Devices along each mesh axis; -1 (at most one) takes all that remain. The batch is split over replica x fsdp.
+
+    Attributes:
+      replica: copies of the model; the only axis that may cross slices, so the number of slices must divide it.
+      fsdp: ways to split parameters, gradients and moments; 128 at most for SigLIP's width.
+      tensor: ways to split heads and mlp width; 8 at most for Gemma's heads.
+      slices: groups of devices with a fast network inside and a slow one between; 0 = what the devices say (on
+        anything but TPUs: one), n = the device list cut into n equal parts (GPU islands, simulated devices).
+    """
 
     replica: int = 1
     fsdp: int = -1
     tensor: int = 1
+    slices: int = 0
 
 
 def default() -> ml_collections.ConfigDict:

@@ -6,12 +6,22 @@ The only place that knows which model kinds exist and how a policy depends on a 
 import dataclasses
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from qdepth_jax import config as config_lib
-from qdepth_jax import depth, earlier_stages, errors, model_kinds, optim, progress, sharding, train_loop, train_step
+from qdepth_jax import (
+    depth,
+    distributed,
+    earlier_stages,
+    errors,
+    model_kinds,
+    optim,
+    progress,
+    sharding,
+    train_loop,
+    train_step,
+)
 from qdepth_jax.data import data_config, index, loader, spec, text
 from qdepth_jax.models import augment_config, policy
 from qdepth_jax.models import objective as objective_lib
@@ -115,15 +125,20 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     if config.model_kind == "policy" and model.depth_labels == "codes":
         codes = earlier_stages.load_codebook(config.tokenizer, model)
         data = earlier_stages.with_tokens(data, config.tokenizer)
+    # The main host reads a new data set once and writes its index; the others open it (or build their own, where
+    # data.index_dir is a disk of each host).
+    distributed.together(lambda: _build_indexes(data) if distributed.is_main() else None)
     _build_indexes(data)
+    train_loop.check_batch(train, mesh)
+    rows = sharding.batch_rows(mesh, train.batch_size)
     batches = loader.Loader(
         data,
         (*objective.features, "position") if "position" not in objective.features else objective.features,
         train.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
+    distributed.same_everywhere("data", batches.identity())
     for line in batches.summary():
         train_loop.say(line)
     _check_fit(config, model, batches, codes)
@@ -139,8 +154,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
             batches.features,
             train.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             normalisers=batches.normalisers,
         )
         eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731
@@ -162,6 +176,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         train=train,
         ema_decay=optim_config.ema_decay,
         seed=config.seed,
+        rows=rows,
         batches=lambda start: batches.iterate(start, train.prefetch),
         eval_batches=eval_batches,
         initialise=initialise,

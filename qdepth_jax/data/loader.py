@@ -2,7 +2,7 @@
 
 A batch is planned at once (which frames, which byte ranges), then a thread pool reads and decodes every image straight
 into its place in the batch array. The state of the iterator is one integer, the step; any number of hosts sees the
-same global batch, each its own contiguous part of it.
+same global batch, each its own rows of it.
 """
 
 import collections
@@ -47,6 +47,8 @@ class Loader:
       batch_size: global batch.
       seed: of the order.
       process_index, process_count: this host; it gets rows [i * B / n, (i + 1) * B / n) of the global batch.
+      rows: instead, the ascending rows of the global batch that this host's devices hold (sharding.batch_rows): on a
+        mesh they need be neither equal parts nor contiguous.
       normalisers: data set name -> {"action", "proprio"}, from a checkpoint; others come from the data.
       on_shard: progress of an index build, (shard, bytes).
 
@@ -63,6 +65,7 @@ class Loader:
         seed: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        rows: np.ndarray | None = None,
         normalisers: Mapping[str, Mapping[str, normalise.Normaliser]] | None = None,
         on_shard: Callable[[str, int], None] | None = None,
     ):
@@ -70,16 +73,21 @@ class Loader:
             raise errors.UserError(f"batch size {batch_size} does not divide over {process_count} hosts")
         if not 0 <= process_index < process_count:
             raise errors.UserError(f"host {process_index} of {process_count}: hosts count from 0")
+        if rows is None:
+            part = batch_size // process_count
+            rows = np.arange(process_index * part, (process_index + 1) * part)
+        elif process_count != 1:
+            raise ValueError("rows say what this host reads: give no process_index and process_count beside them")
+        self._rows = np.array(rows, np.int64)
+        if not len(rows) or self._rows[0] < 0 or self._rows[-1] >= batch_size or (np.diff(self._rows) <= 0).any():
+            raise ValueError(f"rows {self._rows.tolist()} must ascend within a batch of {batch_size}")
         if not config.datasets:
             raise errors.UserError("data.datasets is empty: name at least one data set folder")
         self.config, self.features, self.batch_size, self.seed = config, tuple(features), batch_size, seed
         self._process = os.getpid()
         self._anew = functools.partial(
-            Loader, config, features, batch_size, seed=seed, process_index=process_index, process_count=process_count,
-            normalisers=normalisers,
-        )  # fmt: skip
-        part = batch_size // process_count
-        self._rows = np.arange(process_index * part, (process_index + 1) * part)
+            Loader, config, features, batch_size, seed=seed, rows=self._rows, normalisers=normalisers
+        )
         self.sources = [
             source.open_source(entry, config, seed=seed, normalisers=normalisers, on_shard=on_shard)
             for entry in config.datasets
@@ -115,7 +123,9 @@ class Loader:
         }
         depth_shape = batch_keys.depth_shape(self.sources) if "depth" in self.features else ()
         tokens = batch_keys.token_count(self.sources) if "depth_tokens" in self.features else 0
-        self._layout = batch_keys.layout(part, self.features, config, self.sources, shapes, depth_shape, tokens)
+        self._layout = batch_keys.layout(
+            len(self._rows), self.features, config, self.sources, shapes, depth_shape, tokens
+        )
         self._texts, self._text_identity = [], ""
         if "text" in self.features:
             tokenizer = text.TextTokenizer(config.text_tokenizer)

@@ -29,9 +29,11 @@ from qdepth_jax.models import (
     augment,
     augment_config,
     depth_expert,
+    flops,
     flow,
     gemma,
     images,
+    layout,
     linear,
     objective,
     policy_config,
@@ -42,6 +44,14 @@ from qdepth_jax.models import (
 PolicyConfig = policy_config.PolicyConfig
 sized = policy_config.sized
 frozen_table = policy_config.frozen_table
+
+# Parts whose gradient norms are reported; every parameter is in one. `depth` only where there is a depth expert.
+GROUPS = (
+    ("vision", "img/.*"),
+    ("vlm", "llm/(embedder|layers/vlm)/.*"),
+    ("depth", "llm/(layers/depth|final_norm_depth)/.*|depth_(encoder|decoder)/.*"),
+    ("action", "llm/(layers/action|final_norm_action)/.*|(proprio_encoder|action_encoder|action_decoder)/.*"),
+)
 
 PREFIX = ("image", "text", "depth", "proprio")
 
@@ -163,7 +173,7 @@ class Policy(nn.Module):
         tokens = self.img.project(features).reshape(b, -1, config.vlm.width)
         # Divided here and multiplied below: open-pi-zero scales the merged sequence.
         tokens = tokens / jnp.asarray(config.vlm.width**0.5, tokens.dtype)
-        words = self.llm.embed(text, trainable=not config.freeze_embedding)
+        words = layout.pin(self.llm.embed(text, trainable=not config.freeze_embedding))
         words = jnp.where((text != 0)[..., None], words, jnp.zeros((), words.dtype))
         streams = {"vlm": self._scale(jnp.concatenate([tokens, words], axis=1))}
         main = features.reshape(b, views, *features.shape[1:])[:, 0]
@@ -314,6 +324,8 @@ def make_objective(
         augment=(lambda batch, key: augment.augment_views(batch, config.views, size, augmentation, key))
         if augmentation.active
         else None,
+        flops=flops.model_flops(flops.policy(config)),
+        groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
     )
 
 

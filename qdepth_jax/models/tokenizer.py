@@ -24,7 +24,7 @@ from jax import Array
 
 from qdepth_jax import depth as depth_lib
 from qdepth_jax import errors
-from qdepth_jax.models import codebook, objective
+from qdepth_jax.models import codebook, flops, objective
 
 STEM = 4  # side of the space-to-depth patch: full-resolution convolutions cost most and help least on depth
 
@@ -271,8 +271,13 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         }
         return objective.LossOutput(total, metrics, state)
 
+    parts = ("encoder", "decoder", "codebook") if config.quantiser == "plain" else ("encoder", "decoder")
     return objective.Objective(
-        init=lambda key: init(config, key), loss=loss, features=("depth", "depth_scale", "depth_offset")
+        init=lambda key: init(config, key),
+        loss=loss,
+        features=("depth", "depth_scale", "depth_offset"),
+        flops=flops.model_flops(flops.tokenizer(config, STEM)),
+        groups=tuple((name, f"{name}(/.*)?") for name in parts),
     )
 
 

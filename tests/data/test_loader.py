@@ -234,6 +234,23 @@ def test_missing_things_are_named_with_the_fix(libero_dir, tmp_path):
         loader.Loader(_config(libero_dir), ("action",), 4, process_count=3)
 
 
+def test_any_rows_of_the_global_batch(libero_dir):
+    features = ("frame", "position", "proprio", "image_main")
+    whole = loader.Loader(_config(libero_dir), features, 8, seed=5).batch(3)
+    for rows in ([0, 1, 4, 5], [2, 3, 6], [7]):
+        part = loader.Loader(_config(libero_dir), features, 8, seed=5, rows=np.array(rows))
+        for reader in (part, pickle.loads(pickle.dumps(part))):
+            batch = reader.batch(3)
+            assert {k: (v.shape, v.dtype) for k, v in batch.items()} == reader.shapes()
+            for name in features:
+                np.testing.assert_array_equal(batch[name], whole[name][rows], err_msg=name)
+    for rows in ([], [0, 8], [-1, 0], [1, 1], [3, 2]):
+        with pytest.raises(ValueError, match="must ascend"):
+            loader.Loader(_config(libero_dir), features, 8, rows=np.array(rows, np.int64))
+    with pytest.raises(ValueError, match="give no process_index"):
+        loader.Loader(_config(libero_dir), features, 8, rows=np.arange(4), process_index=0, process_count=2)
+
+
 def test_resume_at_fifty_positions_with_other_hosts_and_threads(mix):
     config = _config(*mix)
     whole = loader.Loader(config, FEATURES, 8, seed=5)

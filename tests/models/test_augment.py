@@ -220,7 +220,7 @@ LOOKS = objective.Objective(
 @functools.cache
 def looking_step(micro_batches):
     tx = optim.make(config_lib.OptimConfig(), 10)
-    state = train_step.TrainState(jnp.int32(0), {"w": jnp.zeros(())}, {}, tx.init({"w": jnp.zeros(())}), None)
+    state = train_step.init_state(KEY, LOOKS, tx, False)
     step = functools.partial(
         train_step.train_step, objective=LOOKS, tx=tx, frozen=(), micro_batches=micro_batches, ema_decay=0.0
     )

@@ -1,0 +1,60 @@
+"""What the launcher of this process says about the run: how many processes, which GPUs are ours. Pure, without JAX."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from qdepth_jax import errors
+
+
+class Cluster(NamedTuple):
+    """What the environment says. `devices`: local device numbers of this process, None = all it sees."""
+
+    kind: str
+    processes: int
+    devices: list[int] | None = None
+
+
+def detect(environment: Mapping[str, str]) -> Cluster:
+    """How many processes this environment was started with, as its launcher says.
+
+    TPU: TPU_WORKER_HOSTNAMES (GKE sets it, as do Cloud TPU machines) times MEGASCALE_NUM_SLICES. SLURM: SLURM_NTASKS
+    of a step (srun); a batch script or a shell in an allocation is no step. Open MPI: OMPI_COMM_WORLD_SIZE.
+
+    Raises:
+      UserError: GPUs that do not divide over the tasks of a node.
+    """
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if workers and "WARNING" not in workers:  # libtpu writes its complaints into the variable
+        slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+        return Cluster("TPU", len(workers.split(",")) * slices)
+    if all(name in environment for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")):
+        tasks = int(environment.get("SLURM_NTASKS") or 1)
+        return Cluster("SLURM", tasks, _slurm_gpus(environment) if tasks > 1 else None)
+    if "OMPI_MCA_orte_hnp_uri" in environment:
+        return Cluster("Open MPI", int(environment.get("OMPI_COMM_WORLD_SIZE") or 1))
+    return Cluster("no cluster found", 1)
+
+
+def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs it sees a task takes; None where SLURM says nothing of GPUs.
+
+    JAX would give task number i of a node GPU number i: with one task for eight GPUs seven would idle, and with GPUs
+    bound to tasks (--gpus-per-task) task 1 would ask for a GPU that it does not see.
+    """
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    if not on_node.isdecimal() or not int(on_node):
+        return None
+    total, seen = int(on_node), environment.get("CUDA_VISIBLE_DEVICES")
+    visible = len(seen.split(",")) if seen else total
+    if visible != total:
+        return list(range(visible))  # bound: all of them are ours
+    # "8(x2),4" counts tasks node by node; nodes of one step differ rarely, and then the launcher must bind.
+    counts = {part.split("(")[0] for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")}
+    tasks, place = max(int(count) for count in counts), int(environment["SLURM_LOCALID"])
+    if len(counts) > 1 or total % tasks:
+        raise errors.UserError(
+            f"{total} GPUs of a node do not divide over its SLURM tasks ({sorted(counts)} per node): start one task "
+            "per node or per GPU, or bind them with srun --gpus-per-task"
+        )
+    part = total // tasks
+    return list(range(place * part, (place + 1) * part))

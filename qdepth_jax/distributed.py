@@ -1,0 +1,390 @@
+"""Several processes as one run: the start, agreement between hosts, the stop signal.
+
+A host here is one JAX process. Every function is a no-op in a run of one process. Agreement goes through the
+coordination service of JAX (a key-value store on host 0 that works before and without any device), so it costs no
+device memory and says who is missing instead of hanging. All hosts call these functions in the same order, from their
+main thread.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from qdepth_jax import cluster, errors
+
+T = TypeVar("T")
+
+START_SECONDS = 300  # until the coordinator must have answered
+WAIT_SECONDS = 3600.0  # for a host that is still building an index; a host that died is noticed in 100 s
+_POLL_SECONDS = 5.0  # a blocking call of the client holds back Ctrl-C
+_KEY = "qdepth_jax"
+
+
+class HostFailed(errors.UserError):
+    """Another host failed; its own message is quoted."""
+
+
+# ---- the start ----
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = START_SECONDS,
+) -> str:
+    """Joins this process to the others; call it before anything touches a device. Returns a line that says what it did.
+
+    Without arguments the environment decides: a TPU pod, SLURM or Open MPI with more than one task starts what JAX
+    detects there; anything else, a SLURM allocation of one task too, is a run of one process and starts nothing. With
+    arguments (all three) nothing is detected and a process uses every local device it sees; JAX_LOCAL_DEVICE_IDS
+    narrows that.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0.
+      num_processes, process_id: how many, and which this is, from 0.
+      timeout: seconds until the coordinator and all processes must be there.
+
+    Raises:
+      UserError: an incomplete or impossible set of arguments, devices already in use, or no answer in time.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        found = cluster.detect(os.environ)
+        if found.processes == 1:
+            return f"one process ({found.kind})"
+        _initialise({"local_device_ids": found.devices}, timeout, f"the coordinator of this {found.kind} run")
+        return _started(found.kind)
+    if missing:
+        raise errors.UserError(
+            f"--{', --'.join(missing)} not given: set all of --coordinator=HOST:PORT --num_processes=N "
+            "--process_id=I, or none of them on a TPU pod, under SLURM or Open MPI"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise errors.UserError(f"--coordinator={coordinator}: HOST:PORT of process 0 is needed, e.g. 10.0.0.2:8476")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise errors.UserError(
+            f"--process_id={process_id} --num_processes={num_processes}: processes are numbered from 0 to N - 1"
+        )
+    if num_processes == 1:
+        return "one process (as given)"
+    arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    _initialise(arguments | {"cluster_detection_method": "deactivate"}, timeout, f"--coordinator={coordinator}")
+    return _started("as given")
+
+
+def _initialise(arguments: dict[str, Any], timeout: int, where: str) -> None:
+    import jax
+    from jax._src import xla_bridge
+
+    if is_started():
+        raise errors.UserError("this process has joined a run already: distributed.start is for the start alone")
+    if xla_bridge.backends_are_initialized():
+        raise errors.UserError(
+            "devices were used before distributed.start: it must come before the first array, jax.devices() or jit"
+        )
+    # Takes effect where the CPU is the platform; simulated pods are the only ones.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout, **arguments)
+    except (RuntimeError, ValueError) as error:
+        raise errors.UserError(
+            f"{where}: not all processes of the run met within {timeout} s ({_first_line(error)}). Is process 0 "
+            "running, is the address its own, is the port open between the hosts, and were all processes started? "
+            "--start_timeout=SECONDS waits longer"
+        ) from error
+
+
+def _started(kind: str) -> str:
+    import jax
+
+    return f"host {jax.process_index()} of {jax.process_count()} ({kind})"
+
+
+def is_started() -> bool:
+    """True in a run of several processes, after `start`."""
+    return _client() is not None
+
+
+def stop() -> None:
+    """Leaves the run, waiting until every host does so: a host that just exits takes the others down with it."""
+    import jax
+
+    if is_started():
+        jax.distributed.shutdown()
+
+
+# ---- agreement ----
+
+
+def process() -> tuple[int, int]:
+    """(number of this host, number of hosts); (0, 1) without `start`. Touches no device."""
+    if not is_started():
+        return 0, 1
+    state = _state()
+    return state.process_id, state.num_processes
+
+
+def is_main() -> bool:
+    """True on the host that writes logs, folders and reports."""
+    return process()[0] == 0
+
+
+def gather(value: Any, what: str, timeout: float = WAIT_SECONDS) -> list[Any]:
+    """The value (JSON types) of every host, in order of their numbers, on every host.
+
+    Raises:
+      HostFailed: a host failed inside `together` meanwhile.
+      UserError: a host did not come in time, or is at another place of the program.
+    """
+    if process()[1] == 1:
+        return [value]
+    return _exchange({"what": what, "value": value}, what, timeout)
+
+
+def barrier(what: str, timeout: float = WAIT_SECONDS) -> None:
+    """Returns when every host is here."""
+    gather(None, what, timeout)
+
+
+def all_agree(ok: bool, what: str = "all_agree") -> bool:
+    """True if `ok` on every host."""
+    return all(gather(bool(ok), what))
+
+
+def any_says(flag: bool, what: str = "any_says") -> bool:
+    """True if `flag` on any host."""
+    return any(gather(bool(flag), what))
+
+
+def from_main(value: Any, what: str = "from_main") -> Any:
+    """Host 0's value (JSON types) on every host; what the others pass is not looked at."""
+    return gather(value if is_main() else None, what)[0]
+
+
+def same_everywhere(what: str, value: Any) -> None:
+    """`value` (JSON types) must be equal on all hosts.
+
+    Raises:
+      UserError: on every host the same message, with the hosts that differ from host 0 and the keys in which they do.
+    """
+    from qdepth_jax import config as config_lib
+
+    first, *others = gather(json.loads(json.dumps(value)), f"compare {what}")
+    groups: dict[str, list[int]] = {}
+    for number, other in enumerate(others, 1):
+        if found := config_lib.differences(first, other):
+            groups.setdefault("\n    ".join(found), []).append(number)
+    if groups:
+        lines = [f"host 0 (there) and {_hosts(numbers)} (here):\n    {text}" for text, numbers in groups.items()]
+        raise errors.UserError(
+            f"the {what} is not the same on all hosts; start every host with the same command and files:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def together(fn: Callable[[], T], what: str = "start") -> T:
+    """fn() on every host; returns when all of them are through it. `fn` may call functions of this module itself.
+
+    Raises:
+      HostFailed: on every host whose own fn did not fail, with the message of the first that did.
+      Exception: what fn raised here.
+    """
+    number, count = process()
+    if count == 1:
+        return fn()
+    try:
+        out = fn()
+    except HostFailed:
+        raise  # the one that failed has told everybody
+    except BaseException as error:
+        # Posted where the others wait next, here or inside fn; they need not have got as far as this host.
+        message = str(error) if isinstance(error, errors.UserError) else f"{type(error).__name__}: {error}"
+        _post(_turn(), {"what": what, "failed": message}, number)
+        raise
+    gather(None, f"after {what}")
+    return out
+
+
+def new_id() -> str:
+    """A fresh experiment id, "20260131-120000-1a2b3c"; `from_main` makes it the same on all hosts."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+
+
+def _exchange(message: dict[str, Any], what: str, timeout: float) -> list[Any]:
+    """Host 0 collects and publishes: a message per host and way, where all to all would be their square."""
+    number, count = process()
+    turn, client = _turn(), _client()
+    _post(turn, message, number)
+    deadline = time.monotonic() + timeout
+    if number == 0:
+        messages = []
+        for host in range(count):
+            messages.append(json.loads(_wait(f"{_KEY}/{turn}/{host}", deadline, timeout, what, host)))
+            if "failed" in messages[-1]:
+                break  # the others may never come
+        client.key_value_set(f"{_KEY}/{turn}/all", json.dumps(messages))
+    else:
+        messages = json.loads(_wait(f"{_KEY}/{turn}/all", deadline, timeout, what, 0))
+    # Every host is through the turn before: its messages have been read.
+    client.key_value_delete(f"{_KEY}/{turn - 1}/{number}")
+    if number == 0:
+        client.key_value_delete(f"{_KEY}/{turn - 1}/all")
+    for host, found in enumerate(messages):
+        if "failed" in found:
+            raise HostFailed(f"host {host}: {found['failed']}")
+    if places := {found["what"] for found in messages} - {what}:
+        raise errors.UserError(f"hosts are at different places of the program: {what!r} here, {sorted(places)} there")
+    return [found["value"] for found in messages]
+
+
+def _turn() -> int:
+    """How often this host has spoken; kept by the coordination service, which forgets with the run."""
+    return _client().key_value_increment(f"{_KEY}/turn/{process()[0]}", 1)
+
+
+def _post(turn: int, message: dict[str, Any], number: int) -> None:
+    _client().key_value_set(f"{_KEY}/{turn}/{number}", json.dumps(message))
+    if number == 0 and "failed" in message:
+        _client().key_value_set(f"{_KEY}/{turn}/all", json.dumps([message]))
+
+
+def _wait(key: str, deadline: float, timeout: float, what: str, host: int) -> str:
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return _client().blocking_key_value_get(key, max(1, int(1000 * min(left, _POLL_SECONDS))))
+        except Exception as error:  # jaxlib's own class, of RuntimeError
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise errors.UserError(
+                    f"lost the coordinator while waiting for host {host} at {what!r}: {_first_line(error)}"
+                ) from error
+            if left <= _POLL_SECONDS:
+                raise errors.UserError(
+                    f"host {host} did not come to {what!r} within {timeout:.0f} s: see its own messages"
+                ) from None
+
+
+def _hosts(numbers: list[int]) -> str:
+    return f"host{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _state() -> Any:
+    from jax._src import distributed  # jax.distributed has no public name for the client
+
+    return distributed.global_state
+
+
+def _client() -> Any:
+    # Nothing was started in a process that has not even imported JAX: config tools stay light.
+    return _state().client if "jax" in sys.modules else None
+
+
+# ---- one program ----
+
+
+def same_program(lowered: Any, plan: Any, rows: Any, mesh: Any, batch_size: int) -> None:
+    """All hosts are about to run the same step on one global batch.
+
+    Args:
+      lowered: `jax.jit(step).lower(...)`; compared as StableHLO text without source locations.
+      plan: JSON identity of the data order, e.g. Loader.identity().
+      rows: of the global batch that this host reads.
+      mesh, batch_size: where they go.
+
+    Raises:
+      UserError: naming the hosts whose program, plan or rows are not what they must be.
+    """
+    import numpy as np
+
+    from qdepth_jax import sharding
+
+    text = lowered.as_text(debug_info=False)
+    same_everywhere("compiled program", {"sha256": _digest(text), "characters": len(text)})
+    same_everywhere("batch plan", plan)
+    spans = gather(_spans(rows), "rows of the batch")
+    wrong = [
+        f"host {host} reads rows {found}, its devices hold {expected}"
+        for host, found in enumerate(spans)
+        if found != (expected := _spans(sharding.batch_rows(mesh, batch_size, host)))
+    ]
+    times = np.zeros(batch_size, np.int64)
+    for start, end in (span for found in spans for span in found):
+        times[start:end] += 1
+    if wrong or not times.all():
+        unread = f"; rows {_spans(np.flatnonzero(times == 0))} are read by nobody" if not times.all() else ""
+        raise errors.UserError(f"the batch is split wrongly: {'; '.join(wrong)}{unread}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _spans(rows: Any) -> list[list[int]]:
+    """Ascending row numbers as [first, end) spans."""
+    out: list[list[int]] = []
+    for row in map(int, rows):
+        if out and out[-1][1] == row:
+            out[-1][1] = row + 1
+        else:
+            out.append([row, row + 1])
+    return out
+
+
+# ---- the stop signal ----
+
+
+class StopSignal:
+    """SIGTERM, or Ctrl-C once, ends the run at a step boundary that is the same on all hosts.
+
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if stop.reached(step): save and break
+
+    In a run of several processes JAX's preemption service carries the notice of one host to all of them and picks a
+    step that none has passed; it takes SIGTERM itself, from `start` on. Ctrl-C a second time is a KeyboardInterrupt.
+    """
+
+    def __init__(self):
+        self._several, self._asked, self._before = is_started(), False, {}
+
+    def __enter__(self) -> "StopSignal":
+        # SIGTERM belongs to the preemption service in a run of several processes: it would not see one we took.
+        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> bool:
+        """True if the run ends after this step. Every host calls it after every step, with the same number."""
+        if not self._several:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        # os.write, because print is not safe in a handler that may have interrupted another print.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping after this step; Ctrl-C stops at once\n".encode())
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._several and number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
