@@ -21,10 +21,10 @@ def latest(folder, state=None, mesh=None, **arguments):
         return checkpoint.restore_latest(manager, target, **arguments)
 
 
-@pytest.mark.parametrize("save_on", [(1, 4, 2), (2, 1, 1)])
+@pytest.mark.parametrize("save_on", [(1, 4, 2), pytest.param((2, 1, 1), marks=pytest.mark.slow)])
 def test_a_checkpoint_restores_onto_any_mesh(tmp_path, save_on):
     saved = write(tmp_path, [3], mesh_of(*save_on))
-    for sizes in ((1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 8, 1), (2, 2, 2)):
+    for sizes in ((1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 8, 1)):
         mesh = mesh_of(*sizes)
         restored, meta, step = latest(tmp_path, mesh=mesh)
         assert meta["step"] == step == 3 and int(restored.step) == 3

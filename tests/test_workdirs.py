@@ -16,6 +16,7 @@ STATE = {"x": jax.ShapeDtypeStruct((2**20,), np.float32)}  # 4 MiB, and 4 MiB of
 
 
 def test_a_url_stays_a_url_and_a_local_folder_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs.importlib.util, "find_spec", lambda name: name == "gcsfs")
     for url in ("gs://bucket/runs/a", "gs://bucket/runs/a/", "gs://bucket"):
         folder = workdirs.folder(url)
         assert str(folder) == url.rstrip("/") and str(folder / "checkpoints") == f"{url.rstrip('/')}/checkpoints"
@@ -23,6 +24,10 @@ def test_a_url_stays_a_url_and_a_local_folder_becomes_absolute(tmp_path, monkeyp
     assert earlier_stages.token_dir("gs://bucket/runs/a/", "libero") == "gs://bucket/runs/a/tokens/libero"
     with pytest.raises(errors.UserError, match="names no bucket: write gs://BUCKET/FOLDER"):
         workdirs.folder("gs://")
+    with pytest.raises(errors.UserError, match="a local folder or one of gs, s3://"):
+        workdirs.folder("ftp://bucket/a")
+    with pytest.raises(errors.UserError, match="needs a client for s3://: pip install s3fs"):
+        workdirs.folder("s3://bucket/a")
     monkeypatch.chdir(tmp_path)
     assert str(workdirs.folder("runs/a")) == str(tmp_path / "runs" / "a")
     assert not workdirs.is_remote("runs/a")
