@@ -167,7 +167,10 @@ def _child(what: str, folder: str, size_mb: int, mesh: list[int], times: int) ->
             "stall_seconds": _spread(stalls),
             "of_it_sums_seconds": _spread(sums),
             "written_after_seconds": _spread(waits),
-            "rss_mb_after_saves": {n + 1: rss[n] for n in sorted({0, 1, 4, times // 2, times - 1} & set(range(times)))},
+            "rss_mb_after_saves": {
+                n + 1: rss[n]
+                for n in sorted({0, 1, 4, times // 4, times // 2, 3 * times // 4, times - 1} & set(range(times)))
+            },
         }
 
     small = str(pathlib.Path(folder) / f"small_{what}_{'x'.join(map(str, mesh))}")
