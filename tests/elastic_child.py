@@ -28,9 +28,7 @@ MESHES = {  # devices, (replica, fsdp, tensor), micro-batches
 
 def train(workdir, devices, sizes, micro_batches, steps):
     """(metric rows, positions of the examples of every step taken)."""
-    config = tiny_runs.config(
-        train__total_steps=steps, train__micro_batches=micro_batches, train__checkpoint_every=HALF
-    )
+    config = tiny_runs.config(train__total_steps=steps, train__checkpoint_every=HALF)
     config.data.index_dir = str(pathlib.Path(workdir).parent / "index")
     run = experiment.assemble(config)
     # Assembled for all devices, run on some of them.

@@ -24,7 +24,7 @@ from jax import Array
 
 from qdepth_jax import depth as depth_values
 from qdepth_jax import errors
-from qdepth_jax.models import gemma, linear
+from qdepth_jax.models import gemma, layout, linear
 
 HEADS = ("codes", "pixels")
 
@@ -117,11 +117,12 @@ class Conv3x3(nn.Module):
         fan_in = 9 * x.shape[-1]
         init = linear.fan_in_uniform(fan_in, self.scale)
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        kernel = layout.gather(kernel, None, None, layout.FSDP)
         bias = self.param("bias", init, (self.features,)).astype(self.dtype)
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y + bias[None, None, None]
+        return layout.pin(y) + bias[None, None, None]
 
 
 def unit_codebook(codebook: Array) -> tuple[Array, Array, Array]:

@@ -31,7 +31,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from qdepth_jax.models import attention, linear, stack
+from qdepth_jax.models import attention, layout, linear, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +189,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, streams: dict[str, Array], cache: KVCache | None, shared: Shared):
         config = self.config
+        streams = {name: layout.pin(x) for name, x in streams.items()}
         blocks = {name: Block(config, expert.width, expert.mlp, self.dtype, name=name) for name, expert in self.experts}
         wanted = [name for name in blocks if not self.last or name in self.outputs]
 
@@ -264,18 +265,21 @@ class Attention(nn.Module):
         self.attn_vec_einsum = Weight((n, h, d), n * h)
 
     def query(self, x: Array) -> Array:
-        q = jnp.einsum("MD,NDH->MNH", linear.fold(x), self.q_einsum().astype(self.dtype))
-        return q.reshape(*x.shape[:2], *q.shape[1:])
+        weight = layout.gather(self.q_einsum().astype(self.dtype), layout.TENSOR, layout.FSDP)
+        q = jnp.einsum("MD,NDH->MNH", linear.fold(x), weight)
+        return layout.pin(q.reshape(*x.shape[:2], *q.shape[1:]), None, layout.TENSOR)
 
     def key_value(self, x: Array) -> tuple[Array, Array]:
-        weight = self.kv_einsum().astype(self.dtype)
+        weight = layout.gather(self.kv_einsum().astype(self.dtype), None, None, layout.FSDP)
         folded = linear.fold(x)
         k, v = (jnp.einsum("MD,KDH->MKH", folded, weight[i]) for i in range(2))
-        return k.reshape(*x.shape[:2], *k.shape[1:]), v.reshape(*x.shape[:2], *v.shape[1:])
+        k, v = (layout.pin(y.reshape(*x.shape[:2], *y.shape[1:]), None, layout.TENSOR) for y in (k, v))
+        return k, v
 
     def out(self, attended: Array) -> Array:
         b, t, n, h = attended.shape
-        weight = self.attn_vec_einsum().astype(self.dtype)
+        attended = layout.pin(attended, None, layout.TENSOR)
+        weight = layout.gather(self.attn_vec_einsum().astype(self.dtype), layout.TENSOR, None, layout.FSDP)
         return jnp.einsum("MNH,NHD->MD", attended.reshape(b * t, n, h), weight).reshape(b, t, self.width)
 
 
@@ -299,11 +303,13 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        gating = self.param("gating_einsum", linear.fan_in_uniform(width), (2, width, self.hidden)).astype(self.dtype)
-        down = self.param("linear", linear.fan_in_uniform(self.hidden), (self.hidden, width)).astype(self.dtype)
+        gating = self.param("gating_einsum", linear.fan_in_uniform(width), (2, width, self.hidden))
+        gating = layout.gather(gating.astype(self.dtype), None, layout.FSDP, layout.TENSOR)
+        down = self.param("linear", linear.fan_in_uniform(self.hidden), (self.hidden, width))
+        down = layout.gather(down.astype(self.dtype), layout.TENSOR, layout.FSDP)
         folded = linear.fold(x)
-        gate = jax.nn.gelu(jnp.einsum("MD,DF->MF", folded, gating[0]), approximate=True)
-        up = jnp.einsum("MD,DF->MF", folded, gating[1])
+        gate, up = (layout.pin(jnp.einsum("MD,DF->MF", folded, gating[i]), layout.TENSOR) for i in range(2))
+        gate = jax.nn.gelu(gate, approximate=True)
         return jnp.einsum("MF,FD->MD", gate * up, down).reshape(x.shape)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from qdepth_jax.models import layout
+
 
 def uniform(bound: float) -> Callable[..., Array]:
     """Initialiser: f32, uniform in +-bound.
@@ -73,5 +75,5 @@ class Linear(nn.Module):
         init = fan_in_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        y = fold(x).astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
-        return y.reshape(*x.shape[:-1], self.features)
+        y = fold(x).astype(self.dtype) @ layout.gather(kernel.astype(self.dtype)) + bias.astype(self.dtype)[None]
+        return layout.pin(y.reshape(*x.shape[:-1], self.features))

@@ -33,6 +33,7 @@ from qdepth_jax.models import (
     flow,
     gemma,
     images,
+    layout,
     linear,
     objective,
     policy_config,
@@ -172,7 +173,7 @@ class Policy(nn.Module):
         tokens = self.img.project(features).reshape(b, -1, config.vlm.width)
         # Divided here and multiplied below: open-pi-zero scales the merged sequence.
         tokens = tokens / jnp.asarray(config.vlm.width**0.5, tokens.dtype)
-        words = self.llm.embed(text, trainable=not config.freeze_embedding)
+        words = layout.pin(self.llm.embed(text, trainable=not config.freeze_embedding))
         words = jnp.where((text != 0)[..., None], words, jnp.zeros((), words.dtype))
         streams = {"vlm": self._scale(jnp.concatenate([tokens, words], axis=1))}
         main = features.reshape(b, views, *features.shape[1:])[:, 0]
@@ -323,8 +324,8 @@ def make_objective(
         augment=(lambda batch, key: augment.augment_views(batch, config.views, size, augmentation, key))
         if augmentation.active
         else None,
-        groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
         flops=flops.model_flops(flops.policy(config)),
+        groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
     )
 
 

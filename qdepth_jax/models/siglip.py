@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax import Array
 
 from qdepth_jax import errors
-from qdepth_jax.models import attention, linear, stack
+from qdepth_jax.models import attention, layout, linear, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Siglip(nn.Module):
         if images.shape[1:] != (size, size, 3):
             raise errors.UserError(f"siglip takes images of shape [B, {size}, {size}, 3], got {images.shape}")
         x = self.embedding(images.astype(self.dtype)) + self.pos_embedding.astype(self.dtype)
-        return self.Transformer(x)
+        return layout.pin(self.Transformer(layout.pin(x)))
 
     def project(self, features: Array) -> Array:
         """[B, P, D] -> [B, P, projection]."""
@@ -103,7 +103,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", linear.normal_like((p * p * c) ** -0.5), (p, p, c, self.width)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * c)
-        x = patches @ kernel.reshape(p * p * c, self.width) + bias[None]
+        x = patches @ layout.gather(kernel.reshape(p * p * c, self.width), None, layout.FSDP) + bias[None]
         return x.reshape(b, (h // p) * (w // p), self.width)
 
 
@@ -142,6 +142,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, per_layer: None, shared: None) -> tuple[Array, None]:
         del per_layer, shared
+        x = layout.pin(x)
         h = _layer_norm("LayerNorm_0")(x).astype(self.dtype)
         x = x + SelfAttention(self.config.heads, self.dtype, name="MultiHeadDotProductAttention_0")(h)
         h = _layer_norm("LayerNorm_1")(x).astype(self.dtype)
@@ -162,11 +163,13 @@ class SelfAttention(nn.Module):
         init = linear.xavier_uniform(d, d)
 
         def project(name: str) -> Array:
-            y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, name=name)(folded)
-            return y.reshape(b, p, self.heads, h)
+            dot = layout.gathered_dot(layout.FSDP, layout.TENSOR)
+            y = nn.DenseGeneral((self.heads, h), dtype=self.dtype, kernel_init=init, dot_general=dot, name=name)(folded)
+            return layout.pin(y.reshape(b, p, self.heads, h), None, layout.TENSOR)
 
         out = attention.attend(project("query"), project("key"), project("value"), mask=None)
-        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(
+        dot = layout.gathered_dot(layout.TENSOR, None, layout.FSDP)
+        y = nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, dot_general=dot, name="out")(
             out.reshape(b * p, self.heads, h)
         )
         return y.reshape(b, p, d)
@@ -181,9 +184,11 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = linear.xavier_uniform(x.shape[-1], self.hidden)
-        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="Dense_0")(linear.fold(x))
-        h = jax.nn.gelu(h, approximate=True)
-        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="Dense_1")(h)
+        split = layout.gathered_dot(layout.FSDP, layout.TENSOR)
+        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, dot_general=split, name="Dense_0")(linear.fold(x))
+        h = jax.nn.gelu(layout.pin(h, layout.TENSOR), approximate=True)
+        merge = layout.gathered_dot(layout.TENSOR, layout.FSDP)
+        y = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, dot_general=merge, name="Dense_1")(h)
         return y.reshape(x.shape)
 
 

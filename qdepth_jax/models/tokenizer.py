@@ -276,8 +276,8 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         init=lambda key: init(config, key),
         loss=loss,
         features=("depth", "depth_scale", "depth_offset"),
-        groups=tuple((name, f"{name}(/.*)?") for name in parts),
         flops=flops.model_flops(flops.tokenizer(config, STEM)),
+        groups=tuple((name, f"{name}(/.*)?") for name in parts),
     )
 
 
