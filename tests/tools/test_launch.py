@@ -81,9 +81,10 @@ def bash(text: str, path: pathlib.Path, **variables: str) -> subprocess.Complete
         ("v5e:4x4", 16, 4, 4, "v5litepod-16", "tpu-v5-lite-podslice"),
         ("v5e:16x16", 256, 64, 4, "v5litepod-256", "tpu-v5-lite-podslice"),
         ("v6e:4x8", 32, 8, 4, "v6e-32", "tpu-v6e-slice"),
+        ("2xv5e-256", 256, 64, 4, "v5litepod-256", "tpu-v5-lite-podslice"),
         ("v4:2x2x1", 4, 1, 4, "v4-8", "tpu-v4-podslice"),
         ("v4:2x2x4", 16, 4, 4, "v4-32", "tpu-v4-podslice"),
-        ("v5p:2x4x4", 32, 8, 4, "v5p-64", "tpu-v5p-slice"),
+        ("v5p-64", 32, 8, 4, "v5p-64", "tpu-v5p-slice"),
         ("v5p:8x8x16", 1024, 256, 4, "v5p-2048", "tpu-v5p-slice"),
     ],
 )
@@ -95,7 +96,7 @@ def test_slices_as_the_cloud_documents_them(text, chips, hosts, per_host, accele
 
 
 @pytest.mark.parametrize(
-    "text", ["v5e", "v5e:4x4x4", "v5e:3x4", "v7:2x2", "v5p:4x4", "v5p:8x4x4", "v5p:64x64x64", "v4:axb"]
+    "text", ["v5e", "v5e:4x4x4", "v5e:3x4", "v7:2x2", "v5p:4x4", "v5p:8x4x4", "v5p:64x64x64", "v4:axb", "h100-8"]
 )
 def test_slices_that_do_not_exist(text):
     with pytest.raises(errors.UserError, match=re.escape(text)):
@@ -144,12 +145,10 @@ def test_a_wrong_config_is_found_before_renting():
 
 
 @pytest.mark.parametrize(
-    ("topology", "slices"), [("v5e:4x4", 1), ("v5e:16x16", 2), ("v5p:2x4x4", 4), ("v6e:2x4", 1), ("v4:4x4x4", 2)]
+    ("topology", "slices"), [("v5e:4x4", 1), ("2xv5e-256", 2), ("4xv5p:2x4x4", 4), ("v6e:2x4", 1), ("2xv4:4x4x4", 2)]
 )
 def test_jobset(topology, slices):
-    work = gke.Workload(
-        ARGUMENTS, image="img@sha256:0", topology=topology, slices=slices, env=(("A", "yes"), ("B", "1: 2"))
-    )
+    work = gke.Workload(ARGUMENTS, image="img@sha256:0", topology=topology, env=(("A", "yes"), ("B", "1: 2")))
     found = yaml.safe_load(gke.render(work))
     part = tpu_slices.parse(topology)
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -165,7 +164,7 @@ def test_jobset(topology, slices):
     assert limit * part.hosts == part.chips
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": part.generation.gke,
-        "cloud.google.com/gke-tpu-topology": part.topology,
+        "cloud.google.com/gke-tpu-topology": part.shape,
     }
     # As Kubernetes reads it: $(X) is replaced, $$ is a literal $.
     words = [re.sub(r"\$\$", "$", word) for word in container["command"] if not re.search(r"(?<!\$)\$\(", word)]
@@ -201,7 +200,7 @@ def test_jobset_options():
     mounts = {claims[m["name"]]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
     assert mounts == {"claim": "/data", "c2": "/w"}
     with pytest.raises(errors.UserError, match="several hosts"):
-        gke.jobset(gke.Workload(ARGUMENTS, image="i", topology="v5e:2x4", slices=2))
+        gke.jobset(gke.Workload(ARGUMENTS, image="i", topology="2xv5e:2x4"))
 
 
 def test_gke_dry_run_touches_nothing_and_the_real_one_applies(tmp_path):
@@ -242,31 +241,38 @@ def metadata(folder: pathlib.Path, **changes: str) -> None:
 
 
 def pod(folder: pathlib.Path, **changes) -> tpu_pod.Pod:
-    fields = {"project": "p", "zone": "z", "slices": 2, "code": "url", "ref": "r", "root": str(folder / "opt")}
+    fields = {
+        "project": "p",
+        "zone": "z",
+        "topology": "2xv5e-16",
+        "code": "url",
+        "ref": "r",
+        "root": str(folder / "opt"),
+    }
     return tpu_pod.Pod(ARGUMENTS, **(fields | changes))
 
 
 def test_create_commands(tmp_path):
-    words = tpu_pod.create(pod(tmp_path, topology="v5e:16x16", spot=True))
+    words = tpu_pod.create(pod(tmp_path, topology="2xv5e:16x16", spot=True))
     assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "qdepth"]
     assert {"--accelerator-type=v5litepod-256", "--node-count=2", "--node-prefix=qdepth", "--spot"} <= set(words)
     assert "--runtime-version=v2-alpha-tpuv5-lite" in words
-    words = tpu_pod.create(pod(tmp_path, topology="v5p:4x4x4", slices=1, runtime="mine"))
+    words = tpu_pod.create(pod(tmp_path, topology="v5p:4x4x4", runtime="mine"))
     assert {"--type=v5p", "--topology=4x4x4", "--node-id=qdepth", "--runtime-version=mine"} <= set(words)
     assert "--spot" not in words and not any(word.startswith("--node-count") for word in words)
 
 
 @pytest.mark.parametrize("form", ["triples", "names", "single slice"])
 def test_start_script_knows_its_place(tmp_path, form):
-    changes, slices = {}, 2
+    changes, topology = {}, "2xv5e-16"
     expected = ["--coordinator=10.9.0.1:8482", "--num_processes=8", "--process_id=6"]
     if form == "names":
         changes = {"worker_network_endpoints": "h1,h2,h3,h4"}
     elif form == "single slice":
-        changes, slices = {"tpu_env": "ACCELERATOR_TYPE: 'v5litepod-16'"}, 1
+        changes, topology = {"tpu_env": "ACCELERATOR_TYPE: 'v5litepod-16'"}, "v5e-16"
         expected = ["--coordinator=10.0.0.1:8482", "--num_processes=4", "--process_id=2"]
     metadata(tmp_path, **changes)
-    work = pod(tmp_path, slices=slices, env=(("A", "b c"),))
+    work = pod(tmp_path, topology=topology, env=(("A", "b c"),))
     (tmp_path / "opt/qdepth/venv/bin").mkdir(parents=True)
     (tmp_path / "opt/qdepth/code").mkdir()
     fake(tmp_path, "python", 'echo "$A"')
@@ -280,7 +286,7 @@ def test_start_script_knows_its_place(tmp_path, form):
 def test_start_script_refuses_another_number_of_hosts(tmp_path):
     metadata(tmp_path, worker_network_endpoints="h1,h2")
     done = bash(tpu_pod.start_script(pod(tmp_path)), tmp_path)
-    assert done.returncode == 2 and "2 slices of 2 hosts, asked were 2 of 4" in done.stderr
+    assert done.returncode == 2 and "2 slices of 2 hosts, asked: 2 of 4" in done.stderr
 
 
 def test_start_script_with_an_image(tmp_path):
