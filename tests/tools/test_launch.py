@@ -491,9 +491,9 @@ for _ in $(seq 600); do sleep 0.1; done
 """
 
 
-@pytest.mark.slow
-def test_real_slurm(tmp_path):
-    """Signal, uneven saves, requeue and end on a real scheduler; needs two free CPUs of its default partition."""
+@pytest.fixture
+def job(tmp_path):
+    """Number of a job of two stand-ins that run on a real scheduler; ended with the test."""
     if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True).returncode:
         pytest.skip("no SLURM that answers here")
     (tmp_path / "train").write_text(TRAIN)
@@ -502,31 +502,50 @@ def test_real_slurm(tmp_path):
     flags += [f"--logs={tmp_path}/my logs", f"--env=WORK={tmp_path}", "--nocheck", "--nodry_run"]
     done = run("slurm.py", *flags, "--", f"--config={ROOT}/experiments/demo.py", "--workdir=/w", *NASTY)
     assert done.returncode == 0, done.stderr
-    job = json.loads(done.stdout.splitlines()[-1])["job"]
+    number = json.loads(done.stdout.splitlines()[-1])["job"]
+    try:
+        if not until(lambda: "JobState=RUNNING" in show(number)):
+            pytest.skip("no two free CPUs on a node of the default partition")
+        yield number
+    finally:
+        subprocess.run(["scancel", number])
 
-    def wait(lines: int, name: str) -> list[str]:
-        for _ in range(600):
-            found = (tmp_path / name).read_text().splitlines() if (tmp_path / name).exists() else []
-            if len(found) >= lines:
-                return found
-            time.sleep(0.1)
-        raise AssertionError(f"{name}: {found}")
 
-    wait(2, "started")
+def show(job: str) -> str:
+    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+
+
+def until(true, seconds: float = 60.0) -> bool:
+    """Waits for `true()`; what it returned last."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return bool(found)
+
+
+@pytest.mark.slow
+def test_real_slurm(tmp_path, job):
+    """Signal, uneven saves, requeue and end."""
+
+    def lines(name: str) -> list[str]:
+        return (tmp_path / name).read_text().splitlines() if (tmp_path / name).exists() else []
+
+    assert until(lambda: len(lines("started")) == 2)
     time.sleep(0.5)  # for the traps
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    assert sorted(wait(2, "saved")) == ["0", "1"]  # the slow one was not killed by the end of the quick one
-    for _ in range(100):  # SLURM holds a requeued job back for two minutes
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
-        if len((tmp_path / "started").read_text().splitlines()) == 4:
-            break
-        time.sleep(0.3)
-    started = wait(4, "started")
+    assert until(lambda: "JobState=PENDING" in show(job)), show(job)
+    assert sorted(lines("saved")) == ["0", "1"]  # the slow one was not killed by the end of the quick one
+    # SLURM holds a requeued job back for two minutes.
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    assert until(lambda: "JobState=COMPLETED" in show(job)), show(job)
     tail = " ".join(["-m qdepth_jax.train", f"--config={ROOT}/experiments/demo.py", "--workdir=/w", *NASTY])
-    assert sorted(started) == sorted(f"{rank} {start} {tail}" for rank in "01" for start in ("", "1"))
-    for _ in range(100):
-        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-        if "JobState=COMPLETED" in shown:
-            return
-        time.sleep(0.3)
-    raise AssertionError(shown)
+    assert sorted(lines("started")) == sorted(f"{rank} {start} {tail}" for rank in "01" for start in ("", "1"))
+
+
+@pytest.mark.slow
+def test_real_slurm_cancelled_stays_ended(tmp_path, job):
+    assert until(lambda: (tmp_path / "started").exists())
+    time.sleep(0.5)
+    subprocess.run(["scancel", job], check=True)
+    assert until(lambda: "JobState=CANCELLED" in show(job)), show(job)
+    assert "Restarts=0" in show(job)
