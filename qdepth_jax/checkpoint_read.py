@@ -23,7 +23,7 @@ TREES = ("params", "state", "ema")
 
 # Arrays lie on disk in pieces of at most this many bytes, whatever mesh saved them. A reader decodes whole pieces, so
 # this bounds what another mesh reads in vain.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 
 # What storage says when it cannot be read now, or not by us: no sign of damage.
 _UNAVAILABLE = re.compile(
@@ -211,7 +211,7 @@ def _bytes_at_once(leaves: dict[str, jax.ShapeDtypeStruct], chunks: dict[str, An
         read = [min(size, (-(-n // c) + (n % c > 0)) * c) for n, c, size in zip(shard, chunk, leaf.shape, strict=True)]
         largest = max(largest, math.prod(read) * leaf.dtype.itemsize)
         total += math.prod(shard) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
-    return max(largest + CHUNK_BYTES, 4 * CHUNK_BYTES, total // 32)
+    return max(largest + CHUNK_BYTES, 16 * CHUNK_BYTES, total // 32)
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
