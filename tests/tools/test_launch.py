@@ -258,8 +258,11 @@ def test_create_commands(tmp_path):
     assert {"--accelerator-type=v5litepod-256", "--node-count=2", "--node-prefix=qdepth", "--spot"} <= set(words)
     assert "--runtime-version=v2-alpha-tpuv5-lite" in words
     words = tpu_pod.create(pod(tmp_path, topology="v5p:4x4x4", runtime="mine"))
-    assert {"--type=v5p", "--topology=4x4x4", "--node-id=qdepth", "--runtime-version=mine"} <= set(words)
+    assert {"--accelerator-type=v5p-128", "--node-id=qdepth", "--runtime-version=mine"} <= set(words)
     assert "--spot" not in words and not any(word.startswith("--node-count") for word in words)
+    assert {"--type=v4", "--topology=4x4x12"} <= set(tpu_pod.create(pod(tmp_path, topology="v4:4x4x12")))
+    with pytest.raises(errors.UserError, match="by number"):
+        tpu_pod.create(pod(tmp_path, topology="v5p:4x4x12"))
 
 
 @pytest.mark.parametrize("form", ["triples", "names", "single slice"])
@@ -535,7 +538,9 @@ def test_real_slurm(tmp_path, job):
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     assert until(lambda: "JobState=PENDING" in show(job)), show(job)
     assert sorted(lines("saved")) == ["0", "1"]  # the slow one was not killed by the end of the quick one
-    # SLURM holds a requeued job back for two minutes.
+    # SLURM holds a requeued job back for two minutes: long enough for the first start to be over on all nodes. Hurried
+    # at once, the second is refused with "Job credential revoked".
+    time.sleep(5)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
     assert until(lambda: "JobState=COMPLETED" in show(job)), show(job)
     tail = " ".join(["-m qdepth_jax.train", f"--config={ROOT}/experiments/demo.py", "--workdir=/w", *NASTY])

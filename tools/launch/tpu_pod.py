@@ -106,12 +106,20 @@ def gcloud(pod: Pod, verb: str, *options: str) -> list[str]:
 
 
 def create(pod: Pod) -> list[str]:
-    """Asks for the slices. Cubes are named by their sides: "v4-64" alone would leave the shape to the cloud."""
+    """Asks for the slices.
+
+    Raises:
+      UserError: a v5p cube that has no name of its own: gcloud takes sides (--type, --topology) up to v4 alone.
+    """
     part = pod.part
-    if part.shape.count("x") == 2:
-        shape = [f"--type={part.name}", f"--topology={part.shape}"]
-    else:
-        shape = [f"--accelerator-type={part.accelerator}"]
+    shape = [f"--accelerator-type={part.accelerator}"]
+    if part.name == "v4":
+        shape = ["--type=v4", f"--topology={part.shape}"]
+    elif not part.usual:
+        raise errors.UserError(
+            f"--topology={pod.topology}: gcloud asks for {part.name} by number and picks the sides; take a power of "
+            "two chips, or gke.py"
+        )
     nodes = (
         [f"--node-id={pod.name}"] if part.slices == 1 else [f"--node-count={part.slices}", f"--node-prefix={pod.name}"]
     )

@@ -45,12 +45,13 @@ class Slices:
     """Equal slices; `chips`, `hosts` and `accelerator` ("v5litepod-16", its Cloud TPU name) are those of one.
 
     Attributes:
-      name: "v5e". shape: "4x4".
+      name: "v5e". shape: "4x4". usual: the shape that its size has by default.
     """
 
     generation: Generation
     name: str
     shape: str
+    usual: bool
     slices: int
     chips: int
     hosts: int
@@ -84,6 +85,7 @@ def parse(text: str) -> Slices:
         generation=generation,
         name=found.chip.name,
         shape=_side(shape),
+        usual=shape in usual,
         slices=found.slices,
         chips=chips,
         hosts=chips // per_host,
