@@ -25,10 +25,10 @@ def spec_of(path):
     return P()
 
 
-def make_state(seed=0):
+def make_state(seed=0, width=16):
     """Every kind of leaf: split, replicated, f32, bf16, i32, scalars; the optimiser's state is nested tuples."""
     g = np.random.default_rng(seed)
-    params = {"img": {"w": g.standard_normal((8, 16), np.float32)}, "b": g.standard_normal(8, np.float32)}
+    params = {"img": {"w": g.standard_normal((8, width), np.float32)}, "b": g.standard_normal(8, np.float32)}
     moments = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     state = train_step.TrainState(
         **{f: np.int32(seed + n) for n, f in enumerate(checkpoint_read.scalar_fields())},
@@ -51,11 +51,11 @@ def on_devices(state, mesh):
     return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), state, target_on(mesh, state))
 
 
-def write(folder, steps, mesh=None, train=None, **meta):
-    state = on_devices(make_state(), mesh or mesh_of(1, 1, 1))
-    with checkpoint.open_manager(str(folder), train or config_lib.TrainConfig(keep_checkpoints=9)) as manager:
+def write(folder, steps, mesh=None, state=None):
+    state = on_devices(state or make_state(), mesh or mesh_of(1, 1, 1))
+    with checkpoint.open_manager(str(folder), config_lib.TrainConfig(keep_checkpoints=9)) as manager:
         for step in steps:
-            checkpoint.save(manager, state.replace(step=state.step * 0 + step), {"step": step, **meta}, step)
+            checkpoint.save(manager, state.replace(step=state.step * 0 + step), {"step": step}, step)
     return state
 
 

@@ -165,8 +165,9 @@ def files_of(folder):
 @pytest.mark.slow
 def test_damage_to_any_file_is_found_or_harmless(tmp_path, capsys):
     """Every file of a committed checkpoint cut, emptied, deleted, and with bits flipped: never other numbers."""
-    saved = write(tmp_path, [1, 2], mesh_of(1, 2, 1))
-    folder, target = tmp_path / "checkpoints", target_on(mesh_of(1, 1, 1), make_state())
+    # Wide enough that arrays lie in files of their own: up to 1 KB, Orbax writes them into its index.
+    saved = write(tmp_path, [1, 2], mesh_of(1, 2, 1), make_state(width=512))
+    folder, target = tmp_path / "checkpoints", target_on(mesh_of(1, 1, 1), make_state(width=512))
     want, outcomes = jax.device_get(saved.replace(step=np.int32(2))), collections.Counter()
     with checkpoint.open_manager(str(tmp_path)) as manager:
         for n, file in enumerate(files_of(folder / "2")):
@@ -188,7 +189,8 @@ def test_damage_to_any_file_is_found_or_harmless(tmp_path, capsys):
                 if said:
                     aside.rename(folder / "2")
                 file.write_bytes(content)
-    assert outcomes["found"] > 2 * outcomes["harmless"] > 0, outcomes
+    # Harmless: markers of a finished save, and what each process wrote before it was merged into one index.
+    assert outcomes["found"] > 60, outcomes
 
 
 def steps_in(folder):
