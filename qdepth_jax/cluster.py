@@ -1,4 +1,4 @@
-"""What the launcher of this process says about the run: how many processes, which GPUs are ours. Pure, without JAX."""
+"""What the launcher of this process says about the run: how many processes, which GPUs are ours."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,18 +7,27 @@ from qdepth_jax import errors
 
 
 class Cluster(NamedTuple):
-    """What the environment says. `devices`: local device numbers of this process, None = all it sees."""
+    """What the launcher says.
+
+    Attributes:
+      kind: name of JAX's detection method for it, or "no cluster".
+      processes: of the run.
+      devices: local device numbers of this process, None = all it sees.
+    """
 
     kind: str
     processes: int
     devices: list[int] | None = None
 
 
-def detect(environment: Mapping[str, str]) -> Cluster:
-    """How many processes this environment was started with, as its launcher says.
+NONE = Cluster("no cluster", 1)
 
-    TPU: TPU_WORKER_HOSTNAMES (GKE sets it, as do Cloud TPU machines) times MEGASCALE_NUM_SLICES. SLURM: SLURM_NTASKS
-    of a step (srun); a batch script or a shell in an allocation is no step. Open MPI: OMPI_COMM_WORLD_SIZE.
+
+def detect(environment: Mapping[str, str]) -> Cluster:
+    """How many processes this environment was started with.
+
+    GKE TPU: TPU_WORKER_HOSTNAMES times MEGASCALE_NUM_SLICES. SLURM: SLURM_NTASKS of a step (srun); a batch script or a
+    shell in an allocation is no step. Open MPI: OMPI_COMM_WORLD_SIZE.
 
     Raises:
       UserError: GPUs that do not divide over the tasks of a node.
@@ -26,13 +35,25 @@ def detect(environment: Mapping[str, str]) -> Cluster:
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     if workers and "WARNING" not in workers:  # libtpu writes its complaints into the variable
         slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
-        return Cluster("TPU", len(workers.split(",")) * slices)
+        return Cluster("gketpu", len(workers.split(",")) * slices)
     if all(name in environment for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")):
         tasks = int(environment.get("SLURM_NTASKS") or 1)
-        return Cluster("SLURM", tasks, _slurm_gpus(environment) if tasks > 1 else None)
+        return Cluster("slurm", tasks, _slurm_gpus(environment) if tasks > 1 else None)
     if "OMPI_MCA_orte_hnp_uri" in environment:
-        return Cluster("Open MPI", int(environment.get("OMPI_COMM_WORLD_SIZE") or 1))
-    return Cluster("no cluster found", 1)
+        return Cluster("ompi", int(environment.get("OMPI_COMM_WORLD_SIZE") or 1))
+    return NONE
+
+
+def detect_cloud_tpu() -> Cluster:
+    """A Cloud TPU machine says how many hosts its slice has through its metadata server, not by its environment.
+
+    Elsewhere this asks nobody: JAX looks for the chips first.
+    """
+    from jax._src import clusters
+
+    if not clusters.GceTpuCluster.is_env_present():
+        return NONE
+    return Cluster("gcetpu", clusters.GceTpuCluster.get_process_count())
 
 
 def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:

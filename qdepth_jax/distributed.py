@@ -11,7 +11,9 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -59,9 +61,10 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         found = cluster.detect(os.environ)
-        if found.processes == 1:
-            return f"one process ({found.kind})"
-        _initialise({"local_device_ids": found.devices}, timeout, f"the coordinator of this {found.kind} run")
+        if found == cluster.NONE:
+            found = cluster.detect_cloud_tpu()
+        if found.processes > 1:
+            _initialise({"local_device_ids": found.devices, "cluster_detection_method": found.kind}, timeout)
         return _started(found.kind)
     if missing:
         raise errors.UserError(
@@ -75,14 +78,27 @@ def start(
         raise errors.UserError(
             f"--process_id={process_id} --num_processes={num_processes}: processes are numbered from 0 to N - 1"
         )
-    if num_processes == 1:
-        return "one process (as given)"
-    arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    _initialise(arguments | {"cluster_detection_method": "deactivate"}, timeout, f"--coordinator={coordinator}")
+    if num_processes > 1:
+        if process_id == 0:
+            _check_port(int(port))
+        arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+        _initialise(arguments | {"cluster_detection_method": "deactivate"}, timeout)
     return _started("as given")
 
 
-def _initialise(arguments: dict[str, Any], timeout: int, where: str) -> None:
+def _check_port(port: int) -> None:
+    """JAX's service dies of a port that is taken (segmentation fault, jaxlib 0.10.2)."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise errors.UserError(
+                f"--coordinator: port {port} of this machine cannot be used ({error.strerror}): choose a free one"
+            ) from error
+
+
+def _initialise(arguments: dict[str, Any], timeout: int) -> None:
     import jax
     from jax._src import xla_bridge
 
@@ -94,20 +110,37 @@ def _initialise(arguments: dict[str, Any], timeout: int, where: str) -> None:
         )
     # Takes effect where the CPU is the platform; simulated pods are the only ones.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(initialization_timeout=timeout, **arguments)
-    except (RuntimeError, ValueError) as error:
+    # JAX ends the process with a stack dump when its own time is up, so ours must come first. In a thread, because the
+    # call cannot be interrupted; a thread that is still waiting when the process ends does no harm.
+    failed: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(initialization_timeout=timeout + 3600, **arguments)
+        except (RuntimeError, ValueError) as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, name="start", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not thread.is_alive() and not failed:
+        return
+    state = _state()
+    state.client, where = None, f"coordinator {state.coordinator_address or '(not found)'}"
+    if failed:
         raise errors.UserError(
-            f"{where}: not all processes of the run met within {timeout} s ({_first_line(error)}). Is process 0 "
-            "running, is the address its own, is the port open between the hosts, and were all processes started? "
-            "--start_timeout=SECONDS waits longer"
-        ) from error
+            f"{where}: this process cannot join the run: {_first_line(failed[0])}. On process 0 the port must be free, "
+            "and outside of a cluster that JAX knows, --coordinator, --num_processes and --process_id must be given"
+        ) from failed[0]
+    raise errors.UserError(
+        f"{where}: not all processes of the run met within {timeout} s. Is process 0 running, is the address its own, "
+        "is the port open between the hosts, and were all processes started? --start_timeout=SECONDS waits longer"
+    )
 
 
 def _started(kind: str) -> str:
-    import jax
-
-    return f"host {jax.process_index()} of {jax.process_count()} ({kind})"
+    number, count = process()
+    return f"host {number} of {count} ({kind})" if count > 1 else f"one process ({kind})"
 
 
 def is_started() -> bool:
@@ -308,10 +341,16 @@ def same_program(lowered: Any, plan: Any, rows: Any, mesh: Any, batch_size: int)
     Raises:
       UserError: naming the hosts whose program, plan or rows are not what they must be.
     """
+    import jax
     import numpy as np
 
     from qdepth_jax import sharding
 
+    if jax.process_count() != process()[1]:
+        raise errors.UserError(
+            f"JAX sees {jax.process_count()} processes, but this one was started alone: give --coordinator, "
+            "--num_processes and --process_id"
+        )
     text = lowered.as_text(debug_info=False)
     same_everywhere("compiled program", {"sha256": _digest(text), "characters": len(text)})
     same_everywhere("batch plan", plan)

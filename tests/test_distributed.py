@@ -6,6 +6,7 @@ The fast tests run in one process; the slow ones start tests/multihost_child.py 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,25 +31,25 @@ SLURM = {
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, ("no cluster found", 1, None)),
-        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, ("TPU", 4, None)),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"}, ("TPU", 6, None)),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ("TPU", 1, None)),
-        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, ("TPU", 2, None)),
-        ({"TPU_WORKER_HOSTNAMES": "WARNING: could not determine, set env var"}, ("no cluster found", 1, None)),
-        (SLURM, ("SLURM", 4, None)),
-        (SLURM | {"SLURM_NTASKS": "1"}, ("SLURM", 1, None)),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, ("no cluster found", 1, None)),  # a batch script, not a step
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "8"}, ("Open MPI", 8, None)),
+        ({}, ("no cluster", 1, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, ("gketpu", 4, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"}, ("gketpu", 6, None)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ("gketpu", 1, None)),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, ("gketpu", 2, None)),
+        ({"TPU_WORKER_HOSTNAMES": "WARNING: could not determine, set env var"}, ("no cluster", 1, None)),
+        (SLURM, ("slurm", 4, None)),
+        (SLURM | {"SLURM_NTASKS": "1"}, ("slurm", 1, None)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, ("no cluster", 1, None)),  # a batch script, not a step
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "8"}, ("ompi", 8, None)),
         # GPUs of a node, not bound: shared evenly. One task takes all eight.
-        (SLURM | {"SLURM_GPUS_ON_NODE": "8"}, ("SLURM", 4, [4, 5, 6, 7])),
-        (SLURM | {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, ("SLURM", 4, [1])),
+        (SLURM | {"SLURM_GPUS_ON_NODE": "8"}, ("slurm", 4, [4, 5, 6, 7])),
+        (SLURM | {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, ("slurm", 4, [1])),
         (
             SLURM | {"SLURM_GPUS_ON_NODE": "8", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"},
-            ("SLURM", 4, [0, 1, 2, 3, 4, 5, 6, 7]),
+            ("slurm", 4, [0, 1, 2, 3, 4, 5, 6, 7]),
         ),
         # Bound by SLURM: this task sees only its own, and they are numbered from 0.
-        (SLURM | {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "1"}, ("SLURM", 4, [0])),
+        (SLURM | {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "1"}, ("slurm", 4, [0])),
     ],
 )
 def test_what_the_environment_says(environment, expected):
@@ -61,6 +62,23 @@ def test_gpus_that_do_not_divide_over_the_tasks_of_a_node():
             cluster.detect(SLURM | {"SLURM_GPUS_ON_NODE": gpus, "SLURM_STEP_TASKS_PER_NODE": tasks})
 
 
+def test_a_cloud_tpu_machine_is_asked_by_its_metadata(monkeypatch):
+    from jax._src import clusters
+
+    assert cluster.detect_cloud_tpu() == cluster.NONE
+    monkeypatch.setattr(clusters.GceTpuCluster, "is_env_present", lambda: True)
+    monkeypatch.setattr(clusters.GceTpuCluster, "_get_worker_list_in_slice", lambda: ["a", "b", "c", "d"])
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    assert cluster.detect_cloud_tpu() == ("gcetpu", 8, None)
+
+
+def test_every_kind_is_a_method_of_jax():
+    from jax._src import clusters
+
+    names = {found.name for found in clusters.ClusterEnv._cluster_types}
+    assert {"gketpu", "gcetpu", "slurm", "ompi"} <= names
+
+
 # ---- one process ----
 
 
@@ -68,10 +86,10 @@ def test_one_process_starts_nothing_and_everything_is_a_no_op(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("TPU_", "SLURM_", "OMPI_", "MEGASCALE_")):
             monkeypatch.delenv(name)
-    assert distributed.start() == "one process (no cluster found)"
+    assert distributed.start() == "one process (no cluster)"
     for name, value in (SLURM | {"SLURM_NTASKS": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert distributed.start() == "one process (SLURM)"
+    assert distributed.start() == "one process (slurm)"
     assert distributed.start("localhost:1", 1, 0) == "one process (as given)"
     assert not distributed.is_started() and distributed.is_main() and distributed.process() == (0, 1)
     distributed.barrier("x")
@@ -103,6 +121,14 @@ def test_one_process_starts_nothing_and_everything_is_a_no_op(monkeypatch):
 def test_arguments_that_cannot_be(arguments, message):
     with pytest.raises(errors.UserError, match=message):
         distributed.start(*arguments)
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(errors.UserError, match=f"port {taken.getsockname()[1]} of this machine cannot be used"):
+            distributed.start(f"localhost:{taken.getsockname()[1]}", 2, 0)
 
 
 def test_start_after_devices_were_used_is_refused():
@@ -193,7 +219,7 @@ def test_an_unreachable_coordinator_is_named():
     done = multihost.run_all(lambda _, i: [multihost.CHILD, "agree", str(port), "2", "1", "--timeout=3"], 1)
     code, _, err = done[0]
     assert code == 2, err
-    assert f"error: --coordinator=127.0.0.1:{port}: not all processes of the run met within 3 s" in err
+    assert f"error: coordinator 127.0.0.1:{port}: not all processes of the run met within 3 s" in err
 
 
 @pytest.mark.slow
