@@ -81,10 +81,10 @@ def _run(what: str, folder: pathlib.Path, size_mb: int, mesh: list[int], times: 
 def _shapes(size_mb: int) -> dict:
     """Parameters of a quarter of `size_mb`, in the proportions of a scanned policy."""
     depth, width, mlp, heads, head = 6, 256, 1024, 8, 64
-    layer = 3 * width * mlp + 2 * width * heads * head
-    vocabulary = 4 * depth * mlp
-    scale = (size_mb * MB / 4 / 4 / (depth * layer + vocabulary * width)) ** 0.5
-    width, mlp = (round(x * scale / 64) * 64 for x in (width, mlp))
+    vocabulary, layer = 4096, lambda width, mlp: 3 * width * mlp + 2 * width * heads * head
+    wanted = size_mb * MB / 4 / 4  # of four copies in float32
+    while depth * layer(width, mlp) + vocabulary * width < wanted:
+        width, mlp, vocabulary = width + 64, mlp + 256, vocabulary + 4096
     return {
         "llm": {
             "embedder": {"input_embedding": (vocabulary, width)},
@@ -167,7 +167,10 @@ def _child(what: str, folder: str, size_mb: int, mesh: list[int], times: int) ->
             "stall_seconds": _spread(stalls),
             "of_it_sums_seconds": _spread(sums),
             "written_after_seconds": _spread(waits),
-            "rss_mb_after_saves": {n + 1: rss[n] for n in sorted({0, 1, 4, times // 2, times - 1} & set(range(times)))},
+            "rss_mb_after_saves": {
+                n + 1: rss[n]
+                for n in sorted({0, 1, 4, times // 4, times // 2, 3 * times // 4, times - 1} & set(range(times)))
+            },
         }
 
     small = str(pathlib.Path(folder) / f"small_{what}_{'x'.join(map(str, mesh))}")

@@ -23,7 +23,7 @@ TREES = ("params", "state", "ema")
 
 # Arrays lie on disk in pieces of at most this many bytes, whatever mesh saved them. A reader decodes whole pieces, so
 # this bounds what another mesh reads in vain.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 
 # What storage says when it cannot be read now, or not by us: no sign of damage.
 _UNAVAILABLE = re.compile(
@@ -190,15 +190,28 @@ def _read_item(folder: epath.Path, tree: Any, partial: bool) -> Any:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return {}
-    # Bytes being read at a time; Orbax wants more than the largest single read.
-    at_once = max(math.prod(x.shape) * x.dtype.itemsize for x in leaves) + 4 * CHUNK_BYTES
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=at_once / 10**9)
+    chunks = by_path(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_bytes_at_once(by_path(tree), chunks) / 10**9)
     asked = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), tree)
     out = handler.restore(folder, args=ocp.args.PyTreeRestore(tree, restore_args=asked, partial_restore=partial))
     if flat is None:
         return out
     found = by_path(out)
     return {path: found[path] for path in flat}
+
+
+def _bytes_at_once(leaves: dict[str, jax.ShapeDtypeStruct], chunks: dict[str, Any]) -> int:
+    """How many bytes Orbax may read at a time. Unbounded it holds the whole state twice: each part passes through a
+    host buffer (and, decoded, a second one) on its way to its device. Orbax wants more than the largest single read,
+    which is a shard rounded up to the chunks that it touches; a few percent of all shards keep many reads in flight."""
+    largest, total = 0, 0
+    for path, leaf in leaves.items():
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        chunk = chunks[path].storage.chunk_shape if chunks[path].storage else leaf.shape
+        read = [min(size, (-(-n // c) + (n % c > 0)) * c) for n, c, size in zip(shard, chunk, leaf.shape, strict=True)]
+        largest = max(largest, math.prod(read) * leaf.dtype.itemsize)
+        total += math.prod(shard) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
+    return max(largest + CHUNK_BYTES, 16 * CHUNK_BYTES, total // 32)
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:

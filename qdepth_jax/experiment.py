@@ -163,7 +163,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         if codes is not None:
             state = earlier_stages.place_codebook(state, codes["codebook"])
         if config.init_from:
-            state = earlier_stages.take_parameters(state, config.init_from)
+            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree)
         return state
 
     return train_loop.Run(

@@ -109,7 +109,6 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     distributed.together(lambda: _make_folder(folder))
     target, placed = abstract_state(run)
     distributed.together(lambda: same_experiment.check_same_experiment(workdir, run.config))
-    key = jax.random.key(run.seed)
 
     with (
         workdirs.full_disk(workdir),
@@ -117,7 +116,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
         checkpoint.open_manager(workdir, c) as manager,
         stop_signal.StopSignal() as stop,
     ):
-        state, start = _first_state(run, manager, target, placed, key, workdir)
+        state, start, key = _first_state(run, manager, target, placed, workdir)
         log = distributed.together(lambda: _start_logs(run, workdir, start, extras))
         try:
             meta = run.meta | {"experiment_id": distributed.from_main(log.experiment_id)}
@@ -129,16 +128,20 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     return last, finished
 
 
-def _first_state(run, manager, target, placed, key, workdir) -> tuple[train_step.TrainState, int]:
-    """Fresh, or the newest good checkpoint, and its step. Before anything is written: what does not fit is refused."""
+def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.TrainState, int, jax.Array]:
+    """Fresh or from the newest good checkpoint: the state, its step, the run's key.
+
+    Before anything is written: what does not fit is refused.
+    """
     c, found = run.train, manager.latest_step()
     if (found or 0) < c.total_steps:
         room = functools.partial(workdirs.check_room, workdir, target, c, len(manager.all_steps()))
         distributed.together(room)
     if found is None:
         init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
-        return run.initialise(jax.jit(init, out_shardings=placed)(key)), 0
-    state, _, start = checkpoint.restore_latest(
+        key = jax.random.key(run.seed)
+        return run.initialise(jax.jit(init, out_shardings=placed)(key)), 0, key
+    state, meta, start = checkpoint.restore_latest(
         manager,
         target,
         agree=distributed.all_agree,
@@ -146,7 +149,7 @@ def _first_state(run, manager, target, placed, key, workdir) -> tuple[train_step
         is_main=distributed.is_main(),
         check=lambda meta: same_experiment.check_data(meta, run.meta, workdir, meta["step"] * c.batch_size),
     )
-    return state, start
+    return state, start, checkpoint.random_key_of(meta)
 
 
 def compile_step(run: Run, state: train_step.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> Callable:

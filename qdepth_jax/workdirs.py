@@ -5,6 +5,7 @@ A URL never becomes a pathlib path: that would turn gs://bucket into the local f
 
 import contextlib
 import errno
+import importlib.util
 import math
 import os
 import shutil
@@ -20,14 +21,26 @@ from qdepth_jax import errors
 ALLOWANCE = 4 * 2**20  # bytes per checkpoint beside its arrays: Orbax writes some dozen small files
 
 
+# What etils.epath lists and moves objects with; arrays go through TensorStore's own clients. TensorFlow serves too.
+CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
+
+
 def is_remote(workdir: str) -> bool:
     return "://" in str(workdir)
 
 
 def folder(workdir: str) -> epath.Path:
-    """The workdir as a path: absolute where it is local, as it stands where it is a URL."""
+    """The workdir as a path: absolute where it is local, as it stands where it is a URL.
+
+    Raises:
+      UserError: a URL without bucket, of an unknown kind, or of one for which a package is missing.
+    """
     if is_remote(workdir):
         scheme, _, rest = str(workdir).partition("://")
+        if scheme not in CLIENTS:
+            raise errors.UserError(f"{workdir!r}: a workdir is a local folder or one of {', '.join(CLIENTS)}://")
+        if not any(importlib.util.find_spec(name) for name in (CLIENTS[scheme], "tensorflow")):
+            raise errors.UserError(f"{workdir!r} needs a client for {scheme}://: pip install {CLIENTS[scheme]}")
         if not rest.strip("/"):
             raise errors.UserError(f"{workdir!r} names no bucket: write {scheme}://BUCKET/FOLDER")
         return epath.Path(str(workdir).rstrip("/"))

@@ -6,8 +6,8 @@
   python tools/plan_pod.py --config=experiments/bridge.py --topology=v5e-16 --search
 
 Compiles the loop's own train step for the named TPU slices with libtpu (extra `plan`; no TPU is needed; minutes at
-full size). No data, tokenizer or text model is opened. Without libtpu, for GPUs, or with --nocompile, everything is estimated
-by formula, and said so. The last line of stdout is JSON.
+full size). No data, tokenizer or text model is opened. Without libtpu, for GPUs, or with --nocompile, everything is
+estimated by formula, and said so. The last line of stdout is JSON.
 """
 
 import functools

@@ -12,13 +12,26 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qdepth_jax import errors
+from qdepth_jax.models import attention
 
-# What the backward pass may keep of a layer. `full` recomputes everything, `dots` keeps the results of the dense
-# layers (products without a batch axis) and recomputes attention, norms and activations.
+# What the backward pass may keep of a layer beside its inputs, which are always kept; the rest it computes again.
 REMAT = {
+    # Everything that it needs.
     "none": None,
+    # Nothing.
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Queries, keys, values and what attention returns: narrow arrays, no projection but the last is done twice.
+    "attention": jax.checkpoint_policies.save_only_these_names(*attention.NAMES),
+    # Results of the dense layers (products without a batch axis): attention, norms and activations are done twice.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # As `attention`, but kept in the host's memory. (Compiled for TPU v5e: the four arrays lie in host memory; on a CPU
+    # it is the same memory.)
+    "attention_offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(attention.NAMES),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 

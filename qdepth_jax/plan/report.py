@@ -112,20 +112,20 @@ def _network(result: dict[str, Any]) -> list[str]:
 def _speed(result: dict[str, Any]) -> list[str]:
     lines = [
         "roofline: seconds of one step at data sheet peaks (best case if all overlaps; if nothing overlaps)",
-        f"  {'chips':<24}{'compute':>9}{'HBM':>9}{'ICI':>9}{'DCN':>9}{'best':>9}{'worst':>9}  {'limit':<8}{'MFU %':>14}"
-        f"{'samples/s':>13}{'ktokens/s':>11}{'hours':>9}{'chip-hours':>12}",
+        f"  {'chips':<24}{'compute':>9}{'HBM':>9}{'ICI':>9}{'DCN':>9}{'best':>9}{'worst':>9}  {'limit':<8}"
+        f"{'MFU %':>12}{'samples/s':>12}{'ktokens/s':>11}{'hours':>9}{'chip-hours':>12}",
     ]
     for row in result["roofline"]:
         lines.append(
             f"  {row['chips']:<24}{row['compute']:>9.3f}{row['hbm']:>9.3f}{row['ici']:>9.3f}{row['dcn']:>9.3f}"
             f"{row['best']:>9.3f}{row['worst']:>9.3f}  {row['limit']:<8}"
             f"{100 * row['mfu_worst']:>6.1f}..{100 * row['mfu_best']:>4.1f}"
-            f"{row['samples_per_second']:>14.0f}{row['tokens_per_second'] / 1e3:>11.0f}"
+            f"{row['samples_per_second']:>12.0f}{row['tokens_per_second'] / 1e3:>11.0f}"
             f"{row['hours']:>9.2f}{row['chip_hours']:>12.0f}  {row['note']}"
         )
     lines.append(
-        f"  rates and hours at best, for {result['total_steps']} steps. Nothing here was measured on a chip: a real step "
-        "is slower."
+        f"  rates and hours at best, for {result['total_steps']} steps. Nothing here was measured on a chip: a real "
+        "step is slower."
     )
     return lines
 

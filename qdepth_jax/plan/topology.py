@@ -133,7 +133,7 @@ def devices(topology: Topology) -> list[Any]:
 def link_bandwidth(topology: Topology, places: Sequence[tuple[int, ...]]) -> float:
     """Bytes a second that each chip of a group can receive from the others of its own slice.
 
-    Along each side of the torus on which the group extends, a chip has two links where the group fills a ring, else one.
+    Along each side of the torus on which the group extends, a chip has two links if the group fills a ring, else one.
 
     Args:
       places: coordinates of the group's members, one slice alone.

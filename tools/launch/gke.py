@@ -1,6 +1,6 @@
 r"""Renders a JobSet that trains on TPU slices of a GKE cluster, and applies it with --nodry_run.
 
-  python tools/launch/gke.py --name=object --topology=v5e:16x16 --slices=2 --image=IMAGE --output=object.yaml \
+  python tools/launch/gke.py --name=object --topology=2xv5e-256 --image=IMAGE --output=object.yaml \
       [--nodry_run] -- --config=experiments/libero.py:object --workdir=gs://BUCKET/runs/object \
       --config.mesh.replica=4 --config.mesh.fsdp=128 --config.train.micro_batches=1
 
@@ -30,8 +30,7 @@ from qdepth_jax import command, errors
 
 _NAME = flags.DEFINE_string("name", "qdepth", "name of the JobSet")
 _NAMESPACE = flags.DEFINE_string("namespace", "default", "its namespace")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "one slice, as plan_pod.py takes it")
-_SLICES = flags.DEFINE_integer("slices", 1, "number of slices", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "as plan_pod.py takes it: v5e:4x4, v5p-64, 2xv5e-256")
 _IMAGE = flags.DEFINE_string("image", "", "container image with this repository; required")
 _PYTHON = flags.DEFINE_string("python", "python", "interpreter in the image")
 _ACCOUNT = flags.DEFINE_string("service_account", "", "Kubernetes service account that may use the buckets")
@@ -63,7 +62,6 @@ class Workload:
     name: str = "qdepth"
     namespace: str = "default"
     topology: str = "v5e:4x4"
-    slices: int = 1
     python: str = "python"
     service_account: str = ""
     queue: str = ""
@@ -81,10 +79,8 @@ def jobset(work: Workload) -> dict[str, Any]:
       UserError: several slices of one host each, which GKE does not join.
     """
     part = tpu_slices.parse(work.topology)
-    if work.slices > 1 and part.hosts == 1:
-        raise errors.UserError(
-            f"--slices={work.slices} of {work.topology}: GKE joins slices of several hosts only: take a larger one"
-        )
+    if part.slices > 1 and part.hosts == 1:
+        raise errors.UserError(f"--topology={work.topology}: GKE joins slices of several hosts only: take larger ones")
     pod: dict[str, Any] = {
         "restartPolicy": "Never",  # the JobSet starts all pods again, or none
         "terminationGracePeriodSeconds": work.grace_seconds,
@@ -92,7 +88,7 @@ def jobset(work: Workload) -> dict[str, Any]:
         "dnsPolicy": "ClusterFirstWithHostNet",
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": part.generation.gke,
-            "cloud.google.com/gke-tpu-topology": part.topology,
+            "cloud.google.com/gke-tpu-topology": part.shape,
             **({"cloud.google.com/gke-spot": "true"} if work.spot else {}),
         },
         "containers": [
@@ -160,7 +156,7 @@ def jobset(work: Workload) -> dict[str, Any]:
                     }
                 ],
             },
-            "replicatedJobs": [{"name": "slice", "replicas": work.slices, "template": {"spec": job}}],
+            "replicatedJobs": [{"name": "slice", "replicas": part.slices, "template": {"spec": job}}],
         },
     }
 
@@ -195,7 +191,6 @@ def main(argv: list[str]) -> int:
         name=training.check_name("name", _NAME.value),
         namespace=_NAMESPACE.value,
         topology=_TOPOLOGY.value,
-        slices=_SLICES.value,
         python=_PYTHON.value,
         service_account=_ACCOUNT.value,
         queue=_QUEUE.value,
@@ -208,7 +203,7 @@ def main(argv: list[str]) -> int:
     part = tpu_slices.parse(work.topology)
     text = render(work)
     if _CHECK.value:
-        training.check_experiment(arguments, part.chips * work.slices, work.slices)
+        training.check_experiment(arguments, part.chips * part.slices, part.slices)
     output = pathlib.Path(_OUTPUT.value or f"{work.name}.yaml")
     if _DRY_RUN.value:
         print(text)
@@ -218,7 +213,7 @@ def main(argv: list[str]) -> int:
     done = training.act(["kubectl", "apply", f"--filename={output}"], _DRY_RUN.value)
     if done is not None and done.returncode:
         raise errors.UserError(f"kubectl refused {output} (exit code {done.returncode}); its message stands above")
-    print(json.dumps({"yaml": str(output), "pods": part.hosts * work.slices, "dry_run": _DRY_RUN.value}))
+    print(json.dumps({"yaml": str(output), "pods": part.hosts * part.slices, "dry_run": _DRY_RUN.value}))
     return 0
 
 

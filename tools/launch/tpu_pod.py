@@ -1,6 +1,6 @@
-r"""Trains on Cloud TPU slices through gcloud: one slice, or several joined over the data-centre network (--slices).
+r"""Trains on Cloud TPU slices through gcloud: one slice, or several joined over the data-centre network.
 
-  python tools/launch/tpu_pod.py --name=object --project=PROJECT --zone=us-west4-a --topology=v5e:16x16 --slices=2 \
+  python tools/launch/tpu_pod.py --name=object --project=PROJECT --zone=us-west4-a --topology=2xv5e-256 \
       --spot --code=GIT_URL --ref=COMMIT [--nodry_run] [--watch_seconds=60] \
       -- --config=experiments/libero.py:object --workdir=gs://BUCKET/runs/object \
       --config.mesh.replica=4 --config.mesh.fsdp=128 --config.train.micro_batches=1
@@ -38,8 +38,7 @@ _ACTION = flags.DEFINE_enum("action", "up", ACTIONS, "what to do")
 _NAME = flags.DEFINE_string("name", "qdepth", "of the queued resource, its nodes and the service")
 _PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; required")
 _ZONE = flags.DEFINE_string("zone", "", "zone; required")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "one slice, as plan_pod.py takes it")
-_SLICES = flags.DEFINE_integer("slices", 1, "number of slices", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "as plan_pod.py takes it: v5e:4x4, v5p-64, 2xv5e-256")
 _SPOT = flags.DEFINE_boolean("spot", False, "cheaper, and taken away at any time")
 _RUNTIME = flags.DEFINE_string("runtime", "", "software version of the hosts; default by generation")
 _CODE = flags.DEFINE_string("code", "", "git URL that the hosts can read, with --ref")
@@ -76,7 +75,6 @@ class Pod:
     zone: str
     name: str = "qdepth"
     topology: str = "v5e:4x4"
-    slices: int = 1
     spot: bool = False
     runtime: str = ""
     code: str = ""
@@ -93,8 +91,8 @@ class Pod:
                 raise errors.UserError(f"no --{name}: say where the TPUs are")
 
     @property
-    def part(self) -> tpu_slices.Slice:
-        """One slice."""
+    def part(self) -> tpu_slices.Slices:
+        """What the topology names."""
         return tpu_slices.parse(self.topology)
 
 
@@ -108,14 +106,22 @@ def gcloud(pod: Pod, verb: str, *options: str) -> list[str]:
 
 
 def create(pod: Pod) -> list[str]:
-    """Asks for the slices. Cubes are named by their sides: "v4-64" alone would leave the shape to the cloud."""
+    """Asks for the slices.
+
+    Raises:
+      UserError: a v5p cube that has no name of its own: gcloud takes sides (--type, --topology) up to v4 alone.
+    """
     part = pod.part
-    if part.generation.sides == 3:
-        shape = [f"--type={pod.topology.partition(':')[0]}", f"--topology={part.topology}"]
-    else:
-        shape = [f"--accelerator-type={part.accelerator}"]
+    shape = [f"--accelerator-type={part.accelerator}"]
+    if part.name == "v4":
+        shape = ["--type=v4", f"--topology={part.shape}"]
+    elif not part.usual:
+        raise errors.UserError(
+            f"--topology={pod.topology}: gcloud asks for {part.name} by number and picks the sides; take a power of "
+            "two chips, or gke.py"
+        )
     nodes = (
-        [f"--node-id={pod.name}"] if pod.slices == 1 else [f"--node-count={pod.slices}", f"--node-prefix={pod.name}"]
+        [f"--node-id={pod.name}"] if part.slices == 1 else [f"--node-count={part.slices}", f"--node-prefix={pod.name}"]
     )
     runtime = f"--runtime-version={pod.runtime or part.generation.runtime}"
     return gcloud(pod, "create", *shape, runtime, *nodes, *(["--spot"] if pod.spot else []))
@@ -180,8 +186,8 @@ def start_script(pod: Pod) -> str:
             "slice=$(variable MEGASCALE_SLICE_ID)",
             "coordinator=$(variable MEGASCALE_COORDINATOR_ADDRESS)",
             'coordinator=${coordinator:-$(head --lines=1 <<<"$workers")}',
-            f'if [ "$hosts" != {pod.part.hosts} ] || [ "${{slices:-1}}" != {pod.slices} ]; then',
-            f'  echo "error: ${{slices:-1}} slices of $hosts hosts, asked were {pod.slices} of {pod.part.hosts}" >&2',
+            f'if [ "$hosts" != {pod.part.hosts} ] || [ "${{slices:-1}}" != {pod.part.slices} ]; then',
+            f'  echo "error: ${{slices:-1}} slices of $hosts hosts, asked: {pod.part.slices} of {pod.part.hosts}" >&2',
             f"  exit {training.BAD_INPUT}",
             "fi",
             *([f"cd {shlex.quote(f'{pod.root}/{pod.name}/code')}"] if not pod.image else []),
@@ -339,7 +345,6 @@ def main(argv: list[str]) -> int:
         zone=_ZONE.value,
         name=training.check_name("name", _NAME.value),
         topology=_TOPOLOGY.value,
-        slices=_SLICES.value,
         spot=_SPOT.value,
         runtime=_RUNTIME.value,
         code=_CODE.value,
@@ -354,7 +359,7 @@ def main(argv: list[str]) -> int:
         if bool(pod.image) == bool(pod.code and pod.ref):
             raise errors.UserError("how does the code get there? Give --code=GIT_URL --ref=COMMIT, or --image")
         if _CHECK.value:
-            training.check_experiment(arguments, pod.part.chips * pod.slices, pod.slices)
+            training.check_experiment(arguments, pod.part.chips * pod.part.slices, pod.part.slices)
         if dry_run:
             for name, text in files(pod).items():
                 print(f"---- {name}\n{text}")
@@ -368,7 +373,7 @@ def main(argv: list[str]) -> int:
         _must(on_all_hosts(pod, f"sudo systemctl disable {pod.name}; sudo systemctl stop {pod.name}"), dry_run)
     else:
         _must(delete(pod), dry_run)
-    print(json.dumps({"state": end, "hosts": pod.part.hosts * pod.slices, "dry_run": dry_run}))
+    print(json.dumps({"state": end, "hosts": pod.part.hosts * pod.part.slices, "dry_run": dry_run}))
     return 0
 
 

@@ -72,9 +72,10 @@ def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Non
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))  # experiments import each other
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+    argv = ["train", *arguments]
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
     try:
-        values(["train", *arguments], known_only=True)
+        values(argv, known_only=True)
         config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise errors.UserError(f"the config cannot be loaded: {error.args[0] if error.args else error}") from error
