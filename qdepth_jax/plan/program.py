@@ -191,7 +191,7 @@ def compile_step(lowered: jax.stages.Lowered, where: str, cache: str = "") -> Co
         try:
             text = program.as_text()
         except jax.errors.JaxRuntimeError as error:
-            # XLA cannot print some programs it made itself: full-size v5p ones with asynchronous updates (libtpu 0.0.52).
+            # XLA cannot print some of its programs: full-size v5p ones, with asynchronous updates (libtpu 0.0.52).
             text, message = "", str(error).partition("\n")[0][:300]
         needed = (
             m.argument_size_in_bytes
