@@ -1,11 +1,11 @@
 """One training step: ours against open-pi-zero's, eager and compiled, in one interleaved run.
 
   python benchmarks/train_step.py --open_pi_zero=CHECKOUT [--rounds=9] [--append_results]
-  python benchmarks/train_step.py --open_pi_zero=CHECKOUT --device=gpu --size=full --dtype=bfloat16 --batch=16  # untried
+  python benchmarks/train_step.py --open_pi_zero=CHECKOUT --device=gpu --size=full --dtype=bfloat16 --batch=16 # untried
 
 CHECKOUT is github.com/allenzren/open-pi-zero (commit c3df7fb); its model needs torch, hydra-core, omegaconf and einops
-in this environment. Same network (the baseline, no depth expert), weights, batch, noise and trained parameters; forward,
-backward, clipping, AdamW, all in float32 on a CPU. Each contestant lives in a process of its own on the same cores; in
+in this environment. Same network (the baseline, no depth expert), weights, batch, noise and trained parameters;
+forward, backward, clipping, AdamW, all in float32 on a CPU. Each contestant lives in a process of its own on the same cores; in
 every round each takes its turn while the others wait, and a ratio is taken within a round. Before the race the first
 step's loss and gradient norm must agree within --tolerance, otherwise the exit code is 1 and nothing is timed.
 
@@ -247,8 +247,8 @@ def table(result: dict[str, Any]) -> str:
         f"First step, loss / gradient norm: {'; '.join(values)} (largest relative difference "
         f"{result['agreement']['relative']:.1e}, allowed {result['agreement']['tolerance']:.0e}).",
         "",
-        "| contestant | parameters (trained) | samples/s | s/step | CPU s/step | x ours, wall | x ours, CPU | first step s "
-        "| peak MB |",
+        "| contestant | parameters (trained) | samples/s | s/step | CPU s/step | x ours, wall | x ours, CPU | first "
+        "step s | peak MB |",
         "|---" * 9 + "|",
     ]
     for name, row in result["contestants"].items():

@@ -2,7 +2,7 @@
 
 The step is that of its trainer (src/agent/train.py): loss, backward, joint clipping, two AdamW groups. Differences, in
 its favour or neutral: torch.optim.AdamW instead of bitsandbytes' 8-bit one (the same mathematics on both sides of the
-race), batches prepared once (masks, positions, pixels), no learning-rate schedule, the loss read after the last step alone.
+race), batches prepared once (masks, positions, pixels), no learning-rate schedule, the loss read after the last step.
 The noise is that of one seed at every step, so that all contestants compute the same numbers.
 """
 
