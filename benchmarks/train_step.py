@@ -5,9 +5,10 @@
 
 CHECKOUT is github.com/allenzren/open-pi-zero (commit c3df7fb); its model needs torch, hydra-core, omegaconf and einops
 in this environment. Same network (the baseline, no depth expert), weights, batch, noise and trained parameters;
-forward, backward, clipping, AdamW, all in float32 on a CPU. Each contestant lives in a process of its own on the same cores; in
-every round each takes its turn while the others wait, and a ratio is taken within a round. Before the race the first
-step's loss and gradient norm must agree within --tolerance, otherwise the exit code is 1 and nothing is timed.
+forward, backward, clipping, AdamW, all in float32 on a CPU. Each contestant lives in a process of its own on the same
+cores; in every round each takes its turn while the others wait, and a ratio is taken within a round. Before the race
+the first step's loss and gradient norm must agree within --tolerance, otherwise the exit code is 1 and nothing is
+timed.
 
 On a GPU the models run one after the other instead (they share its memory): the ratio is of medians then. There the
 original trains bfloat16 weights without a float32 copy, as its trainer does; ours keeps float32 weights and moments.
