@@ -73,6 +73,13 @@ def plan_of(config: ml_collections.ConfigDict) -> Plan:
     )
 
 
+def with_layout(plan: Plan, micro_batches: int, remat: str) -> Plan:
+    """The same plan with other micro-batches and remat; the state and the model's own FLOPs stay."""
+    train = dataclasses.replace(plan.train, micro_batches=micro_batches)
+    model = dataclasses.replace(plan.model, remat=remat) if hasattr(plan.model, "remat") else plan.model
+    return plan._replace(train=train, model=model, remat=remat)
+
+
 def _batch(
     config: ml_collections.ConfigDict, model: Any, features: tuple[str, ...], size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
