@@ -56,12 +56,14 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-# The slow tests that the gate runs too: real BridgeData through every command (skips without the sample), more meshes,
-# more kill points, the experiments that share a program, and all that is slow about data and conversion.
+# The slow tests that the gate runs too: real BridgeData through every command (skips without the sample), every mesh,
+# several processes, elastic resume, fewer kills than `make test-slow`, the experiments that share a program, damaged
+# checkpoints, and all that is slow about data and conversion.
 test-gate: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_bridge.py tests/test_experiments.py \
-	  tests/test_train_step.py tests/test_resume.py tests/test_benchmarks.py tests/test_data_changes.py \
-	  tests/data tests/convert tests/models/test_augment.py
+	QDEPTH_KILLS=6 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_bridge.py tests/test_experiments.py \
+	  tests/test_train_step.py tests/test_resume.py tests/test_elastic.py tests/test_multihost.py tests/test_distributed.py \
+	  tests/test_checkpoint.py tests/test_sharding.py tests/test_optim.py tests/test_benchmarks.py \
+	  tests/test_data_changes.py tests/data tests/convert tests/models/test_augment.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     # tools/plan_pod.py: the TPU compiler, to compile for a pod that is not there. It needs no TPU.
     "plan": ["libtpu>=0.0.40"],
+    "gcs": ["gcsfs>=2024.6"],  # `--workdir=gs://...`: the small files of a run beside Orbax's arrays
     "wandb": ["wandb>=0.19"],  # `--wandb=PROJECT`
     # LIBERO with all of its assets in wheels, Meta-World; h5py and packaging are undeclared needs of theirs.
     "sim": [

@@ -1,92 +1,186 @@
-"""Checkpoints: Orbax, asynchronous, atomic; restored straight to the target sharding on any number of devices.
+"""Checkpoints: Orbax, asynchronous, atomic; verified, and restored straight to the target sharding on any devices.
 
 One folder per step under WORKDIR/checkpoints with these items, so that a reader takes only what it needs:
   params     trained parameters                    state  codebooks and counts
-  ema        averaged parameters (absent if none)   train  optimiser state and step
-  meta       JSON: step, data position and fingerprint, experiment config, statistics, tokenizer identity
+  ema        averaged parameters (absent if none)   train  optimiser state, step and counters
+  meta       JSON: step, random key, data position and fingerprint, experiment config, statistics, tokenizer identity;
+             and of every array its shape, dtype and sum (checkpoint_sum.py), protected by a CRC of its own
+
+A save that was interrupted is not there: Orbax renames a finished folder (or, in a bucket, writes a last marker). A
+folder that is there but lacks a file, or holds other numbers than were saved, is found by the sums: `restore_latest`
+then takes the checkpoint before, says so, and moves the damaged one aside. A checkpoint of another model is not
+damaged: that is an error which lists the leaves that differ.
 """
 
-import json
-import pathlib
-import re
-import shutil
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
-from qdepth_jax import errors, train_step
+from qdepth_jax import checkpoint_read, errors, train_step, workdirs
+from qdepth_jax import config as config_lib
 
 FOLDER = "checkpoints"
 
 
-def open_manager(workdir: str, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
-    """The checkpoint manager of a run; keeps the newest `keep` checkpoints.
+@dataclasses.dataclass
+class Best:
+    """Preserves the n checkpoints with the best metric (Orbax's policy protocol).
+
+    Not Orbax's own BestN: that one keeps its metrics in a file which, damaged, stops a run from opening its folder, and
+    sorts NaN anywhere. Here they stand in `meta`; a checkpoint without the metric is never among the best.
+    """
+
+    directory: epath.Path
+    n: int
+    metric: str
+    mode: str
+    known: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        sign = 1.0 if self.mode == "max" else -1.0
+        values = {info.step: sign * self._value(info) for info in checkpoints}
+        ranked = sorted((step for step, v in values.items() if np.isfinite(v)), key=lambda s: (values[s], s))
+        best = set(ranked[-self.n :])
+        return [info.step in best for info in checkpoints]
+
+    def _value(self, info) -> float:
+        if info.metrics is not None:
+            self.known[info.step] = float(info.metrics.get(self.metric, np.nan))
+        elif info.step not in self.known:  # written by an earlier start
+            try:
+                metrics = checkpoint_read.read_meta(self.directory / str(info.step)).get("metrics") or {}
+            except checkpoint_read.Damaged:
+                metrics = {}
+            self.known[info.step] = float(metrics.get(self.metric, np.nan))
+        return self.known[info.step]
+
+
+def open_manager(workdir: str, train: config_lib.TrainConfig | None = None) -> ocp.CheckpointManager:
+    """The checkpoint manager of a run. Which checkpoints stay: train.keep_checkpoints, keep_every, keep_best.
+
+    Remains of interrupted saves are removed: only one run may write to a workdir.
+    """
+    train = train or config_lib.TrainConfig()
+    path = workdirs.folder(workdir) / FOLDER
+    kept: list[Any] = [policies.LatestN(train.keep_checkpoints)]
+    if train.keep_every:
+        kept.append(policies.EveryNSteps(train.keep_every))
+    if train.keep_best:
+        kept.append(Best(path, train.keep_best, train.best_metric, train.best_mode))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept), create=True, cleanup_tmp_directories=True
+    )
+    handlers: dict[str, Any] = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "state", "ema", "train")}
+    return ocp.CheckpointManager(path, options=options, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()})
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: train_step.TrainState,
+    meta: dict[str, Any],
+    step: int,
+    metrics: dict[str, float] | None = None,
+    agree: Callable[[bool], bool] = lambda ok: ok,
+) -> float:
+    """Start an asynchronous save; device arrays are copied to the host before this returns.
+
+    Args:
+      manager: from `open_manager`.
+      state: may be donated as soon as this returns.
+      meta: JSON types, the same on all hosts.
+      step: number of the checkpoint.
+      metrics: of a validation at this very step; train.best_metric must be among them where train.keep_best is set.
+      agree: see restore_latest.
+
+    Returns:
+      Seconds for which the caller was held up.
 
     Raises:
-      UserError: read_only and the folder does not exist.
+      UserError: no room for it on the disk, or the save before this one failed for lack of room; or `metrics` lacks
+        the metric that decides which checkpoints stay.
+      ValueError: there is a checkpoint of this or a later step.
     """
-    path = pathlib.Path(workdir).absolute() / FOLDER
-    if read_only and not path.is_dir():
-        raise errors.UserError(
-            f"no checkpoints in {workdir!r}: {path} does not exist (is this the --workdir of a run?)"
+    start, workdir = time.monotonic(), str(manager.directory)
+    _check_metrics(manager, metrics)
+    with workdirs.full_disk(workdir):
+        manager.wait_until_finished()  # and raises what went wrong in the save before
+    _check_room_now(workdir, state, step, agree)
+    items = checkpoint_read.items_of(state)
+    leaves = checkpoint_read.table(items)
+    saved: dict[str, Any] = {
+        name: ocp.args.PyTreeSave(
+            tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=checkpoint_read.CHUNK_BYTES), tree)
         )
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
-    )
-    # Named up front, so that a reader can ask what a checkpoint holds before it restores anything.
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "state", "ema", "train")}
-    handlers["meta"] = ocp.JsonCheckpointHandler()
-    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
-
-
-def save(manager: ocp.CheckpointManager, state: train_step.TrainState, meta: dict[str, Any], step: int) -> None:
-    """Start an asynchronous save; device arrays are copied to the host before this returns."""
-    items = {
-        "params": ocp.args.StandardSave(state.params),
-        "train": ocp.args.StandardSave(_train_item(state)),
-        "meta": ocp.args.JsonSave(meta),
+        for name, tree in items.items()
     }
-    if jax.tree.leaves(state.state):
-        items["state"] = ocp.args.StandardSave(state.state)
-    if state.ema is not None:
-        items["ema"] = ocp.args.StandardSave(state.ema)
-    manager.save(step, args=ocp.args.Composite(**items))
+    meta = checkpoint_read.sealed(meta | {"metrics": metrics, "leaves": leaves})
+    with workdirs.full_disk(workdir):
+        if not manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)), metrics=metrics):
+            raise ValueError(f"{workdir} already holds step {manager.latest_step()}: step {step} cannot be saved")
+    return time.monotonic() - start
 
 
-def restore(manager: ocp.CheckpointManager, step: int, target: train_step.TrainState) -> train_step.TrainState:
-    """The whole train state of a checkpoint, placed as `target` (ShapeDtypeStructs with shardings) says."""
-    items = {
-        "params": ocp.args.StandardRestore(target.params),
-        "train": ocp.args.StandardRestore(_train_item(target)),
-    }
-    if jax.tree.leaves(target.state):
-        items["state"] = ocp.args.StandardRestore(target.state)
-    if target.ema is not None:
-        items["ema"] = ocp.args.StandardRestore(target.ema)
-    try:
-        out = manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-        folder = epath.Path(manager.directory) / str(step)
-        older = [s for s in manager.all_steps() if s < step]
-        go_on = f"delete {folder} to continue from step {max(older)}" if older else "there is no older one"
-        raise errors.UserError(f"checkpoint {folder} cannot be restored; {go_on}. Cause: {_short(error)}") from error
-    leaves = jax.tree.leaves(out["train"]["opt_state"])
-    opt_state = jax.tree.unflatten(jax.tree.structure(target.opt_state), leaves)
-    return train_step.TrainState(
-        out["train"]["step"],
-        out["params"],
-        out["state"] if "state" in items else target.state,
-        opt_state,
-        out["ema"] if "ema" in items else None,
-        out["train"]["skipped"],
-        out["train"]["skipped_in_row"],
+def restore_latest(
+    manager: ocp.CheckpointManager,
+    target: train_step.TrainState,
+    agree: Callable[[bool], bool] = lambda ok: ok,
+    barrier: Callable[[str], None] = lambda name: None,
+    is_main: bool = True,
+    check: Callable[[dict[str, Any]], None] = lambda meta: None,
+) -> tuple[train_step.TrainState, dict[str, Any], int]:
+    """The newest good checkpoint of a run, placed as `target` says.
+
+    A damaged one is named with the cause, moved to checkpoints/damaged.STEP.N once an older one has proved good, and
+    never deleted. Where none is good nothing is moved: then the cause may lie elsewhere.
+
+    Args:
+      manager: from `open_manager`; holds at least one checkpoint.
+      target: ShapeDtypeStructs with shardings.
+      agree: True only if all processes say True; the same call on all of them.
+      barrier: waits for all processes.
+      is_main: this process moves files.
+      check: raises where the meta of a good checkpoint does not suit this start; called before any array is read.
+
+    Returns:
+      (state, meta, step).
+
+    Raises:
+      UserError: the checkpoint is one of another model (the leaves that differ); it cannot be read at the moment; or
+        all of them are damaged.
+    """
+    bad: dict[int, str] = {}
+    wanted = checkpoint_read.items_of(target)
+    for step in checkpoint_read.steps(manager.directory):
+        folder = manager.directory / str(step)
+        meta, cause = checkpoint_read.together(agree, folder, lambda folder=folder: checkpoint_read.read_meta(folder))
+        if not cause:
+            checkpoint_read.check_fits(folder, meta, wanted, whole=True)
+            check(meta)
+            items, cause = checkpoint_read.read_items(folder, meta, wanted, agree)
+        if not cause:
+            _move_aside(manager, bad, step, barrier, is_main)
+            return _state_of(target, items), meta, step
+        bad[step] = cause
+        say(f"DAMAGED CHECKPOINT {folder}: {cause}. Trying the one before.")
+    if not bad:
+        raise errors.UserError(f"no complete checkpoint in {manager.directory}")
+    raise errors.UserError(
+        f"no checkpoint in {manager.directory} can be restored; nothing was moved or deleted. Start in a new "
+        "--workdir, or repair:\n  " + "\n  ".join(f"step {step}: {cause}" for step, cause in bad.items())
     )
 
 
 def restore_model(workdir: str, target: dict[str, Any], average: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and model state of a run's last checkpoint, without its optimiser.
+    """Parameters and model state of a run's newest good checkpoint, without its optimiser; changes nothing there.
 
     Args:
       workdir: of the run.
@@ -95,107 +189,145 @@ def restore_model(workdir: str, target: dict[str, Any], average: bool = True) ->
 
     Returns:
       ({"params", "state"}, meta).
+
+    Raises:
+      UserError: no checkpoint, none that is good, or one of another model.
     """
-    with open_manager(workdir, read_only=True) as manager:
-        step = last_step(manager, workdir)
-        kept_average = (epath.Path(manager.directory) / str(step) / "ema").exists()
-        source = "ema" if average and kept_average else "params"
-        items = {source: ocp.args.StandardRestore(target["params"]), "meta": ocp.args.JsonRestore()}
+
+    def read(folder, meta, agree):
+        source = "ema" if average and "ema" in meta["leaves"] else "params"
+        wanted = {source: target["params"]}
         if jax.tree.leaves(target["state"]):
-            items["state"] = ocp.args.StandardRestore(target["state"])
-        out = manager.restore(step, args=ocp.args.Composite(**items))
-        return {"params": out[source], "state": out["state"] if "state" in items else {}}, out["meta"]
+            wanted["state"] = target["state"]
+        checkpoint_read.check_fits(folder, meta, wanted)
+        items, cause = checkpoint_read.read_items(folder, meta, wanted, agree)
+        return None if cause else {"params": items[source], "state": items.get("state", {})}, cause
+
+    return _newest(workdir, read)
+
+
+def restore_leaves(
+    workdir: str,
+    choose: Callable[[dict[str, Any]], dict[str, jax.ShapeDtypeStruct]],
+    average: bool = True,
+    agree: Callable[[bool], bool] = lambda ok: ok,
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Some parameters of a run's newest good checkpoint, each straight into the sharding asked for.
+
+    Args:
+      workdir: of the run.
+      choose: {path: {"shape", "dtype", ...}} of the parameters there -> those wanted, by path, with dtype as there.
+      average: take the averaged parameters where the run kept them.
+      agree: see restore_latest.
+
+    Returns:
+      (path -> array, meta).
+    """
+
+    def read(folder, meta, agree):
+        source = "ema" if average and "ema" in meta["leaves"] else "params"
+        wanted = choose(meta["leaves"][source])
+        items, cause = checkpoint_read.read_items(folder, meta, {source: wanted}, agree, partial=True)
+        return None if cause else items[source], cause
+
+    return _newest(workdir, read, agree)
 
 
 def read_meta(workdir: str) -> dict[str, Any]:
-    """The `meta` item of a run's last checkpoint."""
-    with open_manager(workdir, read_only=True) as manager:
-        step = last_step(manager, workdir)
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """The `meta` item of a run's newest checkpoint that has a good one."""
+    return _newest(workdir, lambda folder, meta, agree: (True, ""))[1]
 
 
-def last_step(manager: ocp.CheckpointManager, workdir: str) -> int:
-    """Step of the newest complete checkpoint.
-
-    Raises:
-      UserError: there is none.
-    """
-    step = manager.latest_step()
-    if step is None:
-        raise errors.UserError(f"no complete checkpoint in {workdir!r}: train it first, or name another workdir")
-    return step
+def random_key_meta(key: jax.Array) -> dict[str, Any]:
+    """The run's random key as JSON, for meta["random_key"]: it does not depend on how a later JAX makes keys."""
+    return {"implementation": str(jax.random.key_impl(key)), "data": np.asarray(jax.random.key_data(key)).tolist()}
 
 
-ALLOWANCE = 4 * 2**20  # bytes per checkpoint beside its arrays: Orbax writes some dozen small files
+def random_key_of(meta: dict[str, Any]) -> jax.Array:
+    """The random key with which a checkpoint's run was started."""
+    saved = meta["random_key"]
+    return jax.random.wrap_key_data(np.asarray(saved["data"], np.uint32), impl=saved["implementation"])
 
 
-def check_disk(workdir: str, abstract: Any, keep: int, existing: int = 0) -> None:
-    """Refuse to start a run whose checkpoints cannot fit.
+def say(message: str) -> None:
+    """A line to stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
 
-    Raises:
-      UserError: less free space than keep + 1 checkpoints of this state, the `existing` ones counted in.
-    """
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) + ALLOWANCE
-    need, free = max(1, keep + 1 - existing) * size, shutil.disk_usage(workdir).free
-    if need > free:
+
+def _newest(workdir, read, agree=lambda ok: ok) -> tuple[Any, dict[str, Any]]:
+    """`read(folder, meta, agree) -> (value, cause)` on a run's checkpoints, newest first, until one has no cause."""
+    directory = workdirs.folder(workdir) / FOLDER
+    if not directory.exists():
         raise errors.UserError(
-            f"{workdir!r} has {free / 2**20:.0f} MiB free, but {keep} checkpoints and one being written need "
-            f"{need / 2**20:.0f} MiB: free space, choose another --workdir or lower train.keep_checkpoints"
+            f"no checkpoints in {workdir!r}: {directory} does not exist (is this the --workdir of a run?)"
         )
+    bad = []
+    for step in checkpoint_read.steps(directory):
+        folder = directory / str(step)
+        meta, cause = checkpoint_read.together(agree, folder, lambda folder=folder: checkpoint_read.read_meta(folder))
+        if not cause:
+            value, cause = read(folder, meta, agree)
+            if not cause:
+                return value, meta
+        bad.append(f"{folder}: {cause}")
+        say(f"DAMAGED CHECKPOINT {bad[-1]}. Trying the one before.")
+    if bad:
+        raise errors.UserError(f"no checkpoint in {workdir!r} can be read:\n  " + "\n  ".join(bad))
+    raise errors.UserError(f"no complete checkpoint in {workdir!r}: train it first, or name another workdir")
 
 
-# Config keys that change no value of the run.
-_MAY_CHANGE = re.compile(
-    r"train\.(log_every|eval_every|eval_batches|checkpoint_every|keep_checkpoints|total_steps|prefetch)|mesh\..*"
-    r"|data\.(threads|index_dir|text_tokenizer)|datasets\.[^.]+\.(path|depth|depth_tokens)|tokenizer"
-)
+def _move_aside(manager, bad: dict[int, str], good: int, barrier, is_main: bool) -> None:
+    if not bad:
+        return
+    if is_main:
+        for step in bad:
+            number = 0
+            while (aside := manager.directory / f"damaged.{step}.{number}").exists():
+                number += 1
+            (manager.directory / str(step)).rename(aside)
+            say(f"moved {manager.directory / str(step)} to {aside}; nothing was deleted")
+    barrier("damaged checkpoints moved")
+    manager.reload()
+    say(f"CONTINUING FROM STEP {good}: {len(bad)} newer checkpoint(s) were damaged ({', '.join(map(str, bad))})")
 
 
-def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
-    """Refuse a workdir that holds another experiment; writes nothing.
+def _state_of(target: train_step.TrainState, items: dict[str, Any]) -> train_step.TrainState:
+    """The inverse of checkpoint_read.items_of."""
+    scalars = {name: value for name, value in items["train"].items() if name != "opt_state"}
+    paths = checkpoint_read.by_path(target.opt_state)
+    opt_state = jax.tree.unflatten(
+        jax.tree.structure(target.opt_state), [items["train"]["opt_state"][path] for path in paths]
+    )
+    return target.replace(
+        **scalars,
+        params=items["params"],
+        state=items.get("state", target.state),
+        opt_state=opt_state,
+        ema=items.get("ema"),
+    )
 
-    Run lengths, intervals, the mesh and where things lie may change between starts, everything else may not. What lies
-    there is compared by content: see Loader.identity.
 
-    Raises:
-      UserError: listing the keys that differ.
-    """
-    from qdepth_jax import config as config_lib
-
-    path = pathlib.Path(workdir) / "config.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise errors.UserError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
-        found = config_lib.differences(before, config)
-        found = [line for line in found if not _MAY_CHANGE.fullmatch(line.split(":")[0])]
-        if found:
+def _check_metrics(manager, metrics: dict[str, float] | None) -> None:
+    for policy in manager._options.preservation_policy.policies:  # as given in open_manager
+        if isinstance(policy, Best) and metrics is not None and policy.metric not in metrics:
             raise errors.UserError(
-                f"{workdir!r} belongs to another experiment; choose another --workdir. Differences:\n  "
-                + "\n  ".join(found)
+                f"train.best_metric={policy.metric!r} is none of the metrics of a validation: use one of "
+                f"{', '.join(sorted(metrics))}"
             )
 
 
-def write_config(workdir: str, config: dict[str, Any]) -> None:
-    """config.json of a run, atomically."""
-    path = pathlib.Path(workdir) / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=1))
-    temporary.rename(path)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:300]}"
-
-
-def _train_item(state: train_step.TrainState) -> dict[str, Any]:
-    scalars = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_row")}
-    return scalars | {"opt_state": _saveable(state.opt_state)}
-
-
-def _saveable(opt_state: Any) -> dict[str, Any]:
-    """Optimiser state as a flat dict: optax's nested tuples hold empty nodes that change with optax versions."""
-    from qdepth_jax import sharding
-
-    return {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(opt_state)}
+def _check_room_now(workdir: str, state: Any, step: int, agree: Callable[[bool], bool]) -> None:
+    """Before anything is written; and a warning one interval ahead, while there is still time to make room."""
+    room, need = workdirs.free_bytes(workdir), workdirs.size_of(state)
+    if room is None:
+        return
+    if not agree(room >= need):
+        raise errors.UserError(
+            f"no room for the checkpoint of step {step}: {workdir!r} has {room / 2**20:.0f} MiB free, it needs "
+            f"{need / 2**20:.0f} MiB; earlier checkpoints are complete. Free space and give the same command again"
+        )
+    if room < 2 * need:
+        say(
+            f"DISK NEARLY FULL: {workdir} has {room / 2**20:.0f} MiB free; after the checkpoint of step {step} "
+            f"there may be no room for the next one ({need / 2**20:.0f} MiB)"
+        )

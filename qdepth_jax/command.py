@@ -14,8 +14,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """`app.run(main)`; a UserError, a bad flag or a bad --config becomes a message on stderr and exit code 2."""
 
     def guarded(argv: list[str]) -> int:
-        # Orbax tells its normal course at warning level through absl; ours and JAX's messages come by other loggers.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax tells its normal course at warning level through absl, and at error level, with tracebacks, what it also
+        # raises; ours and JAX's messages come by other loggers.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("jax").setLevel(logging.WARNING)  # "no TPU found" is no news on a CPU
         try:
             return main(argv) or 0

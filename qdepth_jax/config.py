@@ -71,6 +71,12 @@ class TrainConfig:
             raise errors.UserError(
                 f"train.keep_best={self.keep_best} needs validations to tell the best: set train.eval_every"
             )
+        if self.keep_best and self.checkpoint_every % self.eval_every:
+            raise errors.UserError(
+                f"train.keep_best={self.keep_best}: each checkpoint needs a validation of its own step, so "
+                f"train.checkpoint_every={self.checkpoint_every} must be a multiple of "
+                f"train.eval_every={self.eval_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Several processes as one run: the start, agreement between hosts, the stop signal.
+"""Several processes as one run: the start, the end, agreement between hosts.
 
 A host here is one JAX process. Every function is a no-op in a run of one process. Agreement goes through the
 coordination service of JAX (a key-value store on host 0 that works before and without any device), so it costs no
@@ -6,15 +6,15 @@ device memory and says who is missing instead of hanging. All hosts call these f
 main thread.
 """
 
-import hashlib
+import contextlib
+import ctypes
 import json
 import os
 import secrets
-import signal
 import sys
+import threading
 import time
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from qdepth_jax import cluster, errors
@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 START_SECONDS = 300  # until the coordinator must have answered
 WAIT_SECONDS = 3600.0  # for a host that is still building an index; a host that died is noticed in 100 s
+STOP_SECONDS = 600  # at the end, for hosts that still write
+# After a failure: a host that hears of it and cannot go on leaves, then the one that failed, then host 0, whose end
+# would take the others down.
+_GRACE_SECONDS, FAILED_SECONDS, _MAIN_GRACE_SECONDS = 4.0, 8, 12.0
 _POLL_SECONDS = 5.0  # a blocking call of the client holds back Ctrl-C
 _KEY = "qdepth_jax"
 
@@ -59,30 +63,28 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         found = cluster.detect(os.environ)
-        if found.processes == 1:
-            return f"one process ({found.kind})"
-        _initialise({"local_device_ids": found.devices}, timeout, f"the coordinator of this {found.kind} run")
+        if found == cluster.NONE:
+            found = cluster.detect_cloud_tpu()
+        if found.processes > 1:
+            _initialise({"local_device_ids": found.devices, "cluster_detection_method": found.kind}, timeout)
         return _started(found.kind)
     if missing:
         raise errors.UserError(
             f"--{', --'.join(missing)} not given: set all of --coordinator=HOST:PORT --num_processes=N "
             "--process_id=I, or none of them on a TPU pod, under SLURM or Open MPI"
         )
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise errors.UserError(f"--coordinator={coordinator}: HOST:PORT of process 0 is needed, e.g. 10.0.0.2:8476")
     if num_processes < 1 or not 0 <= process_id < num_processes:
         raise errors.UserError(
             f"--process_id={process_id} --num_processes={num_processes}: processes are numbered from 0 to N - 1"
         )
-    if num_processes == 1:
-        return "one process (as given)"
-    arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    _initialise(arguments | {"cluster_detection_method": "deactivate"}, timeout, f"--coordinator={coordinator}")
+    cluster.check_address(coordinator, listens=process_id == 0 and num_processes > 1)
+    if num_processes > 1:
+        arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+        _initialise(arguments | {"cluster_detection_method": "deactivate"}, timeout)
     return _started("as given")
 
 
-def _initialise(arguments: dict[str, Any], timeout: int, where: str) -> None:
+def _initialise(arguments: dict[str, Any], timeout: int) -> None:
     import jax
     from jax._src import xla_bridge
 
@@ -94,20 +96,37 @@ def _initialise(arguments: dict[str, Any], timeout: int, where: str) -> None:
         )
     # Takes effect where the CPU is the platform; simulated pods are the only ones.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(initialization_timeout=timeout, **arguments)
-    except (RuntimeError, ValueError) as error:
+    # JAX ends the process with a stack dump when its own time is up, so ours must come first. In a thread, because the
+    # call cannot be interrupted; a thread that is still waiting when the process ends does no harm.
+    failed: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(initialization_timeout=timeout + 3600, **arguments)
+        except (RuntimeError, ValueError) as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, name="start", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not thread.is_alive() and not failed:
+        return
+    state = _state()
+    state.client, where = None, f"coordinator {state.coordinator_address or '(not found)'}"
+    if failed:
         raise errors.UserError(
-            f"{where}: not all processes of the run met within {timeout} s ({_first_line(error)}). Is process 0 "
-            "running, is the address its own, is the port open between the hosts, and were all processes started? "
-            "--start_timeout=SECONDS waits longer"
-        ) from error
+            f"{where}: this process cannot join the run: {_first_line(failed[0])}. On process 0 the port must be free, "
+            "and outside of a cluster that JAX knows, --coordinator, --num_processes and --process_id must be given"
+        ) from failed[0]
+    raise errors.UserError(
+        f"{where}: not all processes of the run met within {timeout} s. Is process 0 running, is the address its own, "
+        "is the port open between the hosts, and were all processes started? --start_timeout=SECONDS waits longer"
+    )
 
 
 def _started(kind: str) -> str:
-    import jax
-
-    return f"host {jax.process_index()} of {jax.process_count()} ({kind})"
+    number, count = process()
+    return f"host {number} of {count} ({kind})" if count > 1 else f"one process ({kind})"
 
 
 def is_started() -> bool:
@@ -115,12 +134,99 @@ def is_started() -> bool:
     return _client() is not None
 
 
-def stop() -> None:
-    """Leaves the run, waiting until every host does so: a host that just exits takes the others down with it."""
+def stop(timeout: float = STOP_SECONDS) -> None:
+    """Leaves the run together with the others: a host that just exits takes those that still work down with it.
+
+    Hosts that are not here within `timeout` seconds are left behind, which is said.
+    """
+    if not is_started():
+        return
     import jax
 
+    try:
+        _client().wait_at_barrier(f"{_KEY}/end", int(1000 * timeout))
+    except RuntimeError as error:
+        print(f"left without the other hosts: {_first_line(error)}", file=sys.stderr, flush=True)
+        # At the end of the process JAX would wait 300 s more for them, and its connections, by whose end the others
+        # notice, would stay open for so long. So it must forget them, and nobody may destroy them.
+        state = _state()
+        for held in (state.client, state.preemption_sync_manager, state.service):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+        state.client = state.preemption_sync_manager = state.service = None
+        return
+    jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = START_SECONDS,
+) -> Iterator[str]:
+    """`start` (its arguments, its line) and `stop` around a whole program; a failure on one host ends all of them.
+
+    The others hear of it where they wait for this host: in a function of this module as HostFailed, in a collective
+    operation, which cannot be interrupted, by a message and exit code 2.
+
+    Raises:
+      HostFailed: a collective operation failed here because another host has failed.
+    """
+    said, leaving = start(coordinator, num_processes, process_id, timeout), threading.Event()
     if is_started():
-        jax.distributed.shutdown()
+        threading.Thread(target=_watch, args=(leaving,), name="watch", daemon=True).start()
+    try:
+        yield said
+    except BaseException as error:
+        leaving.set()
+        elsewhere = _leave_failed(error)
+        stop(FAILED_SECONDS)
+        if elsewhere:
+            raise HostFailed(elsewhere) from error
+        raise
+    leaving.set()
+    stop()
+
+
+def _watch(leaving: threading.Event) -> None:
+    """Ends this process when another has failed and the main thread does not: it may wait in a collective for ever."""
+    grace = _MAIN_GRACE_SECONDS if is_main() else _GRACE_SECONDS
+    while not leaving.wait(2.0):
+        try:
+            message = _failed_elsewhere()
+        except RuntimeError:
+            return  # the coordinator is gone: JAX itself ends the process
+        if message and not leaving.wait(grace):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
+def _failed_elsewhere() -> str:
+    """Message of the first host that failed, "" if none did."""
+    for key, message in sorted(_client().key_value_dir_get(f"{_KEY}/failed/")):
+        return f"host {key.rpartition('/')[2]}: {message}"
+    return ""
+
+
+def _leave_failed(error: BaseException) -> str:
+    """Lets every other host know; returns the message of another host if its failure is why this one failed."""
+    if not is_started() or isinstance(error, HostFailed):
+        return ""
+    import jax
+
+    try:
+        if isinstance(error, jax.errors.JaxRuntimeError) and (elsewhere := _failed_elsewhere()):
+            return elsewhere
+        _client().key_value_set(f"{_KEY}/failed/{process()[0]}", _told(error), allow_overwrite=True)
+        _post(_turn(), {"failed": _told(error)}, process()[0])
+    except RuntimeError as lost:
+        # The coordinator itself is gone: what went wrong here must still be what the user reads.
+        print(f"the other hosts could not be told: {_first_line(lost)}", file=sys.stderr, flush=True)
+    return ""
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, errors.UserError) else f"{type(error).__name__}: {error}"
 
 
 # ---- agreement ----
@@ -199,8 +305,7 @@ def together(fn: Callable[[], T], what: str = "start") -> T:
       HostFailed: on every host whose own fn did not fail, with the message of the first that did.
       Exception: what fn raised here.
     """
-    number, count = process()
-    if count == 1:
+    if process()[1] == 1:
         return fn()
     try:
         out = fn()
@@ -208,8 +313,7 @@ def together(fn: Callable[[], T], what: str = "start") -> T:
         raise  # the one that failed has told everybody
     except BaseException as error:
         # Posted where the others wait next, here or inside fn; they need not have got as far as this host.
-        message = str(error) if isinstance(error, errors.UserError) else f"{type(error).__name__}: {error}"
-        _post(_turn(), {"what": what, "failed": message}, number)
+        _post(_turn(), {"failed": _told(error)}, process()[0])
         raise
     gather(None, f"after {what}")
     return out
@@ -291,100 +395,3 @@ def _state() -> Any:
 def _client() -> Any:
     # Nothing was started in a process that has not even imported JAX: config tools stay light.
     return _state().client if "jax" in sys.modules else None
-
-
-# ---- one program ----
-
-
-def same_program(lowered: Any, plan: Any, rows: Any, mesh: Any, batch_size: int) -> None:
-    """All hosts are about to run the same step on one global batch.
-
-    Args:
-      lowered: `jax.jit(step).lower(...)`; compared as StableHLO text without source locations.
-      plan: JSON identity of the data order, e.g. Loader.identity().
-      rows: of the global batch that this host reads.
-      mesh, batch_size: where they go.
-
-    Raises:
-      UserError: naming the hosts whose program, plan or rows are not what they must be.
-    """
-    import numpy as np
-
-    from qdepth_jax import sharding
-
-    text = lowered.as_text(debug_info=False)
-    same_everywhere("compiled program", {"sha256": _digest(text), "characters": len(text)})
-    same_everywhere("batch plan", plan)
-    spans = gather(_spans(rows), "rows of the batch")
-    wrong = [
-        f"host {host} reads rows {found}, its devices hold {expected}"
-        for host, found in enumerate(spans)
-        if found != (expected := _spans(sharding.batch_rows(mesh, batch_size, host)))
-    ]
-    times = np.zeros(batch_size, np.int64)
-    for start, end in (span for found in spans for span in found):
-        times[start:end] += 1
-    if wrong or not times.all():
-        unread = f"; rows {_spans(np.flatnonzero(times == 0))} are read by nobody" if not times.all() else ""
-        raise errors.UserError(f"the batch is split wrongly: {'; '.join(wrong)}{unread}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _spans(rows: Any) -> list[list[int]]:
-    """Ascending row numbers as [first, end) spans."""
-    out: list[list[int]] = []
-    for row in map(int, rows):
-        if out and out[-1][1] == row:
-            out[-1][1] = row + 1
-        else:
-            out.append([row, row + 1])
-    return out
-
-
-# ---- the stop signal ----
-
-
-class StopSignal:
-    """SIGTERM, or Ctrl-C once, ends the run at a step boundary that is the same on all hosts.
-
-        with StopSignal() as stop:
-            for step in ...:
-                ...
-                if stop.reached(step): save and break
-
-    In a run of several processes JAX's preemption service carries the notice of one host to all of them and picks a
-    step that none has passed; it takes SIGTERM itself, from `start` on. Ctrl-C a second time is a KeyboardInterrupt.
-    """
-
-    def __init__(self):
-        self._several, self._asked, self._before = is_started(), False, {}
-
-    def __enter__(self) -> "StopSignal":
-        # SIGTERM belongs to the preemption service in a run of several processes: it would not see one we took.
-        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def reached(self, step: int) -> bool:
-        """True if the run ends after this step. Every host calls it after every step, with the same number."""
-        if not self._several:
-            return self._asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        # os.write, because print is not safe in a handler that may have interrupted another print.
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after this step; Ctrl-C stops at once\n".encode())
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._several and number == signal.SIGINT:
-            os.kill(os.getpid(), signal.SIGTERM)

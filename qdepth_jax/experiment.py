@@ -1,24 +1,32 @@
-"""From an experiment's ConfigDict to everything the training loop needs: model, optimiser, data, mesh, earlier stages.
+"""From an experiment's ConfigDict to everything the training loop needs: model, optimiser, data, mesh.
 
 The only place that knows which model kinds exist and how a policy depends on a depth tokenizer.
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from qdepth_jax import checkpoint, depth, errors, optim, progress, sharding, train_loop, train_step
 from qdepth_jax import config as config_lib
+from qdepth_jax import (
+    depth,
+    distributed,
+    earlier_stages,
+    errors,
+    model_kinds,
+    optim,
+    progress,
+    sharding,
+    train_loop,
+    train_step,
+)
 from qdepth_jax.data import data_config, index, loader, spec, text
-from qdepth_jax.models import augment_config, policy, tokenizer
+from qdepth_jax.models import augment_config, policy
 from qdepth_jax.models import objective as objective_lib
 
-KINDS = {"policy": policy.PolicyConfig, "tokenizer": tokenizer.TokenizerConfig}
-MAKE_OBJECTIVE = {"policy": policy.make_objective, "tokenizer": tokenizer.make_objective}
+KINDS, MAKE_OBJECTIVE, model_config = model_kinds.KINDS, model_kinds.MAKE_OBJECTIVE, model_kinds.model_config
 SECTIONS = ("model",)
 
 
@@ -57,17 +65,6 @@ def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective
             f"augment is set, but a {config.model_kind} reads no images: leave config.augment at its default"
         )
     return MAKE_OBJECTIVE[config.model_kind](model)
-
-
-def model_config(config: ml_collections.ConfigDict) -> Any:
-    """The frozen dataclass of the experiment's model.
-
-    Raises:
-      UserError: unknown model_kind, unknown key, or sizes that do not fit.
-    """
-    if config.model_kind not in KINDS:
-        raise errors.UserError(f"model_kind={config.model_kind!r} is unknown: use one of {sorted(KINDS)}")
-    return config_lib.build(KINDS[config.model_kind], config.model, "model")
 
 
 def data_section(config: ml_collections.ConfigDict) -> data_config.DataConfig:
@@ -126,17 +123,22 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
 
     codes, data = None, data_section(config)
     if config.model_kind == "policy" and model.depth_labels == "codes":
-        codes = load_codebook(config.tokenizer, model)
-        data = with_tokens(data, config.tokenizer)
+        codes = earlier_stages.load_codebook(config.tokenizer, model)
+        data = earlier_stages.with_tokens(data, config.tokenizer)
+    # The main host reads a new data set once and writes its index; the others open it (or build their own, where
+    # data.index_dir is a disk of each host).
+    distributed.together(lambda: _build_indexes(data) if distributed.is_main() else None)
     _build_indexes(data)
+    train_loop.check_batch(train, mesh)
+    rows = sharding.batch_rows(mesh, train.batch_size)
     batches = loader.Loader(
         data,
         (*objective.features, "position") if "position" not in objective.features else objective.features,
         train.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
+    distributed.same_everywhere("data", batches.identity())
     for line in batches.summary():
         train_loop.say(line)
     _check_fit(config, model, batches, codes)
@@ -152,18 +154,16 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
             batches.features,
             train.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             normalisers=batches.normalisers,
         )
         eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731
 
     def initialise(state: train_step.TrainState) -> train_step.TrainState:
         if codes is not None:
-            placed = state.state["codebook"].sharding
-            state = state.replace(state=state.state | {"codebook": jax.device_put(codes["codebook"], placed)})
+            state = earlier_stages.place_codebook(state, codes["codebook"])
         if config.init_from:
-            state = take_parameters(state, config.init_from)
+            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree)
         return state
 
     return train_loop.Run(
@@ -176,6 +176,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         train=train,
         ema_decay=optim_config.ema_decay,
         seed=config.seed,
+        rows=rows,
         batches=lambda start: batches.iterate(start, train.prefetch),
         eval_batches=eval_batches,
         initialise=initialise,
@@ -262,109 +263,3 @@ def _check_range(batches: loader.Loader, depth_range: depth.DepthRange) -> None:
         )
     if share < 0.98:
         train_loop.say(f"{1 - share:.1%} of the depth lies outside the range {low}..{high} and is masked out")
-
-
-# ---- earlier stages ----
-
-
-def load_model(workdir: str, average: bool = True) -> tuple[str, Any, dict[str, Any], dict[str, Any]]:
-    """A trained model on this process's first device.
-
-    Args:
-      workdir: of its training run.
-      average: take averaged parameters where kept.
-
-    Returns:
-      (model_kind, model config, {"params", "state"}, meta).
-    """
-    meta = checkpoint.read_meta(workdir)
-    saved = ml_collections.ConfigDict(meta["config"])
-    model = model_config(saved)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(MAKE_OBJECTIVE[saved.model_kind](model).init, jax.random.key(0))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    variables, meta = checkpoint.restore_model(workdir, target, average)
-    return saved.model_kind, model, variables, meta
-
-
-def load_tokenizer(workdir: str) -> tuple[tokenizer.TokenizerConfig, dict[str, Any], dict[str, Any]]:
-    """A trained depth tokenizer: (config, {"params", "state"}, meta).
-
-    Raises:
-      UserError: the workdir is not one of a tokenizer.
-    """
-    if not workdir:
-        raise errors.UserError(
-            "a policy with depth tokens needs a depth tokenizer: train one (experiments/tokenizer.py), run "
-            "tools/tokenize_depth.py, and pass --config.tokenizer=ITS_WORKDIR"
-        )
-    kind, model, variables, meta = load_model(workdir)
-    if kind != "tokenizer":
-        raise errors.UserError(f"{workdir!r} holds a {kind}, not a depth tokenizer: set --config.tokenizer")
-    if model.quantiser == "ema" and int(variables["state"]["updates"]) == 0:
-        raise errors.UserError(
-            f"the tokenizer in {workdir!r} was stopped at step {meta['step']}, before its codebook started "
-            f"(model.start_step={model.start_step}): train it further"
-        )
-    return model, variables, meta
-
-
-def load_codebook(workdir: str, model: policy.PolicyConfig) -> dict[str, Any]:
-    """{"codebook" f32 [C, D], "identity"} of a trained tokenizer, checked against the policy's depth expert.
-
-    Raises:
-      UserError: grid, number of codes or their size differ.
-    """
-    found, variables, _ = load_tokenizer(workdir)
-    want = (model.depth.grid, model.depth.codes, model.depth.code_dim)
-    have = (found.grid, found.num_codes, found.feature_dim)
-    if want != have:
-        raise errors.UserError(
-            f"the tokenizer in {workdir!r} has (grid, codes, code_dim) = {have}, the policy's depth expert {want}: set "
-            "model.depth.grid, model.depth.codes and model.depth.code_dim, or train another tokenizer"
-        )
-    codes = tokenizer.codes_of(found, variables["params"], variables["state"])
-    return {
-        "codebook": jax.device_get(codes),
-        "identity": tokenizer.identity(found, variables["params"], variables["state"]),
-    }
-
-
-def token_dir(workdir: str, dataset: str) -> str:
-    """Where tools/tokenize_depth.py puts the tokens of a data set: beside the tokenizer that made them."""
-    return str(pathlib.Path(workdir) / "tokens" / dataset)
-
-
-def with_tokens(data: data_config.DataConfig, workdir: str) -> data_config.DataConfig:
-    """Sources without an explicit token sidecar read the one beside the tokenizer."""
-    sources = tuple(
-        s if s.depth_tokens else dataclasses.replace(s, depth_tokens=token_dir(workdir, s.name)) for s in data.datasets
-    )
-    return dataclasses.replace(data, datasets=sources)
-
-
-def take_parameters(state: train_step.TrainState, workdir: str) -> train_step.TrainState:
-    """Parameters of an earlier stage into a fresh state, leaf by leaf where path and shape agree; the rest stays fresh.
-
-    Which leaves stayed fresh is printed: a depth expert added to a baseline, another proprio size.
-    """
-    _, _, variables, meta = load_model(workdir)
-    earlier = {sharding.path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(variables["params"])}
-    fresh = []
-
-    def take(key_path, leaf):
-        path = sharding.path_of(key_path)
-        source = earlier.pop(path, None)
-        if source is None or source.shape != leaf.shape:
-            fresh.append(f"{path} {leaf.shape}" + (f" (there {source.shape})" if source is not None else ""))
-            return leaf
-        return jax.device_put(source, leaf.sharding)
-
-    params = jax.tree_util.tree_map_with_path(take, state.params)
-    if len(fresh) == len(jax.tree.leaves(params)):
-        raise errors.UserError(f"init_from={workdir!r} shares no parameter with this model")
-    train_loop.say(
-        f"parameters from {workdir} step {meta['step']}; fresh: {fresh or 'none'}; unused: {list(earlier) or 'none'}"
-    )
-    ema = jax.tree.map(lambda x: x.copy(), params) if state.ema is not None else None
-    return state.replace(params=params, ema=ema)

@@ -2,59 +2,73 @@
 
 import json
 import math
-import os
-import pathlib
+import time
 from typing import Any
 
-from qdepth_jax import errors
+from etils import epath
+
+from qdepth_jax import workdirs
+
+UPLOAD_SECONDS = 30.0  # objects of a bucket cannot be appended to: there the file is written whole, this often
 
 
 class MetricsFile:
     """Appends rows with increasing `step`; a restart drops rows after the checkpoint: they are computed again."""
 
-    def __init__(self, path: str | pathlib.Path, resume_step: int):
+    def __init__(self, path: epath.PathLike, resume_step: int):
         """Opens (or creates) the file and keeps the rows with step <= resume_step.
 
         The others (rows after it, a row cut off by a crash) move to metrics.dropped.jsonl; `dropped` counts them.
         """
-        self.path = pathlib.Path(path)
+        self.path = epath.Path(path)
+        self._local = not workdirs.is_remote(path)
         rows, dropped = [], []
         if self.path.exists():
-            for line in self.path.read_text(errors="replace").splitlines():
+            for line in self.path.read_bytes().decode(errors="replace").splitlines():
                 try:
                     keep = json.loads(line)["step"] <= resume_step
                 except (ValueError, KeyError, TypeError):
                     keep = False  # the row being written when the process died
                 (rows if keep else dropped).append(line)
             if dropped:
-                with self.path.with_name("metrics.dropped.jsonl").open("a") as file:
-                    file.writelines(line + "\n" for line in dropped)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(row + "\n" for row in rows))
-            os.replace(temporary, self.path)
+                lost = self.path.parent / "metrics.dropped.jsonl"
+                before = lost.read_text() if lost.exists() else ""
+                workdirs.write_whole(lost, before + "".join(line + "\n" for line in dropped))
         self.dropped = len(dropped)
-        self._file = self.path.open("a")
+        self._text = "".join(row + "\n" for row in rows)
+        self._uploaded, self._file = 0.0, None
+        if self._local:
+            workdirs.write_whole(self.path, self._text)
+            self._text, self._file = "", open(self.path, "a")  # noqa: SIM115 (closed by `close`)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row and flush it to the disk cache.
+        """Append one row; on a local disk it is in the disk cache at once. NaN and infinity are written as null."""
+        text = json.dumps({k: None if _is_bad(v) else v for k, v in row.items()}, allow_nan=False) + "\n"
+        if self._file is not None:
+            self._file.write(text)
+            self._file.flush()
+            return
+        self._text += text
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.flush()
 
-        Raises:
-          UserError: a loss is not finite: training is stopped before a checkpoint of it is written.
-        """
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        bad = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-        if bad:
-            raise errors.UserError(
-                f"step {row['step']}: {bad} is not finite; the last checkpoint is untouched. Lower "
-                "optim.learning_rate, or look at the data with tools/index_rlds.py"
-            )
+    def flush(self) -> None:
+        """Make every row readable to others; call it before a checkpoint, so that no row before it can be lost."""
+        if self._file is None:
+            self.path.write_text(self._text)
+            self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
 
 
-def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
+def read(path: epath.PathLike) -> list[dict[str, Any]]:
     """All rows of a metrics file."""
-    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+
+
+def _is_bad(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

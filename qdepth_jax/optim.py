@@ -104,9 +104,11 @@ def scale_by_adam(config: config_lib.OptimConfig) -> optax.GradientTransformatio
         return exact
 
     def store(state: optax.ScaleByAdamState, key: Array) -> optax.ScaleByAdamState:
+        words = jax.random.bits(jax.random.fold_in(key, state.count), (2,), jnp.uint32)
+
         def second(key_path, x):
             name = zlib.crc32(sharding.path_of(key_path).encode())
-            return round_at_random(x, jax.random.fold_in(jax.random.fold_in(key, state.count), name))
+            return round_at_random(x, _hash(words ^ jnp.uint32(name)))
 
         return state._replace(mu=_half(state.mu), nu=jax.tree_util.tree_map_with_path(second, state.nu))
 
@@ -122,17 +124,17 @@ def scale_by_adam(config: config_lib.OptimConfig) -> optax.GradientTransformatio
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def round_at_random(x: Array, key: Array) -> Array:
-    """f32 -> bf16, to one of both neighbours so that the mean is x. A function of key and index, on any devices.
+def round_at_random(x: Array, words: Array) -> Array:
+    """f32 -> bf16, to one of both neighbours so that the mean is x. `words`: two random u32.
 
+    A function of the words and an element's index, on any devices.
     The noise is a hash of the element's index, not jax.random.bits: element-wise integer work that XLA fuses into the
     update, where random bits of a whole leaf would be arrays of its size in memory.
     """
-    offset, flip = jax.random.bits(key, (2,), jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    noise = _hash(_hash(index + offset) ^ flip)
+    noise = _hash(_hash(index + words[0]) ^ words[1])
     # A bfloat16 is the upper half of a float32: noise below it carries into it as often as the cut-off part is large.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
@@ -166,7 +168,7 @@ def group_norms(grads: Any, groups: tuple[tuple[str, str], ...]) -> dict[str, Ar
         raise errors.UserError(
             f"gradient groups {empty} hold no parameter: correct their rows in the objective's groups"
         )
-    return {name: optax.global_norm(leaves) for name, leaves in members.items()}
+    return {name: optax.tree.norm(leaves) for name, leaves in members.items()}
 
 
 def frozen_kind(path: str, frozen: FrozenTable) -> str | None:

@@ -13,10 +13,13 @@ PLAIN_SECONDS = 15.0  # between plain lines
 
 
 class Progress:
-    """Counts up to `total`; a tqdm bar on a terminal, otherwise a line at least every 15 s and one at the end."""
+    """Counts up to `total`; a tqdm bar on a terminal, otherwise a line at least every 15 s and one at the end.
 
-    def __init__(self, total: int, label: str, initial: int = 0, unit: str = "it"):
-        self._tty = sys.stderr.isatty()
+    Not `shown` it only counts: of several hosts one speaks.
+    """
+
+    def __init__(self, total: int, label: str, initial: int = 0, unit: str = "it", shown: bool = True):
+        self._tty, self._shown = sys.stderr.isatty() and shown, shown
         self._label, self._total, self._n, self._unit = label, total, initial, unit
         self._start, self._first, self._last = time.monotonic(), initial, 0.0
         self._bar = (
@@ -34,6 +37,8 @@ class Progress:
             self._bar.update(n)
             return
         now = time.monotonic()
+        if not self._shown:
+            return
         if now - self._last >= PLAIN_SECONDS or self._n >= self._total:
             self._last = now
             rate = (self._n - self._first) / max(now - self._start, 1e-9)

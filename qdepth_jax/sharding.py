@@ -6,7 +6,7 @@ nothing is replicated unless a row says so. Paths of optimiser moments, averaged
 parameter's own path, so one row serves them all.
 
 Several slices: chips of one slice are joined by a fast torus (ICI), slices by the data-centre network (DCN). Only
-`replica` crosses slices, because its one all-reduce of gradients per step is the little that DCN can carry.
+`replica` crosses slices: all that it moves is one sum of the (fsdp-split) gradients for every micro-batch.
 """
 
 import math
@@ -178,19 +178,29 @@ def batch_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.nd
 
 
 class Row(NamedTuple):
-    """One leaf and its place: `bytes` on each device, `pattern` the regex that decided."""
+    """One leaf and its place: `bytes` on each device, `whole` of the leaf, `pattern` the regex that decided."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     spec: P
     bytes: int
+    whole: int
     pattern: str
 
 
 def path_of(key_path: tuple) -> str:
     """ "opt_state/2/mu/img/head/kernel" from a JAX key path."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def part_of(path: str) -> tuple[str, str]:
+    """(part, rest of the path) of a leaf of a train state: "params", "moments", "ema", "state" or "counters"."""
+    if found := re.match(r"(params|ema|state)/(.*)", path):
+        return found[1], found[2]
+    if found := re.match(r"opt_state/.*?/(mu|nu)/(.*)", path):
+        return "moments", found[2]
+    return "counters", path
 
 
 def rule_for(path: str, rules: Rules) -> tuple[str, P]:
@@ -212,7 +222,7 @@ def place(sizes: Mapping[str, int], abstract: Any, rules: Rules = (), slices: in
       UserError: naming each leaf without a rule and each dimension that its mesh axes do not divide, with the nearest
         layouts of as many devices in which every leaf divides.
     """
-    rules, problems, rows, uneven = rules or RULES, [], [], False
+    rules, problems, rows, uneven = rules or RULES, [], [], set()
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         path = path_of(key_path)
         try:
@@ -227,15 +237,17 @@ def place(sizes: Mapping[str, int], abstract: Any, rules: Rules = (), slices: in
         shard = list(leaf.shape)
         for dim, axes in _split(spec):
             ways = math.prod(sizes[axis] for axis in axes)
-            if leaf.shape[dim] % ways:
-                uneven = True
+            # Moments and averages fail where their parameter does: that is said once.
+            if leaf.shape[dim] % ways and (fault := (part_of(path)[1], dim)) not in uneven:
+                uneven.add(fault)
                 problems.append(
                     f"{path} {leaf.shape}: dimension {dim} of size {leaf.shape[dim]} does not divide by "
                     f"{'x'.join(axes)}={ways}"
                 )
             shard[dim] //= ways
         size = math.prod(shard) * leaf.dtype.itemsize
-        rows.append(Row(path, tuple(leaf.shape), np.dtype(leaf.dtype), spec, size, pattern))
+        whole = math.prod(leaf.shape) * leaf.dtype.itemsize
+        rows.append(Row(path, tuple(leaf.shape), np.dtype(leaf.dtype), spec, size, whole, pattern))
     if problems:
         message = [f"cannot shard this state on mesh {dict(sizes)}:", *problems]
         if uneven:

@@ -1,11 +1,7 @@
 """The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
 
 import collections
-import contextlib
-import errno
 import functools
-import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +10,34 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from qdepth_jax import checkpoint, errors, metrics, optim, progress, sharding, train_step
+from qdepth_jax import (
+    checkpoint,
+    chips,
+    distributed,
+    errors,
+    metrics,
+    optim,
+    profiler,
+    progress,
+    run_logs,
+    same_experiment,
+    same_program,
+    sharding,
+    stop_signal,
+    train_step,
+    watch,
+    workdirs,
+)
 from qdepth_jax import config as config_lib
 from qdepth_jax.models import objective as objective_lib
 
 HostBatch = dict[str, np.ndarray]
+
+SHARED_SECONDS = 10.0  # for a file of one host to appear on the others; network disks list with a delay
 
 
 class Run(NamedTuple):
@@ -30,7 +47,8 @@ class Run(NamedTuple):
       objective, tx, frozen, learning_rate: the model and its optimiser.
       mesh: (replica, fsdp, tensor).
       config: the whole experiment as JSON types; `train` and `ema_decay`, `seed` are read from their dataclasses.
-      batches: first step -> iterator of this process's batches, the step that comes next first.
+      rows: of the global batch that this host reads (sharding.batch_rows).
+      batches: first step -> iterator of this host's rows of the batches, the step that comes next first.
       eval_batches: () -> the batches of held-out data, or None.
       initialise: fresh state -> state with what earlier stages provide (pretrained parameters, a codebook).
       meta: JSON stored beside every checkpoint; meta["data"] must be equal on resume.
@@ -45,10 +63,27 @@ class Run(NamedTuple):
     train: config_lib.TrainConfig
     ema_decay: float
     seed: int
+    rows: np.ndarray
     batches: Callable[[int], Iterator[HostBatch]]
     eval_batches: Callable[[], Iterable[HostBatch]] | None
     initialise: Callable[[train_step.TrainState], train_step.TrainState]
     meta: dict[str, Any]
+
+
+class Extras(NamedTuple):
+    """What a start may ask for beside training.
+
+    Attributes:
+      command: what the user typed; one line per start in WORKDIR/command.txt.
+      tensorboard: write event files.
+      wandb: project of Weights & Biases, "" = none.
+      profile_steps: (first, last + 1) of the steps whose profile goes to WORKDIR/profile; None = none.
+    """
+
+    command: str = ""
+    tensorboard: bool = False
+    wandb: str = ""
+    profile_steps: tuple[int, int] | None = None
 
 
 def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainState]:
@@ -60,132 +95,181 @@ def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainSta
     return target, placed
 
 
-def run_training(run: Run, workdir: str, command: str = "") -> dict[str, float]:
-    """Train until total_steps; resumes when `workdir` holds a checkpoint. Returns the last metrics row.
+def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[dict[str, float], bool]:
+    """Train until total_steps; resumes when `workdir` holds a checkpoint.
 
-    `command` is what the user typed: one line per start in WORKDIR/command.txt.
+    Returns:
+      The last metrics row, and whether the run is finished: False after SIGTERM, which saves at the next step boundary
+      (of all hosts the same) and stops.
 
     Order inside an iteration, and why: the step is dispatched first; then the metrics of the step before are read (the
-    device stays busy); then validation; the checkpoint comes last and only after its own metrics were read and found
-    finite, so a checkpoint never holds a broken state and always holds the step it is named after.
+    devices stay busy); then validation; the checkpoint comes last and only after the rows up to it were written, so
+    that a checkpoint always holds the step it is named after and no row before it can be lost.
     """
-    c = run.train
-    _check(run)
-    folder = pathlib.Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.UserError(f"--workdir={workdir} cannot be made ({error}): choose another") from error
+    c, folder, extras = run.train, workdirs.folder(workdir), extras or Extras()
+    check_batch(c, run.mesh)
+    distributed.together(lambda: _make_folder(folder))
+    _check_shared(folder)
     target, placed = abstract_state(run)
-    checkpoint.check_same_experiment(workdir, run.config)
-    key = jax.random.key(run.seed)
+    distributed.together(lambda: same_experiment.check_same_experiment(workdir, run.config))
 
-    with _full_disk(workdir), jax.set_mesh(run.mesh), checkpoint.open_manager(workdir, c.keep_checkpoints) as manager:
-        start = manager.latest_step() or 0
-        if start < c.total_steps:
-            checkpoint.check_disk(workdir, target, c.keep_checkpoints, len(manager.all_steps()))
-        if manager.latest_step() is None:
-            init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
-            state = run.initialise(jax.jit(init, out_shardings=placed)(key))
-        else:
-            _check_data(checkpoint.read_meta(workdir), run.meta, workdir, start * c.batch_size)
-            state = checkpoint.restore(manager, start, target)
-        # Nothing has been written so far: what does not fit was refused above.
-        _say_changed_length(folder / "config.json", c.total_steps)
-        checkpoint.write_config(workdir, run.config)
-        if command:
-            with (folder / "command.txt").open("a") as file:
-                file.write(command + "\n")
-        log = metrics.MetricsFile(folder / "metrics.jsonl", start)
-        if start or log.dropped:
-            moved = f"; {log.dropped} metric rows after it moved to metrics.dropped.jsonl" if log.dropped else ""
-            say(f"resumed {workdir} at step {start}{moved}")
-        last = _loop(run, state, placed, key, start, manager, log, workdir)
+    with (
+        workdirs.full_disk(workdir),
+        jax.set_mesh(run.mesh),
+        checkpoint.open_manager(workdir, c) as manager,
+        stop_signal.StopSignal() as stop,
+    ):
+        state, start, key = _first_state(run, manager, target, placed, workdir)
+        log = distributed.together(lambda: _start_logs(run, workdir, start, extras))
+        try:
+            meta = run.meta | {"experiment_id": distributed.from_main(log.experiment_id)}
+            run = run._replace(meta=meta)
+            last, finished = _loop(run, state, key, start, manager, log, workdir, extras, stop)
+        finally:
+            log.close()
         manager.wait_until_finished()
-        log.close()
-    return last
+    return last, finished
 
 
-def _loop(run, state, placed, key, start, manager, log, workdir) -> dict[str, float]:
-    c, last, last_eval = run.train, {}, {}
-    step_fn = jax.jit(
-        functools.partial(
-            train_step.train_step,
-            objective=run.objective,
-            tx=run.tx,
-            frozen=run.frozen,
-            micro_batches=c.micro_batches,
-            ema_decay=run.ema_decay,
-            learning_rate=run.learning_rate,
-            placed=placed.params,
-        ),
-        donate_argnums=0,
-        out_shardings=(placed, None),
+def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.TrainState, int, jax.Array]:
+    """Fresh or from the newest good checkpoint: the state, its step, the run's key.
+
+    Before anything is written: what does not fit is refused.
+    """
+    c, found = run.train, manager.latest_step()
+    distributed.same_everywhere("list of checkpoints", sorted(manager.all_steps()))
+    if (found or 0) < c.total_steps:
+        room = functools.partial(workdirs.check_room, workdir, target, c, len(manager.all_steps()))
+        distributed.together(room)
+    if found is None:
+        init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
+        key = jax.random.key(run.seed)
+        return run.initialise(jax.jit(init, out_shardings=placed)(key)), 0, key
+    state, meta, start = checkpoint.restore_latest(
+        manager,
+        target,
+        agree=distributed.all_agree,
+        barrier=distributed.barrier,
+        is_main=distributed.is_main(),
+        check=lambda meta: same_experiment.check_data(meta, run.meta, workdir, meta["step"] * c.batch_size),
     )
-    evaluate = make_evaluate(run)
-    pending, clock, clock_step = None, time.monotonic(), start
-    bar = progress.Progress(c.total_steps, run.config.get("name", "train"), initial=start, unit="step")
-    batches = run.batches(start) if start < c.total_steps else iter(())
+    return state, start, checkpoint.random_key_of(meta)
+
+
+def compile_step(run: Run, state: train_step.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> Callable:
+    """The train step, compiled for this mesh: (state, batch, key) -> (state, metrics); the state is donated.
+
+    Raises:
+      UserError: the hosts would run different programs.
+    """
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    step = functools.partial(
+        train_step.train_step,
+        objective=run.objective,
+        tx=run.tx,
+        frozen=run.frozen,
+        micro_batches=run.train.micro_batches,
+        ema_decay=run.ema_decay,
+        learning_rate=run.learning_rate,
+        placed=placed.params,
+    )
+    everywhere = NamedSharding(run.mesh, P())
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)).lower(state, batch, key)
+    same_program.check(lowered, run.meta["data"], run.rows, run.mesh, run.train.batch_size)
+    return lowered.compile()
+
+
+def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[dict[str, float], bool]:
+    c, last, last_eval = run.train, {}, {}
+    if start >= c.total_steps:
+        say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
+        rows = metrics.read(workdirs.folder(workdir) / "metrics.jsonl")
+        return functools.reduce(lambda a, b: a | b, rows, {}), True
+    evaluate, pending, extra = make_evaluate(run), None, {}
+    devices = run.mesh.devices.size
+    peak = chips.peak_flops(jax.local_devices()[0].device_kind)
+    timer = watch.Watch(c.batch_size, run.objective.flops, devices, peak)
+    name = run.config.get("name", "train")
+    bar = progress.Progress(c.total_steps, name, initial=start, unit="step", shown=distributed.is_main())
+    profile = profiler.Profiler(extras.profile_steps, workdir, start, say)
+    batches, compiled, finished = run.batches(start), None, True
 
     def flush():
-        nonlocal pending, last, clock, clock_step
+        nonlocal pending, last
         if pending is None:
             return
-        step, values = pending
+        step, values, measured = pending
         pending = None
-        row = {"step": step} | {k: float(v) for k, v in jax.device_get(values).items()}
-        now = time.monotonic()
-        row["steps_per_second"] = (step - clock_step) / max(now - clock, 1e-9)
-        clock, clock_step = now, step
-        log.write(row)
-        last = row
+        last = {"step": step} | {k: np.asarray(v).item() for k, v in jax.device_get(values).items()} | measured
+        log.write(last)
 
     running: collections.deque[Any] = collections.deque()
     for step in range(start + 1, c.total_steps + 1):
+        with timer.apart():
+            profile.before(step)
         # Steps run behind the host: this batch is copied to the devices while the one before is computed. Two steps in
         # flight hide the copy; more would only fill device memory with waiting batches.
-        batch = put_batch(next(batches), run.mesh)
-        state, values = step_fn(state, batch, key)
-        running.append(values)
+        with timer.data():
+            host_batch = next(batches)
+        batch = put_batch(host_batch, run.mesh, c.batch_size)
+        if compiled is None:
+            with timer.apart():
+                begin = time.perf_counter()
+                _check_best(c, run.objective, state, batch, key)
+                compiled = compile_step(run, state, batch, key)
+                extra["compile_seconds"] = time.perf_counter() - begin
+        state, values = compiled(state, batch, key)
+        running.append((step, values))
         if len(running) > 2:
-            jax.block_until_ready(running.popleft())
+            _count_skipped(*running.popleft(), c.max_skipped, workdir)
+        timer.turn()
         flush()
-        if step % c.log_every == 0 or step in (1, c.total_steps):
-            pending = (step, values)
-        saves = step % c.checkpoint_every == 0 or step == c.total_steps
+        stops = stop.reached(step)
+        saves = step % c.checkpoint_every == 0 or step == c.total_steps or stops
         validates = (
             run.eval_batches is not None and c.eval_every and (step % c.eval_every == 0 or step == c.total_steps)
         )
+        if saves or validates or step % c.log_every == 0 or step == 1:
+            pending, extra = (step, values, timer.row() | extra), {}
         if saves or validates:
-            pending = (step, values)
+            while running:
+                _count_skipped(*running.popleft(), c.max_skipped, workdir)
             flush()
         if validates:
-            last_eval = evaluate(state, key)
-            log.write({"step": step} | last_eval)
-            clock, clock_step = time.monotonic(), step
+            with timer.apart():
+                last_eval = evaluate(state, key)
+                log.write({"step": step} | last_eval)
         if saves:
-            checkpoint.save(manager, state, _meta(run, step), step)
+            with timer.checkpoint():
+                log.flush()
+                validated = last_eval if validates else None
+                checkpoint.save(manager, state, _meta(run, step, key), step, validated, distributed.all_agree)
         bar.update(1, f"loss {last.get('loss', float('nan')):.4f}" if last else "")
-    flush()
+        if stops:
+            say(f"stopped by a signal at step {step}, which is saved: the same command, given again, continues")
+            finished = step == c.total_steps
+            break
+    profile.close()
     bar.close()
-    if not last:
-        say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
-        rows = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
-        last = functools.reduce(lambda a, b: a | b, rows, {})
-    return last | last_eval
+    return last | last_eval, finished
 
 
 def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict[str, float]]:
     """Mean of the objective's metrics over the held-out batches, names prefixed "val/"; averaged params if kept."""
 
-    @jax.jit
+    size = run.train.batch_size
+
     def eval_step(params, model_state, batch, key, step):
         return run.objective.loss(params, model_state, batch, jax.random.fold_in(key, 2), step).metrics
+
+    compiled = jax.jit(eval_step, out_shardings=NamedSharding(run.mesh, P()))
 
     def evaluate(state: train_step.TrainState, key: jax.Array) -> dict[str, float]:
         params, rows = state.params if state.ema is None else state.ema, []
         for batch in run.eval_batches():
-            rows.append(jax.device_get(eval_step(params, state.state, put_batch(batch, run.mesh), key, state.step)))
+            rows.append(
+                jax.device_get(compiled(params, state.state, put_batch(batch, run.mesh, size), key, state.step))
+            )
         if not rows:
             raise errors.UserError("the held-out split has fewer frames than one batch: lower train.batch_size")
         return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
@@ -193,39 +277,90 @@ def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict
     return evaluate
 
 
-def put_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch as global arrays, split over (replica, fsdp)."""
-    placed = NamedSharding(mesh, sharding.BATCH)
-    return {k: jax.make_array_from_process_local_data(placed, v) for k, v in batch.items()}
+def put_batch(batch: HostBatch, mesh: Mesh, batch_size: int | None = None) -> dict[str, jax.Array]:
+    """This process's rows of a batch (sharding.batch_rows) as global arrays, split over (replica, fsdp)."""
+    placed, out = NamedSharding(mesh, sharding.BATCH), {}
+    for name, value in batch.items():
+        shape = None if batch_size is None else (batch_size, *value.shape[1:])
+        out[name] = jax.make_array_from_process_local_data(placed, value, shape)
+    return out
 
 
-@contextlib.contextmanager
-def _full_disk(workdir: str) -> Iterator[None]:
-    """A disk that fills during the run is a message, not a page of tracebacks; finished checkpoints are whole."""
-    try:
-        yield
-    except Exception as error:
-        if "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC:
-            raise errors.UserError(
-                f"the disk of {workdir!r} is full; earlier checkpoints are complete. Free space and give the "
-                "same command again"
-            ) from error
-        raise
+def _count_skipped(step: int, values: dict[str, jax.Array], most: int, workdir: str) -> None:
+    """Says that a step was skipped; waits for the step.
+
+    Raises:
+      UserError: more than `most` in a row.
+    """
+    in_row, total = (int(x) for x in jax.device_get((values["skipped_in_row"], values["skipped"])))
+    if not in_row:
+        return
+    loss, norm = (float(x) for x in jax.device_get((values["loss"], values["grad_norm"])))
+    say(f"step {step} skipped: loss {loss}, gradient norm {norm}; {in_row} in a row, {total} in all")
+    if in_row > most:
+        raise errors.UserError(
+            f"{in_row} steps in a row, up to step {step}, had no finite gradient (loss {loss}, max_skipped {most}); "
+            f"the last checkpoint in {workdir!r} is good. Lower optim.learning_rate, or look at the data with "
+            "tools/inspect_dataset.py"
+        )
 
 
-def _say_changed_length(config_path: pathlib.Path, total_steps: int) -> None:
-    """A longer or shorter run also stretches a cosine schedule: say it."""
-    if config_path.exists():
-        before = json.loads(config_path.read_text())["train"]["total_steps"]
-        if before != total_steps:
-            say(
-                f"train.total_steps changed from {before} to {total_steps}: a cosine schedule without "
-                "optim.cycle_steps changes with it"
-            )
+def _start_logs(run: Run, workdir: str, start: int, extras: Extras) -> run_logs.Logs:
+    """The main host's logs; others get one that writes nothing."""
+    if not distributed.is_main():
+        return run_logs.Logs()
+    same_experiment.say_changed_length(workdir, run.train.total_steps, say)
+    log = run_logs.start(workdir, run.config, start, extras.command, extras.tensorboard, extras.wandb)
+    if start or log.file.dropped:
+        moved = f"; {log.file.dropped} metric rows after it moved to metrics.dropped.jsonl" if log.file.dropped else ""
+        say(f"resumed {workdir} at step {start}{moved}")
+    return log
 
 
-def _check(run: Run) -> None:
-    c, ways = run.train, run.mesh.shape["replica"] * run.mesh.shape["fsdp"]
+def _check_shared(folder: epath.Path) -> None:
+    """The hosts must see one workdir, not each its own: the first save would fail, or hosts would resume differently.
+
+    Raises:
+      UserError: naming the hosts that do not see what the main host wrote.
+    """
+    if distributed.process()[1] == 1:
+        return
+    path = folder / f"seen.{distributed.from_main(distributed.new_id())}"
+    distributed.together(lambda: path.write_text("one workdir for all hosts") if distributed.is_main() else None)
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [host for host, ok in enumerate(distributed.gather(seen, "shared workdir")) if not ok]
+    if distributed.is_main():
+        path.unlink()
+    if blind:
+        raise errors.UserError(
+            f"--workdir={folder} is not one place for all hosts: hosts {blind} do not see what host 0 wrote there. Use "
+            "a shared disk or a bucket, and the same --workdir everywhere"
+        )
+
+
+def _check_best(c: config_lib.TrainConfig, objective: objective_lib.Objective, state, batch, key) -> None:
+    """A metric that decides which checkpoints stay must exist, before a step is spent."""
+    if not c.keep_best:
+        return
+    out = jax.eval_shape(objective.loss, state.params, state.state, batch, key, state.step)
+    names = sorted(f"val/{name}" for name in out.metrics)
+    if c.best_metric not in names:
+        raise errors.UserError(f"train.best_metric={c.best_metric!r} is no metric of a validation: use one of {names}")
+
+
+def _make_folder(folder: epath.Path) -> None:
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise errors.UserError(f"--workdir={folder} cannot be made ({error}): choose another") from error
+
+
+def check_batch(c: config_lib.TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError, with the next size that works, unless every device gets whole examples of each micro-batch."""
+    ways = mesh.shape["replica"] * mesh.shape["fsdp"]
     if c.batch_size % (c.micro_batches * ways):
         raise errors.UserError(
             f"train.batch_size={c.batch_size} must be a multiple of micro_batches x replica x fsdp = "
@@ -233,43 +368,17 @@ def _check(run: Run) -> None:
         )
 
 
-def _check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str, position: int) -> None:
-    """Refuses to go on with other samples than those the run would have seen.
-
-    Args:
-      saved: what stands beside the checkpoint; `meta`: the same of this start, without a position.
-      position: samples that this start takes as seen: step times batch size.
-    """
-    before = dict(saved["data"])
-    seen = before.pop("position")
-    found = config_lib.differences(_by_data_set(before), _by_data_set(meta["data"]))
-    if found:
-        raise errors.UserError(
-            f"the data changed since {workdir!r} was trained, so its position means nothing now; restore the data or "
-            "start a new --workdir:\n  " + "\n  ".join(_short(line) for line in found)
-        )
-    if seen != position:
-        raise errors.UserError(
-            f"{workdir!r} had seen {seen} samples at its last checkpoint, with this train.batch_size the same step "
-            f"stands for {position}: restore train.batch_size or start a new --workdir"
-        )
-
-
-def _short(line: str) -> str:
-    """Statistics of a data set fill pages; that they differ is enough beside the fingerprint."""
-    return line if len(line) < 300 else f"{line.partition(':')[0]}: other values there than here"
-
-
-def _by_data_set(data: dict[str, Any]) -> dict[str, Any]:
-    """The list of data sets as a table, so that a difference is told by data set and field."""
-    return data | {"datasets": {f"{n} {item['name']}": item for n, item in enumerate(data["datasets"])}}
-
-
-def _meta(run: Run, step: int) -> dict[str, Any]:
+def _meta(run: Run, step: int, key: jax.Array) -> dict[str, Any]:
     position = step * run.train.batch_size
-    return run.meta | {"step": step, "config": run.config, "data": run.meta["data"] | {"position": position}}
+    return run.meta | {
+        "step": step,
+        "config": run.config,
+        "random_key": checkpoint.random_key_meta(key),
+        "data": run.meta["data"] | {"position": position},
+    }
 
 
 def say(message: str) -> None:
-    """A line to stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """A line to stderr, from the main host; stdout is for results."""
+    if distributed.is_main():
+        print(message, file=sys.stderr, flush=True)

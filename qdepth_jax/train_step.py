@@ -96,7 +96,7 @@ def train_step(
     if ema is not None:
         ema = jax.tree.map(lambda a, p: ema_decay * a + (1.0 - ema_decay) * p, ema, params)
     new = train_state.replace(params=params, state=model_state, opt_state=opt_state, ema=ema)
-    new = _accept(jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(grads)), new, train_state)
+    new = _accept(jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads)), new, train_state)
     return new, metrics | _norms_and_counts(objective, grads, train_state, new, learning_rate)
 
 
@@ -132,7 +132,7 @@ def _norms_and_counts(
     skipped_in_row. The learning rate is that of the optimiser's own count of updates, which skipped steps do not
     advance.
     """
-    out = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(new.params)}
+    out = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(new.params)}
     out |= {f"grad_norm/{name}": norm for name, norm in optim.group_norms(grads, objective.groups).items()}
     if learning_rate is not None:
         out["learning_rate"] = jnp.asarray(learning_rate(old.step - old.skipped), jnp.float32)

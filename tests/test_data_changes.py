@@ -12,7 +12,7 @@ import libero_writer
 import numpy as np
 import pytest
 
-from qdepth_jax import checkpoint, errors, train_loop
+from qdepth_jax import errors, same_experiment
 from qdepth_jax.data import data_config, example, index, loader, shard_scan, spec, tfrecord
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def _changed(before: dict, after: dict) -> set[str]:
     """Names of what differs, told as a resume tells it."""
     before, after = json.loads(json.dumps([before, after]))  # as a checkpoint keeps it
     with pytest.raises(errors.UserError, match="the data changed since 'runs/x' was trained") as refused:
-        train_loop._check_data({"data": before | {"position": 12}}, {"data": after}, "runs/x", 12)
+        same_experiment.check_data({"data": before | {"position": 12}}, {"data": after}, "runs/x", 12)
     _, *lines = str(refused.value).splitlines()
     assert all(" there" in line and len(line) < 310 for line in lines)
     return {line.strip().split(":")[0].replace("0 libero_object.", "") for line in lines}
@@ -140,19 +140,19 @@ def test_place_threads_and_a_new_index_do_not_count(libero_dir, tmp_path):
     for directory, more in ((copied, {}), (moved, {}), (copied, {"index_dir": str(tmp_path / "indexes")})):
         after = loader.Loader(dataclasses.replace(_config(directory, **more), threads=3), ("action",), 4).identity()
         assert after == before
-        train_loop._check_data({"data": before | {"position": 0}}, {"data": after}, "runs/x", 0)
+        same_experiment.check_data({"data": before | {"position": 0}}, {"data": after}, "runs/x", 0)
 
 
 def test_another_batch_size_means_another_position(tmp_path):
     data = {"seed": 0, "datasets": [{"name": "a", "fingerprint": "1"}]}
     saved = {"data": data | {"position": 80}}
-    train_loop._check_data(saved, {"data": data}, "runs/x", 80)
+    same_experiment.check_data(saved, {"data": data}, "runs/x", 80)
     with pytest.raises(errors.UserError, match=r"'runs/x' had seen 80 samples .* stands for 160: restore train.batch"):
-        train_loop._check_data(saved, {"data": data}, "runs/x", 160)
+        same_experiment.check_data(saved, {"data": data}, "runs/x", 160)
     # The configuration kept beside a run says it first.
-    checkpoint.write_config(str(tmp_path), {"train": {"batch_size": 8}})
+    same_experiment.write_config(str(tmp_path), {"train": {"batch_size": 8}})
     with pytest.raises(errors.UserError, match=r"train\.batch_size: 8 there, 16 here"):
-        checkpoint.check_same_experiment(str(tmp_path), {"train": {"batch_size": 16}})
+        same_experiment.check_same_experiment(str(tmp_path), {"train": {"batch_size": 16}})
 
 
 # ---- the command ----

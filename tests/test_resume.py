@@ -3,15 +3,15 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
-from qdepth_jax import metrics
+from qdepth_jax import metrics, watch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = [
@@ -32,7 +32,7 @@ FLAGS = [
 ]
 
 
-def start(workdir, index, share_programs=True):
+def start(workdir, index, share_programs=True, more=()):
     """The real command in its own process; `share_programs` keeps compiled programs for the next process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     if share_programs:
@@ -41,18 +41,19 @@ def start(workdir, index, share_programs=True):
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     return subprocess.Popen(
-        [sys.executable, "-m", "qdepth_jax.train", *FLAGS, f"--workdir={workdir}", f"--config.data.index_dir={index}"],
+        [sys.executable, "-m", "qdepth_jax.train", *FLAGS, *more, f"--workdir={workdir}",
+         f"--config.data.index_dir={index}"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def losses(workdir):
-    """(step, kind) -> everything in the row that is not a clock."""
+    """(step, kind) -> everything in the row that is not measured by a clock."""
     out = {}
     for row in metrics.read(workdir / "metrics.jsonl"):
         kind = "val" if "val/loss" in row else "train"
         assert (row["step"], kind) not in out, "a step stands twice"
-        out[row["step"], kind] = {k: v for k, v in row.items() if k != "steps_per_second"}
+        out[row["step"], kind] = {k: v for k, v in row.items() if k not in watch.MEASURED}
     return out
 
 
@@ -72,13 +73,7 @@ def test_kill_nine_and_resume_is_bit_equal(uninterrupted, tmp_path, kill_at):
     expected, index, _ = uninterrupted
     share = kill_at != 7  # one of them compiles anew in every process, as on another machine
     process = start(tmp_path, index, share)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        path = tmp_path / "metrics.jsonl"
-        if path.exists() and f'"step": {kill_at},' in path.read_text():
-            break
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
+    wait_for_row(process, tmp_path, kill_at)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -89,6 +84,74 @@ def test_kill_nine_and_resume_is_bit_equal(uninterrupted, tmp_path, kill_at):
     if kill_at > 10:  # the save at 10 waits for the one at 5: only then is a checkpoint sure to be complete
         assert "resumed" in err
     assert losses(tmp_path) == expected
+
+
+def wait_for_row(process, workdir, step, seconds=240):
+    """Returns when the metrics of `step` are on disk."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + seconds
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no step {step} after {seconds} s"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_stop_signal_saves_at_the_next_boundary(uninterrupted, tmp_path):
+    expected, index, _ = uninterrupted
+    process = start(tmp_path, index, more=("--config.train.checkpoint_every=1000",))
+    wait_for_row(process, tmp_path, 11)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75, err  # EX_TEMPFAIL: a launcher starts the same command again
+    (saved,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved >= 11 and f"stopped by a signal at step {saved}" in err
+    process = start(tmp_path, index)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"resumed {tmp_path} at step {saved}" in err, err
+    assert losses(tmp_path) == expected
+
+
+KILLS = int(os.environ.get("QDEPTH_KILLS", "20"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_kills_at_random_moments_and_during_saves(tmp_path):
+    """One run killed again and again: at a random step, in the middle of a save, while it starts."""
+    index, rng = tmp_path / "index", random.Random(0)
+    more = ("--config.train.total_steps=200", "--config.train.eval_every=100")
+    process = start(tmp_path / "whole", index, more=more)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    expected, workdir, moments = losses(tmp_path / "whole"), tmp_path / "killed", []
+    for kill in range(KILLS):
+        process = start(workdir, index, more=more)
+        done = last_step(workdir)
+        moment = ("step", "save", "start")[kill % 3]
+        if moment == "step":
+            wait_for_row(process, workdir, min(done + rng.randrange(1, 15), 198))
+            time.sleep(rng.random() * 0.05)
+        elif moment == "save":
+            while process.poll() is None and not list((workdir / "checkpoints").glob("*tmp*")):
+                time.sleep(0.001)
+        else:
+            time.sleep(rng.uniform(0.0, 10.0))
+        assert process.poll() is None, f"finished before kill {kill} ({moment})"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        moments.append((moment, last_step(workdir)))
+    process = start(workdir, index, more=more)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    print(f"killed at {moments}")
+    assert losses(workdir) == expected, moments
+
+
+def last_step(workdir):
+    """Step of the last whole row in metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(row)["step"] for row in rows if row.endswith("}")), default=0)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
@@ -104,12 +167,8 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
 def test_a_workdir_of_another_experiment_is_refused(uninterrupted):
     _, index, workdir = uninterrupted
     before = (workdir / "config.json").read_bytes()
-    FLAGS.append("--config.optim.learning_rate=0.5")
-    try:
-        process = start(workdir, index)
-        _, err = process.communicate(timeout=300)
-    finally:
-        FLAGS.pop()
+    process = start(workdir, index, more=("--config.optim.learning_rate=0.5",))
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "optim.learning_rate: 0.004 there, 0.5 here" in err
     assert (workdir / "config.json").read_bytes() == before
@@ -125,26 +184,3 @@ def test_a_policy_refuses_a_tokenizer_of_another_grid(uninterrupted, tmp_path):
     assert done.returncode == 2
     assert "(grid, codes, code_dim) = (4, 64, 8), the policy's depth expert (8, 256, 32)" in done.stderr
     assert not (tmp_path / "p").exists()
-
-
-def test_metrics_file_keeps_what_the_checkpoint_holds(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = metrics.MetricsFile(path, 0)
-    for step in range(1, 6):
-        log.write({"step": step, "loss": float(np.float32(1 / step))})
-    log.close()
-    log = metrics.MetricsFile(path, 3)
-    assert log.dropped == 2
-    log.write({"step": 4, "loss": 9.0})
-    log.close()
-    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4]
-    path.write_text('12\nnonsense\n{"step": 1}\n')
-    assert metrics.MetricsFile(path, 3).dropped == 2
-    lost = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
-    assert len(lost) == 4 and lost[-2:] == ["12", "nonsense"], "nothing is lost"
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    log = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
-    with pytest.raises(ValueError, match=r"step 7.*not finite"):
-        log.write({"step": 7, "loss": float("nan")})

@@ -24,7 +24,7 @@ _ROWS = flags.DEFINE_integer("rows", 4, "frames drawn")
 
 def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
-    from qdepth_jax import checkpoint, errors, experiment
+    from qdepth_jax import checkpoint, earlier_stages, errors
     from qdepth_jax import metrics as metrics_lib
     from qdepth_jax.eval import figures, report
     from qdepth_jax.models import tokenizer
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         if name in runs:
             raise errors.UserError(f"two policies are called {name!r}: give each a name of its own")
         runs[name] = workdir
-    config, variables, meta = experiment.load_tokenizer(_TOKENIZER.value)
+    config, variables, meta = earlier_stages.load_tokenizer(_TOKENIZER.value)
     identity = tokenizer.identity(config, variables["params"], variables["state"])
     for name, workdir in runs.items():
         found = checkpoint.read_meta(workdir)["tokenizer"]
@@ -154,15 +154,15 @@ def policy_result(workdir):
     """(model config, offline.Result, meta, parameter count) of one policy run."""
     import jax
 
-    from qdepth_jax import errors, experiment
+    from qdepth_jax import earlier_stages, errors
     from qdepth_jax.eval import offline
 
-    kind, model, variables, meta = experiment.load_model(workdir)
+    kind, model, variables, meta = earlier_stages.load_model(workdir)
     if kind != "policy":
         raise errors.UserError(f"{workdir!r} holds a {kind}, not a policy")
     data = held_out_data(meta)
     if meta["tokenizer"]:
-        data = experiment.with_tokens(data, meta["config"]["tokenizer"])
+        data = earlier_stages.with_tokens(data, meta["config"]["tokenizer"])
     result = offline.evaluate(model, variables, data, normalisers(meta), _BATCHES.value)
     return model, result, meta, sum(x.size for x in jax.tree.leaves(variables["params"]))
 

@@ -26,11 +26,11 @@ _INDEX_DIR = flags.DEFINE_string("index_dir", "", "root for indexes; default: in
 
 def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
-    from qdepth_jax import errors, experiment
+    from qdepth_jax import earlier_stages, errors
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
-    config, variables, meta = experiment.load_tokenizer(_TOKENIZER.value)
+    config, variables, meta = earlier_stages.load_tokenizer(_TOKENIZER.value)
     saved = meta["config"]["datasets"]
     depth = dict(_pair(row) for row in _DEPTH.value)
     paths = dict(_pair(row) for row in _DATASET.value) or {name: row["path"] for name, row in saved.items()}

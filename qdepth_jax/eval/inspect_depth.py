@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from qdepth_jax import depth as depth_lib
-from qdepth_jax import errors, experiment, progress
+from qdepth_jax import earlier_stages, errors, progress
 from qdepth_jax.data import sidecar
 from qdepth_jax.eval import data_facts, data_figures, depth_metrics, figures, report
 from qdepth_jax.models import tokenizer
@@ -188,10 +188,10 @@ def open_depth(
     own = "" if annotated is not None else subject.depth.get(view, next(iter(subject.depth.values()), ""))
     root, identity = tokens, ""
     if tokenizer_dir:
-        config, variables, _ = experiment.load_tokenizer(tokenizer_dir)
+        config, variables, _ = earlier_stages.load_tokenizer(tokenizer_dir)
         identity = tokenizer.identity(config, variables["params"], variables["state"])
         model = config, variables
-        beside = experiment.token_dir(tokenizer_dir, subject.opened.dataset.name)
+        beside = earlier_stages.token_dir(tokenizer_dir, subject.opened.dataset.name)
         root = root or (beside if os.path.isdir(os.path.join(beside, subject.split.name)) else "")
     if root:
         coded = sidecar.open_sidecar(root, subject.split.name)

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from qdepth_jax import errors, experiment
+from qdepth_jax import earlier_stages, errors, experiment
 from qdepth_jax.data import normalise, text
 from qdepth_jax.models import flow, policy
 
@@ -29,7 +29,7 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
     Raises:
       UserError: no policy there, or none that was trained on this suite.
     """
-    kind, config, variables, meta = experiment.load_model(workdir)
+    kind, config, variables, meta = earlier_stages.load_model(workdir)
     if kind != "policy":
         raise errors.UserError(f"{workdir!r} holds a {kind}, not a policy")
     if config.proprio_steps > 1 or config.image_steps > 1:

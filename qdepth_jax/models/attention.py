@@ -12,6 +12,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+# What a rematerialisation policy may keep of `attend`: its operands and result (stack.REMAT).
+NAMES = ("attention_q", "attention_k", "attention_v", "attention_out")
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None, softcap: float = 0.0) -> Array:
@@ -42,13 +46,14 @@ def _folded(q: Array, k: Array, v: Array, mask: Array | None, softcap: float) ->
 
 
 def _forward(q, k, v, mask, softcap):
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), NAMES))
     logits = jnp.einsum("XMH,XSH->XMS", q, k, preferred_element_type=jnp.float32)
     tanh = jnp.tanh(logits / softcap) if softcap else None
     if softcap:
         logits = softcap * tanh
     logits = _where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("XMS,XSH->XMH", weights, v)
+    out = checkpoint_name(jnp.einsum("XMS,XSH->XMH", weights, v), NAMES[-1])
     return out, (q, k, v, mask, tanh, weights, out)
 
 

@@ -12,12 +12,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qdepth_jax import errors
+from qdepth_jax.models import attention
 
-# What the backward pass may keep of a layer. `full` recomputes everything, `dots` keeps the results of the dense
-# layers (products without a batch axis) and recomputes attention, norms and activations.
+# What the backward pass may keep of a layer beside its inputs, which are always kept; the rest it computes again.
 REMAT = {
+    # Everything that it needs.
     "none": None,
+    # Nothing.
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Queries, keys, values and what attention returns: narrow arrays, no projection but the last is done twice.
+    "attention": jax.checkpoint_policies.save_only_these_names(*attention.NAMES),
+    # Results of the dense layers (products without a batch axis): attention, norms and activations are done twice.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic
+from jax._src.ad_checkpoint import saved_residuals  # public only as print_saved_residuals
 
 from qdepth_jax import errors
-from qdepth_jax.models import depth_expert, policy
+from qdepth_jax.models import depth_expert, policy, stack
 from qdepth_jax.models.siglip import SiglipConfig
 
 TINY = policy.sized("tiny", views=("main", "wrist"), layers=2)
@@ -54,7 +55,14 @@ def close(ours, theirs, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
 
 
-@pytest.mark.parametrize("changes", [{"scan": False}, {"remat": "full"}, {"scan": False, "remat": "dots"}], ids=str)
+FAST = [{"scan": False}, {"remat": "full"}, {"scan": False, "remat": "attention"}]
+ALL = [{"scan": scan, "remat": remat} for remat in stack.REMAT if remat != "none" for scan in (True, False)]
+SLOW = [changes for changes in ALL if changes not in FAST and changes != {"scan": True, "remat": "full"}]
+
+
+@pytest.mark.parametrize(
+    "changes", [*FAST, *(pytest.param(changes, marks=pytest.mark.slow) for changes in SLOW)], ids=str
+)
 def test_scan_unrolled_and_remat_agree(changes):
     """Loss and every gradient; and the programs really are different ones."""
     config = dataclasses.replace(TINY, **changes)
@@ -64,6 +72,23 @@ def test_scan_unrolled_and_remat_agree(changes):
     assert ("scan" in text) == config.scan
     assert ("remat" in text or "checkpoint" in text) == (config.remat != "none")
     close(jax.jit(function)(params), reference(), 2e-6)
+
+
+def test_remat_policies_keep_what_they_say():
+    """From nothing to everything; of attention its four arrays and no weights, whose size is quadratic."""
+
+    def kept(remat):
+        loss, params = loss_function(dataclasses.replace(TINY, remat=remat))
+        residuals = saved_residuals(lambda p: loss(p)[0], params)
+        return sum(aval.size for aval, where in residuals if "argument" not in where)
+
+    full, attention, dots, none = (kept(name) for name in ("full", "attention", "dots", "none"))
+    assert full < attention < dots < none
+    c, (b, layers) = TINY, (4, 2)
+    tokens = sum(c.sizes.values())
+    mixture = b * layers * tokens * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    vision = b * c.pictures * c.siglip.depth * c.siglip.tokens * 4 * c.siglip.width
+    assert attention - full == mixture + vision
 
 
 def test_metrics_are_named_and_add_up():

@@ -1,0 +1,113 @@
+"""Metric rows: what a restart keeps, values that are not finite, buckets, event files; where the time goes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qdepth_jax import errors, metrics, profiler, run_logs, watch
+from qdepth_jax.data import tfrecord
+
+
+def test_metrics_file_keeps_what_the_checkpoint_holds(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = metrics.MetricsFile(path, 0)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": float(np.float32(1 / step))})
+    log.close()
+    log = metrics.MetricsFile(path, 3)
+    assert log.dropped == 2
+    log.write({"step": 4, "loss": 9.0})
+    log.close()
+    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4]
+    path.write_text('12\nnonsense\n{"step": 1}\n')
+    assert metrics.MetricsFile(path, 3).dropped == 2
+    lost = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
+    assert len(lost) == 4 and lost[-2:] == ["12", "nonsense"], "nothing is lost"
+
+
+def test_values_that_are_not_finite_are_null_and_the_file_stays_json(tmp_path):
+    log = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 7, "loss": float("nan"), "norm": float("inf"), "lr": 0.5, "skipped": 1})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda x: pytest.fail(f"{x} is no JSON")) == {
+        "step": 7, "loss": None, "norm": None, "lr": 0.5, "skipped": 1,
+    }  # fmt: skip
+
+
+def test_event_files_hold_the_rows_and_a_restart_supersedes_what_comes_after_it(tmp_path):
+    log = run_logs.start(str(tmp_path), {"name": "x"}, 0, "first", use_tensorboard=True)
+    log.write({"step": 1, "loss": 2.5})
+    log.write({"step": 2, "loss": 1.5})
+    log.close()
+    again = run_logs.start(str(tmp_path), {"name": "x"}, 1, "second", use_tensorboard=True)
+    again.write({"step": 2, "loss": 1.25})
+    again.close()
+    assert again.experiment_id == log.experiment_id, "one experiment over all starts"
+    assert (tmp_path / "command.txt").read_text() == "first\nsecond\n"
+    assert [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [2.5, 1.25]
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len(files) == 2
+    # Event files are TFRecords of Event messages: checksums by our reader, values as the bytes of a protobuf float.
+    records = [[r.payload for r in tfrecord.read_records(str(file))] for file in files]
+    first, second = (b"".join(rows) for rows in records)
+    assert b"loss" in first and np.float32(2.5).tobytes() in first and np.float32(1.5).tobytes() in first
+    assert np.float32(1.25).tobytes() in second
+
+
+def test_event_files_are_refused_in_a_bucket():
+    with pytest.raises(errors.UserError, match="--notensorboard"):
+        run_logs.tensorboard("gs://bucket/run", 1)
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_watch_tells_steps_from_stalls_and_waiting():
+    clock = Clock()
+    timer = watch.Watch(batch_size=8, flops=5e9, devices=2, peak=1e12, clock=clock)
+    assert timer.row() == {}
+    for step in range(4):
+        with timer.data():
+            clock.now += 0.05
+        clock.now += 0.15 if step < 3 else 0.35
+        timer.turn()
+        if step == 1:
+            with timer.checkpoint():
+                clock.now += 3.0
+            with timer.apart():  # a validation
+                clock.now += 7.0
+    row = timer.row()
+    assert row["steps_per_second"] == pytest.approx(4 / 1.0)
+    assert row["samples_per_second"] == pytest.approx(32)
+    assert row["data_wait_share"] == pytest.approx(0.2)
+    assert row["step_seconds_p50"] == pytest.approx(0.2) and row["step_seconds_max"] == pytest.approx(0.4)
+    assert row["checkpoint_stall_seconds"] == pytest.approx(3.0)
+    assert row["model_tflops_per_device"] == pytest.approx(32 * 5e9 / 2 / 1e12)
+    assert row["mfu"] == pytest.approx(32 * 5e9 / 2 / 1e12)
+    assert set(row) <= set(watch.MEASURED)
+    assert timer.row() == {}
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "said", "traced"),
+    [((2, 4), 0, 1, [2, 3]), ((2, 4), 2, 2, [3]), ((2, 4), 3, 1, []), (None, 0, 0, []), ((4, 9), 0, 1, [4, 5])],
+)
+def test_profile_covers_its_steps(tmp_path, monkeypatch, steps, start, said, traced):
+    running, seen, lines = [], [], []
+    monkeypatch.setattr(profiler.jax.profiler, "start_trace", lambda folder: running.append(folder))
+    monkeypatch.setattr(profiler.jax.profiler, "stop_trace", running.clear)
+    profile = profiler.Profiler(steps, str(tmp_path), start, lines.append)
+    for step in range(start + 1, 6):
+        profile.before(step)
+        if running:
+            seen.append(step)
+    profile.close()
+    assert seen == traced and not running and len(lines) == said, lines

@@ -1,0 +1,154 @@
+"""What the launchers share: the train command behind `--`, its check before anything is rented, and dry runs.
+
+Pure functions but for `act`. The launchers are started as files (`python tools/launch/slurm.py`), so this module is
+found beside them.
+"""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+from qdepth_jax import errors
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# train.py saves at the next step boundary when it gets SIGTERM, and ends with STOPPED: "start me again".
+STOPPED = 75
+BAD_INPUT = 2
+
+# Where a process stands among the others is the launcher's business or found by the process itself.
+_PLACED = ("coordinator", "num_processes", "process_id")
+
+
+def train_arguments(argv: list[str], shared: tuple[str, ...] = ("/", "gs://", "s3://")) -> list[str]:
+    """The arguments behind `--`, checked.
+
+    Args:
+      argv: what absl leaves over: the name of the command, then everything behind `--`.
+      shared: how a --workdir that all processes see begins.
+
+    Raises:
+      UserError: no --config or --workdir, a --workdir that is not seen everywhere, or flags that the launcher sets.
+    """
+    arguments = argv[1:]
+    for argument in arguments:
+        if not argument.startswith("--"):
+            raise errors.UserError(
+                f"unexpected argument {argument!r}: everything for qdepth_jax.train comes behind `--`, as --name=value"
+            )
+    for name in _PLACED:
+        if _value(arguments, name) is not None:
+            raise errors.UserError(f"--{name} is set by the launcher or found by the process: leave it out")
+    for name in ("config", "workdir"):
+        if not _value(arguments, name):
+            raise errors.UserError(f"no --{name}=... behind `--`: every process needs it")
+    workdir = _value(arguments, "workdir")
+    if not workdir.startswith(shared):
+        raise errors.UserError(
+            f"--workdir={workdir} must be one place for all processes and outlive them: begin it with "
+            f"{' or '.join(shared)}"
+        )
+    return arguments
+
+
+def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> None:
+    """Loads --config with its overrides as train.py would, so that a slip is found now and not after hours in a queue.
+
+    Args:
+      arguments: of train.py.
+      devices: chips or GPUs of the whole job, in so many equal slices.
+
+    Raises:
+      UserError: an unknown or ill-typed field, a mesh that does not fit the devices, a batch that does not divide.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from qdepth_jax import config as config_lib
+    from qdepth_jax import experiment, sharding
+
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # experiments import each other
+    values = flags.FlagValues()
+    argv = ["train", *arguments]
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
+    try:
+        values(argv, known_only=True)
+        config = values.config
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise errors.UserError(f"the config cannot be loaded: {error.args[0] if error.args else error}") from error
+    experiment.check_keys(config)
+    mesh = config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
+    sizes = sharding.mesh_sizes(mesh, devices, mesh.slices or slices)
+    parts = config.train.micro_batches * sizes["replica"] * sizes["fsdp"]
+    if config.train.batch_size % parts:
+        raise errors.UserError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of micro_batches x replica x fsdp = "
+            f"{config.train.micro_batches} x {sizes['replica']} x {sizes['fsdp']}: use "
+            f"{-(-config.train.batch_size // parts) * parts} or another mesh"
+        )
+
+
+def train_command(arguments: list[str], python: str = "python") -> list[str]:
+    """The command line of one process."""
+    return [python, "-m", "qdepth_jax.train", *arguments]
+
+
+def environment(pairs: list[str]) -> dict[str, str]:
+    """NAME=VALUE strings as a table.
+
+    Raises:
+      UserError: not of that form, or a name that smells of a secret: secrets belong to the cluster, not into scripts.
+    """
+    table = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise errors.UserError(f"--env={pair}: write NAME=VALUE")
+        if re.search(r"(?i)(secret|password|credential|(^|_)(token|key)$)", name):
+            raise errors.UserError(
+                f"--env={name}=...: this would stand in plain text in scripts and logs; give it to the cluster's own "
+                "store of secrets"
+            )
+        table[name] = value
+    return table
+
+
+def check_name(flag: str, name: str) -> str:
+    """A name that clouds, clusters and file systems all take: lower-case letters, digits, dashes, at most 40.
+
+    Raises:
+      UserError: anything else.
+    """
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise errors.UserError(
+            f"--{flag}={name!r}: use lower-case letters, digits and dashes, a letter first, at most 40"
+        )
+    return name
+
+
+def _value(arguments: list[str], name: str) -> str | None:
+    """Of the last --name=value; "" where the flag stands without a value."""
+    found = None
+    for argument in arguments:
+        flag, _, value = argument.removeprefix("--").partition("=")
+        if flag == name:
+            found = value
+    return found
+
+
+def act(command: list[str], dry_run: bool, capture: bool = False) -> subprocess.CompletedProcess | None:
+    """Runs a command, or prints what would be run, quoted for a shell; None on a dry run.
+
+    Raises:
+      UserError: the program is not installed.
+    """
+    print(("would run: " if dry_run else "run: ") + shlex.join(command), file=sys.stderr, flush=True)
+    if dry_run:
+        return None
+    try:
+        return subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+    except FileNotFoundError as error:
+        raise errors.UserError(f"{command[0]!r} is not installed here: install it or keep to --dry_run") from error
