@@ -4,6 +4,9 @@ Bytes are per chip and step. `payload` is the whole array: the result of an all-
 `sent` is what one chip must receive (and send) at least, n chips taking part:
 all-gather and reduce-scatter (n-1)/n of the payload, all-reduce twice that, all-to-all (n-1)/n of a chip's own array,
 permute all of it.
+
+Several slices: XLA makes one program for a slice. What crosses is left to the runtime (Megascale): the program hands it
+an array (`send` to the host) and says what is to be done with those of the other slices.
 """
 
 import dataclasses
@@ -48,18 +51,26 @@ class Collective:
         return factor * self.payload
 
 
-def find(module: hlo.Module, mesh_shape: dict[str, int]) -> tuple[list[Collective], list[str]]:
+def find(module: hlo.Module, mesh_shape: dict[str, int], slices: int = 1) -> tuple[list[Collective], list[str]]:
     """(collectives, loops whose trip count is unknown and counted once) of a compiled module.
 
     Args:
       module: from hlo.parse; partition i of the program is the device at position i of the mesh.
       mesh_shape: axis -> size, major first.
+      slices: equal parts of the mesh's devices, in order.
     """
+    devices = math.prod(mesh_shape.values()) // slices
+    same_chip = tuple(part * devices for part in range(slices))
     counts, unknown = hlo.run_counts(module)
     found: list[Collective] = []
     chains: set[str] = set()
     for name, times in counts.items():
         for instruction in module.computations[name].values():
+            if kind := _between_slices(instruction):
+                sent = instruction.shape[0]
+                axes = "slices"
+                found.append(Collective(kind, sent.dtype, sent.bytes, times, same_chip, axes, _where(instruction)))
+                continue
             kind = kind_of(instruction.opcode)
             if kind is None:
                 continue
@@ -69,7 +80,7 @@ def find(module: hlo.Module, mesh_shape: dict[str, int]) -> tuple[list[Collectiv
                 if channel.group(1) in chains:
                     continue
                 chains.add(channel.group(1))
-            group = first_group(instruction.attributes, math.prod(mesh_shape.values()))
+            group = first_group(instruction.attributes, devices)
             payload, dtype = _payload(instruction, kind, len(group))
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"  # on TPU a fusion of an all-reduce and a slice
@@ -84,6 +95,15 @@ def kind_of(opcode: str) -> str | None:
     if opcode.endswith("-done"):
         return None
     return next((kind for kind in KINDS if opcode in (kind, f"{kind}-start")), None)
+
+
+def _between_slices(instruction: hlo.Instruction) -> str | None:
+    """The kind of a transfer through the data centre's network, or None."""
+    if instruction.opcode != "send" or "xla_megascale_runtime" not in instruction.attributes:
+        return None
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    kind = named.group(1).lower().replace("_", "-") if named else ""
+    return kind if kind in KINDS else "collective-permute"
 
 
 def _payload(instruction: hlo.Instruction, kind: str, members: int) -> tuple[float, str]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,6 +72,13 @@ def plan_of(config: ml_collections.ConfigDict) -> Plan:
         remat=model.remat if is_policy else "none",
         tokens=sum(model.sizes.values()) if is_policy else model.grid**2,
     )
+
+
+def with_layout(plan: Plan, micro_batches: int, remat: str) -> Plan:
+    """The same plan with other micro-batches and remat; the state and the model's own FLOPs stay."""
+    train = dataclasses.replace(plan.train, micro_batches=micro_batches)
+    model = dataclasses.replace(plan.model, remat=remat) if hasattr(plan.model, "remat") else plan.model
+    return plan._replace(train=train, model=model, remat=remat)
 
 
 def _batch(
@@ -179,39 +187,31 @@ def compile_step(lowered: jax.stages.Lowered, where: str, cache: str = "") -> Co
         if path.exists():
             return dataclasses.replace(Compiled(**json.loads(gzip.decompress(path.read_bytes()))), cached=True)
     start = time.monotonic()
-    try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        result = refused(str(error))
-        if result is None:
-            raise
-        result = dataclasses.replace(result, seconds=time.monotonic() - start)
-    else:
-        m, message = program.memory_analysis(), ""
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            text = program.as_text()
+            # The text from a dump: XLA cannot print every program that it made (v5p ones with asynchronous updates),
+            # and a refused one tells what it would have sent.
+            program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            # XLA cannot print some of its programs: full-size v5p ones, with asynchronous updates (libtpu 0.0.52).
-            text, message = "", str(error).partition("\n")[0][:300]
-        needed = (
-            m.argument_size_in_bytes
-            + m.output_size_in_bytes
-            - m.alias_size_in_bytes
-            + m.temp_size_in_bytes
-            + m.generated_code_size_in_bytes
-        )
-        result = Compiled(
-            fits=True,
-            needed=needed,
-            arguments=m.argument_size_in_bytes,
-            outputs=m.output_size_in_bytes,
-            aliased=m.alias_size_in_bytes,
-            temporary=m.temp_size_in_bytes,
-            code=m.generated_code_size_in_bytes,
-            text=text,
-            message=message,
-            seconds=time.monotonic() - start,
-        )
+            result = refused(str(error))
+            if result is None:
+                raise
+        else:
+            m = program.memory_analysis()
+            result = Compiled(
+                fits=True,
+                needed=m.argument_size_in_bytes
+                + m.output_size_in_bytes
+                - m.alias_size_in_bytes
+                + m.temp_size_in_bytes
+                + m.generated_code_size_in_bytes,
+                arguments=m.argument_size_in_bytes,
+                outputs=m.output_size_in_bytes,
+                aliased=m.alias_size_in_bytes,
+                temporary=m.temp_size_in_bytes,
+                code=m.generated_code_size_in_bytes,
+            )
+        result = dataclasses.replace(result, text=_dumped(folder), seconds=time.monotonic() - start)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -221,15 +221,26 @@ def compile_step(lowered: jax.stages.Lowered, where: str, cache: str = "") -> Co
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# As libtpu 0.0.52 says it, arguments included in spite of the words; and as older ones did.
+_REFUSALS = (
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm",
+)
 
 
 def refused(message: str) -> Compiled | None:
     """The compiler's refusal for want of memory as a result, or None if the message says something else."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message)
+    found = next((match for pattern in _REFUSALS if (match := re.search(pattern, message))), None)
     if found is None:
         return None
     used, limit = (float(found.group(n)) * _UNITS[found.group(n + 1)] for n in (1, 3))
     return Compiled(fits=False, needed=used, limit=limit, message=message)
+
+
+def _dumped(folder: str) -> str:
+    """The text of the largest program that XLA dumped, after all its optimisations; "" if there is none."""
+    found = sorted(pathlib.Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+    return found[-1].read_text() if found else ""
 
 
 def _libtpu_version() -> str:

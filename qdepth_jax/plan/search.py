@@ -7,7 +7,7 @@ import ml_collections
 
 from qdepth_jax import errors, sharding
 from qdepth_jax.models import flops
-from qdepth_jax.plan import estimate, program, roofline, topology
+from qdepth_jax.plan import estimate, program, roofline, state, topology
 
 REMAT = ("full", "attention", "dots")
 MOST_TENSOR = 8  # Gemma's query heads
@@ -17,46 +17,42 @@ DOUBT = 1.15
 
 def candidates(config: ml_collections.ConfigDict, where: topology.Topology) -> list[dict[str, Any]]:
     """One row for each layout, those that may fit first, fastest first; "best" is 0 where it cannot be used."""
-    rows = []
+    made, rows = program.plan_of(config), []
     for sizes in sharding.layouts(where.chips, where.slices):
-        if sizes["tensor"] > MOST_TENSOR or where.chips_per_slice % (sizes["fsdp"] * sizes["tensor"]):
+        if sizes["tensor"] > MOST_TENSOR:
             continue
-        for remat in REMAT if "remat" in config.model else ("",):
+        for remat in REMAT if made.remat in REMAT else (made.remat,):
             row = {**sizes, "remat": remat, "micro_batches": 0, "per_chip": 0, "needed": 0.0, "best": 0.0, "worst": 0.0}
-            rows += _micro_batches(config, where, sizes, row)
+            rows += [row | found for found in _micro_batches(made, where, sizes, remat)]
     return sorted(rows, key=lambda row: (row["best"] == 0, row["best"], row["worst"], row["needed"]))
 
 
-def _micro_batches(config, where, sizes, row) -> list[dict[str, Any]]:
-    ways, batch, out = sizes["replica"] * sizes["fsdp"], config.train.batch_size, []
+def _micro_batches(
+    made: program.Plan, where: topology.Topology, sizes: dict[str, int], remat: str
+) -> list[dict[str, Any]]:
+    ways, batch, out = sizes["replica"] * sizes["fsdp"], made.train.batch_size, []
     if batch % ways:
-        return [row | {"verdict": f"batch {batch} does not divide over {ways} ways"}]
+        return [{"verdict": f"batch {batch} does not divide over {ways} ways"}]
+    try:
+        state.of(sizes, made.state, where.slices)
+    except errors.UserError as error:
+        return [{"verdict": "does not divide: " + str(error).splitlines()[1].strip()}]
     per_chip = batch // ways
-    for micro in (n for n in range(1, per_chip + 1) if per_chip % n == 0 and (n & (n - 1)) == 0):
-        candidate = row | {"micro_batches": micro, "per_chip": per_chip // micro}
-        try:
-            made = program.plan_of(with_layout(config, candidate))
-            needed = estimate.memory(made, sizes, where.slices).total
-        except errors.UserError as error:
-            return [row | {"verdict": str(error).splitlines()[1 if "\n" in str(error) else 0].strip()[:100]}]
-        candidate["needed"] = needed
+    for micro in (2**n for n in range(per_chip.bit_length()) if per_chip % 2**n == 0):
+        candidate = {"micro_batches": micro, "per_chip": per_chip // micro}
+        plan = program.with_layout(made, micro, remat)
+        candidate["needed"] = needed = estimate.memory(plan, sizes, where.slices).total
         if needed > DOUBT * where.chip.usable_bytes:
-            over = needed - where.chip.usable_bytes
-            out.append(candidate | {"verdict": f"too large by {over / 2**30:.1f} GiB (estimate)"})
+            over = (needed - where.chip.usable_bytes) / 2**30
+            out.append(candidate | {"verdict": f"too large by {over:.1f} GiB (estimate)"})
             continue
-        executed = sum(
-            (
-                flops.model_flops(made.parts),
-                flops.recomputed(made.parts, made.remat),
-                flops.unread(made.parts, made.remat),
-            )
-        )
+        model = flops.model_flops(plan.parts)
         line = roofline.roofline(
             where,
-            flops.model_flops(made.parts) * batch,
-            executed * batch,
-            estimate.hbm_bytes(made, sizes, where.slices),
-            roofline.network_seconds(where, estimate.network(made, sizes, where.slices)),
+            model * batch,
+            (model + flops.recomputed(plan.parts, remat) + flops.unread(plan.parts, remat)) * batch,
+            estimate.hbm_bytes(plan, sizes, where.slices),
+            roofline.network_seconds(where, estimate.network(plan, sizes, where.slices)),
         )
         out.append(candidate | {"best": line.bound, "worst": line.sum, "verdict": f"by formula, limit {line.limit}"})
     return out

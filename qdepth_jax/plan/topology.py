@@ -117,7 +117,9 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     side = "x".join(str(n) for n in topology.shape)
-    extra = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    extra: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.chip.cores > 1:
+        extra["chip_config_name"] = "megacore"  # both TensorCores of a chip as one device; v4's default is two
     try:
         found = topologies.get_topology_desc(
             platform="tpu",

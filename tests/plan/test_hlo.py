@@ -103,6 +103,23 @@ def test_collectives_with_kind_size_count_and_axes():
     assert rows[0]["kind"] == "all-gather" and rows[0]["sent"] == 54 * gather.sent
 
 
+def test_what_crosses_slices_is_handed_to_the_runtime():
+    text = """\
+HloModule m
+
+ENTRY %main (x: bf16[65,8]) -> bf16[65,8] {
+  %x = bf16[65,8]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[65,8]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[65,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = bf16[65,8]{1,0} all-reduce(%x), channel_id=3, replica_groups={{0,1,2,3}}
+}
+"""
+    crossing, inside = collectives.find(hlo.parse(text), {"replica": 4, "fsdp": 2, "tensor": 1}, slices=2)[0]
+    assert (crossing.kind, crossing.payload, crossing.axes, crossing.group) == ("all-reduce", 1040, "slices", (0, 4))
+    assert (inside.axes, inside.group) == ("replica+fsdp", (0, 1, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("text", "group"),
     [

@@ -1,5 +1,6 @@
 """Whole plans: by formula in the fast suite, by the TPU compiler where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -66,11 +67,10 @@ def test_plan_without_compiling_says_so_and_adds_up():
     json.dumps(result)
 
 
-def test_a_batch_that_does_not_divide_names_one_that_does():
-    config = bridge.get_config()
-    config.train.batch_size = 1000
+def test_a_batch_that_does_not_divide_names_one_that_does(full):
+    odd = full._replace(train=dataclasses.replace(full.train, batch_size=1000))
     with pytest.raises(errors.UserError, match=r"batch 1000 .* 4 x 1 x 16: use 1024"):
-        pod.plan(config, topology.parse("v5e-16"), compiles=False)
+        program.check_batch(odd, {"replica": 1, "fsdp": 16, "tensor": 1})
 
 
 @pytest.mark.slow
