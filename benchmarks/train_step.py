@@ -1,13 +1,14 @@
 """One training step: ours against open-pi-zero's, eager and compiled, in one interleaved run.
 
   python benchmarks/train_step.py --open_pi_zero=CHECKOUT [--rounds=9] [--append_results]
-  python benchmarks/train_step.py --open_pi_zero=CHECKOUT --device=gpu --size=full --dtype=bfloat16 --batch=16   # untried
+  python benchmarks/train_step.py --open_pi_zero=CHECKOUT --device=gpu --size=full --dtype=bfloat16 --batch=16 # untried
 
-CHECKOUT is github.com/allenzren/open-pi-zero (commit c3df7fb); its model needs torch, hydra-core, omegaconf and einops in
-this environment. Same network (the baseline, no depth expert), weights, batch, noise and trained parameters; forward,
-backward, clipping, AdamW, all in float32 on a CPU. Each contestant lives in a process of its own on the same cores; in
-every round each takes its turn while the others wait, and a ratio is taken within a round. Before the race the first
-step's loss and gradient norm must agree within --tolerance, otherwise the exit code is 1 and nothing is timed.
+CHECKOUT is github.com/allenzren/open-pi-zero (commit c3df7fb); its model needs torch, hydra-core, omegaconf and einops
+in this environment. Same network (the baseline, no depth expert), weights, batch, noise and trained parameters;
+forward, backward, clipping, AdamW, all in float32 on a CPU. Each contestant lives in a process of its own on the same
+cores; in every round each takes its turn while the others wait, and a ratio is taken within a round. Before the race
+the first step's loss and gradient norm must agree within --tolerance, otherwise the exit code is 1 and nothing is
+timed.
 
 On a GPU the models run one after the other instead (they share its memory): the ratio is of medians then. There the
 original trains bfloat16 weights without a float32 copy, as its trainer does; ours keeps float32 weights and moments.
@@ -237,16 +238,18 @@ def table(result: dict[str, Any]) -> str:
     shown = [arg if not arg.startswith("--open_pi_zero") else "--open_pi_zero=DIR" for arg in sys.argv[1:]]
     values = [f"{name} {loss:.6f} / {norm:.6f}" for name, (loss, norm) in _firsts(result).items()]
     lines = [
-        f"## {datetime.date.today()} train step: {machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB",
+        f"## {datetime.date.today()} train step: {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gb']} GB",
         "",
         f"`python benchmarks/train_step.py {' '.join(shown)}`".replace(" `", "`"),
         f"{machine['system']}; {', '.join(f'{k} {v}' for k, v in versions.items())}.",
-        f"Size {result['size']}, batch {result['batch']}, {result['dtype']}, {result['threads']} cores each; median [min, max] "
-        f"over rounds of {result['steps_per_turn']} steps; x = their time / ours within a round.",
+        f"Size {result['size']}, batch {result['batch']}, {result['dtype']}, {result['threads']} cores each; median "
+        f"[min, max] over rounds of {result['steps_per_turn']} steps; x = their time / ours within a round.",
         f"First step, loss / gradient norm: {'; '.join(values)} (largest relative difference "
         f"{result['agreement']['relative']:.1e}, allowed {result['agreement']['tolerance']:.0e}).",
         "",
-        "| contestant | parameters (trained) | samples/s | s/step | CPU s/step | x ours, wall | x ours, CPU | first step s | peak MB |",
+        "| contestant | parameters (trained) | samples/s | s/step | CPU s/step | x ours, wall | x ours, CPU | first "
+        "step s | peak MB |",
         "|---" * 9 + "|",
     ]
     for name, row in result["contestants"].items():

@@ -1,7 +1,7 @@
 """Our train step on the open-pi-zero baseline, for the race in benchmarks/train_step.py.
 
-It is `train_step.train_step` compiled as the training loop compiles it. The one difference: noise and time come with the
-batch, so that all contestants compute the same numbers.
+It is `train_step.train_step` compiled as the training loop compiles it. The one difference: noise and time come with
+the batch, so that all contestants compute the same numbers.
 """
 
 import functools
@@ -143,7 +143,6 @@ def _weights(config, folder: pathlib.Path) -> Any:
 def _count(params, frozen) -> tuple[int, int]:
     """Parameters, and how many of them are trained."""
     import jax
-    import numpy as np
 
     from qdepth_jax import optim, sharding
 

@@ -15,7 +15,7 @@ NOISE_SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes of the network. `full` is the published one; its rope theta and time period are those of the train configs."""
+    """Sizes of the network. `full` is the published one; rope theta and time period are those of its train configs."""
 
     vision_width: int = 1152
     vision_mlp: int = 4304
@@ -47,8 +47,8 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    # The published shape (18 layers, mlp 8 times the width, 281 tokens, attention as wide as the vlm) an eighth as wide:
-    # a step of seconds on two cores.
+    # The published shape (18 layers, mlp 8 times the width, 281 tokens, attention as wide as the vlm), an eighth as
+    # wide: a step of seconds on two cores.
     "mid": Size(
         vision_width=192,
         vision_mlp=768,
@@ -110,7 +110,7 @@ class Order:
 
 
 def make_batch(size: Size, batch: int) -> dict[str, np.ndarray]:
-    """One batch: images u8 [B, S, S, 3], text i32 [B, L] padded with 0, proprio f32 [B, 1, Dp], action f32 [B, Z, A], t f32 [B].
+    """images u8 [B, S, S, 3], text i32 [B, L] padded with 0, proprio f32 [B, 1, Dp], action f32 [B, Z, A], t f32 [B].
 
     Text lengths differ between examples, at least 1 and sometimes L.
     """

@@ -31,7 +31,7 @@ def detect(environment: Mapping[str, str]) -> Cluster:
     shell in an allocation is no step. Open MPI: OMPI_COMM_WORLD_SIZE.
 
     Raises:
-      UserError: GPUs that do not divide over the tasks of a node.
+      UserError: GPUs that do not divide over the tasks of a node; several processes of an unknown launcher.
     """
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     if workers and "WARNING" not in workers:  # libtpu writes its complaints into the variable
@@ -42,6 +42,13 @@ def detect(environment: Mapping[str, str]) -> Cluster:
         return Cluster("slurm", tasks, _slurm_gpus(environment) if tasks > 1 else None)
     if "OMPI_MCA_orte_hnp_uri" in environment:
         return Cluster("ompi", int(environment.get("OMPI_COMM_WORLD_SIZE") or 1))
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
+        if environment.get(name, "").isdecimal() and int(environment[name]) > 1:
+            # Taken for a single process, each of them would train alone into the same workdir.
+            raise errors.UserError(
+                f"{name}={environment[name]} says that this is one of several processes, but its launcher is none that "
+                "JAX knows: give --coordinator=HOST:PORT --num_processes=N --process_id=I, or unset the variable"
+            )
     return NONE
 
 

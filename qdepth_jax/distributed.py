@@ -214,10 +214,14 @@ def _leave_failed(error: BaseException) -> str:
         return ""
     import jax
 
-    if isinstance(error, jax.errors.JaxRuntimeError) and (elsewhere := _failed_elsewhere()):
-        return elsewhere
-    _client().key_value_set(f"{_KEY}/failed/{process()[0]}", _told(error), allow_overwrite=True)
-    _post(_turn(), {"failed": _told(error)}, process()[0])
+    try:
+        if isinstance(error, jax.errors.JaxRuntimeError) and (elsewhere := _failed_elsewhere()):
+            return elsewhere
+        _client().key_value_set(f"{_KEY}/failed/{process()[0]}", _told(error), allow_overwrite=True)
+        _post(_turn(), {"failed": _told(error)}, process()[0])
+    except RuntimeError as lost:
+        # The coordinator itself is gone: what went wrong here must still be what the user reads.
+        print(f"the other hosts could not be told: {_first_line(lost)}", file=sys.stderr, flush=True)
     return ""
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from typing import Any
 
@@ -34,14 +33,12 @@ class MetricsFile:
             if dropped:
                 lost = self.path.parent / "metrics.dropped.jsonl"
                 before = lost.read_text() if lost.exists() else ""
-                lost.write_text(before + "".join(line + "\n" for line in dropped))
+                workdirs.write_whole(lost, before + "".join(line + "\n" for line in dropped))
         self.dropped = len(dropped)
         self._text = "".join(row + "\n" for row in rows)
         self._uploaded, self._file = 0.0, None
         if self._local:
-            temporary = self.path.parent / (self.path.name + ".tmp")
-            temporary.write_text(self._text)
-            os.replace(temporary, self.path)
+            workdirs.write_whole(self.path, self._text)
             self._text, self._file = "", open(self.path, "a")  # noqa: SIM115 (closed by `close`)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def start(
     same_experiment.write_config(workdir, config)
     if command:
         path = folder / "command.txt"
-        path.write_text((path.read_text() if path.exists() else "") + command + "\n")
+        workdirs.write_whole(path, (path.read_text() if path.exists() else "") + command + "\n")
     found, sinks = experiment_id(folder), []
     if use_tensorboard:
         sinks.append(tensorboard(workdir, step + 1))
@@ -118,7 +118,10 @@ def experiment_id(folder: epath.Path) -> str:
     """The id of the experiment in `folder`, made at its first start."""
     path = folder / "experiment.json"
     if path.exists():
-        return json.loads(path.read_text())["id"]
+        try:
+            return json.loads(path.read_text())["id"]
+        except (ValueError, KeyError) as error:
+            raise errors.UserError(f"{path} is damaged ({error}): delete it, the run then gets a new id") from error
     found = distributed.new_id()
-    path.write_text(json.dumps({"id": found}))
+    workdirs.write_whole(path, json.dumps({"id": found}))
     return found

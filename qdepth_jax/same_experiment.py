@@ -62,12 +62,7 @@ def read_config(workdir: str) -> dict[str, Any] | None:
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:
     """config.json of a run, atomically (an object of a bucket appears whole by itself)."""
-    folder, text = workdirs.folder(workdir), json.dumps(config, indent=1)
-    if workdirs.is_remote(workdir):
-        (folder / "config.json").write_text(text)
-    else:
-        (folder / "config.json.tmp").write_text(text)
-        (folder / "config.json.tmp").replace(folder / "config.json")
+    workdirs.write_whole(workdirs.folder(workdir) / "config.json", json.dumps(config, indent=1))
 
 
 def say_changed_length(workdir: str, total_steps: int, say: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ nothing is replicated unless a row says so. Paths of optimiser moments, averaged
 parameter's own path, so one row serves them all.
 
 Several slices: chips of one slice are joined by a fast torus (ICI), slices by the data-centre network (DCN). Only
-`replica` crosses slices, because its one all-reduce of gradients per step is the little that DCN can carry.
+`replica` crosses slices: all that it moves is one sum of the (fsdp-split) gradients for every micro-batch.
 """
 
 import math

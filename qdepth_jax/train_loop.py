@@ -37,6 +37,8 @@ from qdepth_jax.models import objective as objective_lib
 
 HostBatch = dict[str, np.ndarray]
 
+SHARED_SECONDS = 10.0  # for a file of one host to appear on the others; network disks list with a delay
+
 
 class Run(NamedTuple):
     """Everything the loop needs, assembled by qdepth_jax/experiment.py.
@@ -107,6 +109,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     c, folder, extras = run.train, workdirs.folder(workdir), extras or Extras()
     check_batch(c, run.mesh)
     distributed.together(lambda: _make_folder(folder))
+    _check_shared(folder)
     target, placed = abstract_state(run)
     distributed.together(lambda: same_experiment.check_same_experiment(workdir, run.config))
 
@@ -134,6 +137,7 @@ def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.Trai
     Before anything is written: what does not fit is refused.
     """
     c, found = run.train, manager.latest_step()
+    distributed.same_everywhere("list of checkpoints", sorted(manager.all_steps()))
     if (found or 0) < c.total_steps:
         room = functools.partial(workdirs.check_room, workdir, target, c, len(manager.all_steps()))
         distributed.together(room)
@@ -211,6 +215,7 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
         if compiled is None:
             with timer.apart():
                 begin = time.perf_counter()
+                _check_best(c, run.objective, state, batch, key)
                 compiled = compile_step(run, state, batch, key)
                 extra["compile_seconds"] = time.perf_counter() - begin
         state, values = compiled(state, batch, key)
@@ -252,6 +257,8 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
 def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict[str, float]]:
     """Mean of the objective's metrics over the held-out batches, names prefixed "val/"; averaged params if kept."""
 
+    size = run.train.batch_size
+
     def eval_step(params, model_state, batch, key, step):
         return run.objective.loss(params, model_state, batch, jax.random.fold_in(key, 2), step).metrics
 
@@ -260,7 +267,9 @@ def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict
     def evaluate(state: train_step.TrainState, key: jax.Array) -> dict[str, float]:
         params, rows = state.params if state.ema is None else state.ema, []
         for batch in run.eval_batches():
-            rows.append(jax.device_get(compiled(params, state.state, put_batch(batch, run.mesh), key, state.step)))
+            rows.append(
+                jax.device_get(compiled(params, state.state, put_batch(batch, run.mesh, size), key, state.step))
+            )
         if not rows:
             raise errors.UserError("the held-out split has fewer frames than one batch: lower train.batch_size")
         return {f"val/{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
@@ -306,6 +315,39 @@ def _start_logs(run: Run, workdir: str, start: int, extras: Extras) -> run_logs.
         moved = f"; {log.file.dropped} metric rows after it moved to metrics.dropped.jsonl" if log.file.dropped else ""
         say(f"resumed {workdir} at step {start}{moved}")
     return log
+
+
+def _check_shared(folder: epath.Path) -> None:
+    """The hosts must see one workdir, not each its own: the first save would fail, or hosts would resume differently.
+
+    Raises:
+      UserError: naming the hosts that do not see what the main host wrote.
+    """
+    if distributed.process()[1] == 1:
+        return
+    path = folder / f"seen.{distributed.from_main(distributed.new_id())}"
+    distributed.together(lambda: path.write_text("one workdir for all hosts") if distributed.is_main() else None)
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [host for host, ok in enumerate(distributed.gather(seen, "shared workdir")) if not ok]
+    if distributed.is_main():
+        path.unlink()
+    if blind:
+        raise errors.UserError(
+            f"--workdir={folder} is not one place for all hosts: hosts {blind} do not see what host 0 wrote there. Use "
+            "a shared disk or a bucket, and the same --workdir everywhere"
+        )
+
+
+def _check_best(c: config_lib.TrainConfig, objective: objective_lib.Objective, state, batch, key) -> None:
+    """A metric that decides which checkpoints stay must exist, before a step is spent."""
+    if not c.keep_best:
+        return
+    out = jax.eval_shape(objective.loss, state.params, state.state, batch, key, state.step)
+    names = sorted(f"val/{name}" for name in out.metrics)
+    if c.best_metric not in names:
+        raise errors.UserError(f"train.best_metric={c.best_metric!r} is no metric of a validation: use one of {names}")
 
 
 def _make_folder(folder: epath.Path) -> None:

@@ -25,7 +25,7 @@ ALLOWANCE = 4 * 2**20  # bytes per checkpoint beside its arrays: Orbax writes so
 CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
 
 
-def is_remote(workdir: str) -> bool:
+def is_remote(workdir: str | epath.Path) -> bool:
     return "://" in str(workdir)
 
 
@@ -45,6 +45,16 @@ def folder(workdir: str) -> epath.Path:
             raise errors.UserError(f"{workdir!r} names no bucket: write {scheme}://BUCKET/FOLDER")
         return epath.Path(str(workdir).rstrip("/"))
     return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """The file appears whole or not at all, whatever kills the process (an object of a bucket does so by itself)."""
+    if is_remote(path):
+        path.write_text(text)
+    else:
+        temporary = path.parent / (path.name + ".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def size_of(abstract: Any) -> int:

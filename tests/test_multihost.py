@@ -1,10 +1,9 @@
 """One run on one, two and four real processes: the same losses, the same samples in the same order, one set of logs.
 
-Every run has four simulated devices in all and the real train command; processes meet on loopback.
+The real train command on simulated devices; processes meet on loopback.
 """
 
 import json
-import os
 import re
 import signal
 import time
@@ -35,8 +34,8 @@ TOKENIZER = [
 ]
 
 
-def start(folder, index, flags, count, mesh=(1, -1, 1), name="run"):
-    """`count` processes with four devices in all; each records what it read in FOLDER/NAME.NUMBER."""
+def start(folder, index, flags, count, mesh=(1, -1, 1), name="run", devices=4):
+    """`count` processes with `devices` devices in all; each records what it read in FOLDER/NAME.NUMBER."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("replica", "fsdp", "tensor"), mesh)]
 
     def arguments(port, number):
@@ -51,12 +50,12 @@ def start(folder, index, flags, count, mesh=(1, -1, 1), name="run"):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    return multihost.start_all(arguments, count, 4 // count, programs)
+    return multihost.start_all(arguments, count, devices // count, programs)
 
 
-def run(folder, index, flags, count, mesh=(1, -1, 1), name="run"):
+def run(folder, index, flags, count, mesh=(1, -1, 1), name="run", devices=4):
     folder.mkdir(exist_ok=True)
-    done = multihost.finish(start(folder, index, flags, count, mesh, name))
+    done = multihost.finish(start(folder, index, flags, count, mesh, name, devices))
     for number, (code, _, err) in enumerate(done):
         assert code == 0, f"process {number}: {code}\n{err}"
     return done
@@ -111,7 +110,7 @@ def test_the_same_run_on_several_processes(one, tmp_path, count):
     assert read(tmp_path, count) == read(one[0], 1)
     # The main process alone reports: one line of JSON, the one folder with one command.
     assert json.loads(done[0][1].splitlines()[-1])["step"] == STEPS
-    assert all(out == "" for _, out, _ in done[1:])
+    assert not any("{" in out for _, out, _ in done[1:]), "Gloo's own lines are all that others print"
     assert f"host 0 of {count} (as given)" in done[0][2] and len(list((tmp_path / "workdir").glob("*.json"))) == 2
     assert len((tmp_path / "workdir" / "command.txt").read_text().splitlines()) == 1
 
@@ -140,16 +139,15 @@ def test_a_signal_on_one_host_saves_everywhere_and_another_number_of_hosts_goes_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QDEPTH_LONG" not in os.environ, reason="two minutes of CPU: set QDEPTH_LONG=1")
 def test_a_policy_whose_tensor_axis_spans_processes(one, tmp_path):
-    """Two processes hold one row of the mesh: both read the same rows of the batch."""
+    """Two processes hold one row of the mesh, heads and widths are split over them: both read the whole batch."""
     flags = tiny_runs.flags(train__total_steps=10, train__checkpoint_every=10, train__micro_batches=2)
-    run(tmp_path / "one", one[1], flags, 1, (1, 2, 2))
-    run(tmp_path / "four", one[1], flags, 4, (1, 2, 2))
-    assert len(rows(tmp_path / "four")) == 10
-    assert_same(tmp_path / "four", rows(tmp_path / "one"))
+    run(tmp_path / "one", one[1], flags, 1, (1, 1, 2), devices=2)
+    run(tmp_path / "two", one[1], flags, 2, (1, 1, 2), devices=2)
+    assert len(rows(tmp_path / "two")) == 10
+    assert_same(tmp_path / "two", rows(tmp_path / "one"))
     twice = {step: sorted(part * 2) for step, part in read(tmp_path / "one", 1).items()}
-    assert read(tmp_path / "four", 4) == twice
+    assert read(tmp_path / "two", 2) == twice
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # tokenizer.make_objective asks this module
 RECOMPUTE: dict[str, tuple[str, ...]] = {
     "none": (),
     "full": ("dense", "batched"),
+    "attention": ("around",),
     "dots": ("batched",),
 }
 
@@ -31,18 +32,22 @@ class Part(NamedTuple):
       forward, backward: what training needs.
       dense: forward products of weights that a layer's backward pass asks for again (all but the last of a layer).
       batched: the same for products of two activations (attention).
+      around: what of both is left where queries, keys, values and the result of attention are kept: logits, and the
+        products after attention but the last.
       unread: forward + backward that a scanned stack spends on results nobody reads: the vlm's last layer, and the
         depth expert's where no loss reads it.
-      unread_dense, unread_batched: `dense` and `batched` of that work.
+      unread_dense, unread_batched, unread_around: `dense`, `batched` and `around` of that work.
     """
 
     forward: float
     backward: float
     dense: float = 0.0
     batched: float = 0.0
+    around: float = 0.0
     unread: float = 0.0
     unread_dense: float = 0.0
     unread_batched: float = 0.0
+    unread_around: float = 0.0
 
     @property
     def model(self) -> float:
@@ -65,7 +70,8 @@ def policy(config: policy_config.PolicyConfig) -> dict[str, Part]:
     for name, expert in config.mixture.experts:
         t, d = tokens[name], expert.width
         kv = 2 * t * d * 2 * config.kv_heads * h
-        inner = 2 * t * d * (2 * config.heads * h + 2 * expert.mlp)  # query and output, gate and up
+        after = 2 * t * d * (config.heads * h + 2 * expert.mlp)  # output, gate and up
+        inner = 2 * t * d * config.heads * h + after  # with the query
         down = 2 * t * expert.mlp * d
         layers = config.layers - (name in silent)
         forward = config.layers * kv + layers * (inner + down)
@@ -74,13 +80,23 @@ def policy(config: policy_config.PolicyConfig) -> dict[str, Part]:
             forward,
             2 * forward,
             dense=config.layers * kv + layers * inner,
+            around=layers * after,
             unread=3 * (inner + down) * wasted,
             unread_dense=inner * wasted,
+            unread_around=after * wasted,
         )
     query = 2 * 2 * config.heads * h * total  # one token with all keys and all values
     still = sum(tokens[name] for name in silent)
     forward, wasted = query * (config.layers * total - still), query * still * config.scan
-    parts["joint attention"] = Part(forward, 2 * forward, batched=forward, unread=3 * wasted, unread_batched=wasted)
+    parts["joint attention"] = Part(
+        forward,
+        2 * forward,
+        batched=forward,
+        around=forward / 2,
+        unread=3 * wasted,
+        unread_batched=wasted,
+        unread_around=wasted / 2,
+    )
 
     width = config.action.width
     heads = [
@@ -101,13 +117,14 @@ def _vision(tower: siglip.SiglipConfig, pictures: int) -> Part:
     p, d = pictures * tower.tokens, tower.width
     embedding = _first(2 * p * tower.patch**2 * 3 * d)
     inner = tower.depth * (2 * p * 4 * d * d + 2 * p * d * tower.mlp)
+    after = tower.depth * (2 * p * d * d + 2 * p * d * tower.mlp)
     down = tower.depth * 2 * p * d * tower.mlp
-    return _add([embedding, Part(inner + down, 2 * (inner + down), dense=inner)])
+    return _add([embedding, Part(inner + down, 2 * (inner + down), dense=inner, around=after)])
 
 
 def _vision_attention(tower: siglip.SiglipConfig, pictures: int) -> Part:
     forward = tower.depth * pictures * 2 * 2 * tower.tokens**2 * tower.width
-    return Part(forward, 2 * forward, batched=forward)
+    return Part(forward, 2 * forward, batched=forward, around=forward / 2)
 
 
 def _depth_heads(config: policy_config.PolicyConfig) -> list[Part]:

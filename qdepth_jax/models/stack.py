@@ -24,14 +24,6 @@ REMAT = {
     "attention": jax.checkpoint_policies.save_only_these_names(*attention.NAMES),
     # Results of the dense layers (products without a batch axis): attention, norms and activations are done twice.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # As `attention`, but kept in the host's memory. (Compiled for TPU v5e: the four arrays lie in host memory; on a CPU
-    # it is the same memory.)
-    "attention_offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(attention.NAMES),
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qdepth_jax import errors
 from qdepth_jax.plan import hlo
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -123,10 +124,16 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
 
 
 def _mesh_group(mesh: str, order: str, axes: str) -> tuple[int, ...]:
-    if order.strip(" ,"):
-        raise ValueError(f"mesh[{mesh}]{order}: a device order in replica groups is not read yet")
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    ids = np.arange(math.prod(sizes.values()))
+    if order.strip(" ,"):
+        iota = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order)
+        if iota is None:
+            raise errors.UserError(f"replica groups of the compiled program are not understood: mesh[{mesh}]{order}")
+        ids = ids.reshape([int(n) for n in iota.group(1).split(",")])
+        if iota.group(2):
+            ids = ids.transpose([int(n) for n in iota.group(2).split(",")])
+    ids = ids.reshape(list(sizes.values()))
     # An axis may be split: 'a':(pre)size is the part of `a` behind `pre` major entries.
     dims, taken = [], []
     for name, size in sizes.items():

@@ -73,6 +73,9 @@ def _activations(plan: program.Plan, sizes: Mapping[str, int]) -> tuple[float, f
     tower, patches = config.siglip, config.siglip.tokens * config.pictures
     kept = config.layers * width * item + tower.depth * patches * tower.width * item
     heads = config.heads * config.head_dim / tensor
+    if config.remat == "attention":
+        kept += config.layers * item * tokens * (2 * heads + 2 * config.kv_heads * config.head_dim)
+        kept += tower.depth * patches * item * 4 * tower.width / tensor
     if config.remat == "dots":
         kept += (
             config.layers * item * (tokens * (heads + 2 * config.kv_heads * config.head_dim) + 2 * width + 2 * hidden)

@@ -46,7 +46,8 @@ def plan(
     formula_sent = sum(item.count * item.sent for item in found)
     if compiles:
         devices, compiled = _compile(made, where, cache, progress)
-    if compiled is not None and compiled.fits:
+    readable = compiled is not None and compiled.text != ""
+    if readable:
         module = hlo.parse(compiled.text)
         found, unknown = collectives.find(module, sizes)
         traffic_bytes = traffic.hbm_bytes(module, found)
@@ -77,7 +78,7 @@ def plan(
         "memory": _memory(made, where, sizes, compiled),
         "flops": _flops(made),
         "collectives": {
-            "compiled": bool(compiled and compiled.fits),
+            "compiled": readable,
             "rows": _network_rows(where, found, devices),
             "sent": sum(item.count * item.sent for item in found),
             "formula_sent": formula_sent,
@@ -98,6 +99,8 @@ def _compile(made, where, cache, progress):
     progress("compiling (minutes at full size; the compiler uses one core)")
     compiled = program.compile_step(lowered, where.name, cache)
     progress(f"compiled in {compiled.seconds:.0f} s" + (" (from the cache)" if compiled.cached else ""))
+    if compiled.fits and not compiled.text:
+        progress(f"COLLECTIVES ARE ESTIMATED: the compiled program cannot be printed ({compiled.message})")
     return list(mesh.devices.flat), compiled
 
 

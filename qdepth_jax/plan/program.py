@@ -187,7 +187,12 @@ def compile_step(lowered: jax.stages.Lowered, where: str, cache: str = "") -> Co
             raise
         result = dataclasses.replace(result, seconds=time.monotonic() - start)
     else:
-        m = program.memory_analysis()
+        m, message = program.memory_analysis(), ""
+        try:
+            text = program.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            # XLA cannot print some of its programs: full-size v5p ones, with asynchronous updates (libtpu 0.0.52).
+            text, message = "", str(error).partition("\n")[0][:300]
         needed = (
             m.argument_size_in_bytes
             + m.output_size_in_bytes
@@ -203,7 +208,8 @@ def compile_step(lowered: jax.stages.Lowered, where: str, cache: str = "") -> Co
             aliased=m.alias_size_in_bytes,
             temporary=m.temp_size_in_bytes,
             code=m.generated_code_size_in_bytes,
-            text=program.as_text(),
+            text=text,
+            message=message,
             seconds=time.monotonic() - start,
         )
     if path is not None:

@@ -9,7 +9,7 @@ from qdepth_jax import errors, sharding
 from qdepth_jax.models import flops
 from qdepth_jax.plan import estimate, program, roofline, topology
 
-REMAT = ("full", "dots")
+REMAT = ("full", "attention", "dots")
 MOST_TENSOR = 8  # Gemma's query heads
 # An estimate may be wrong by so much; candidates in between are compiled rather than thrown away.
 DOUBT = 1.15

@@ -242,7 +242,9 @@ def test_micro_batches_do_not_matter_and_validation_sees_the_plain_images():
     assert abs(whole - plain) > 1e-3 * abs(whole)
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     host = {k: np.asarray(v) for k, v in values.items()}
-    stub = types.SimpleNamespace(objective=LOOKS, mesh=mesh, eval_batches=lambda: [host])
+    stub = types.SimpleNamespace(
+        objective=LOOKS, mesh=mesh, eval_batches=lambda: [host], train=types.SimpleNamespace(batch_size=8)
+    )
     state = types.SimpleNamespace(params={"w": jnp.zeros(())}, ema=None, state={}, step=jnp.int32(0))
     with jax.set_mesh(mesh):
         held_out = train_loop.make_evaluate(stub)(state, KEY)["val/seen"]

@@ -92,6 +92,7 @@ def test_recomputation_follows_the_policy():
     assert flops.recomputed(parts, "none") == 0
     assert 0 < flops.recomputed(parts, "dots") < 0.05 * forward
     assert 0.6 * forward < flops.recomputed(parts, "full") < forward
+    assert flops.recomputed(parts, "dots") < flops.recomputed(parts, "attention") < flops.recomputed(parts, "full")
     with pytest.raises(ValueError, match=r"'some'.*full"):
         flops.recomputed(parts, "some")
 

@@ -112,6 +112,8 @@ def test_collectives_with_kind_size_count_and_axes():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
         ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
         ("replica_groups={}", tuple(range(8))),
         ("source_target_pairs={{3,1},{1,3}}", (3, 1)),
     ],

@@ -26,7 +26,7 @@ def test_names(name, chip, shape, slices, count, hosts):
 
 @pytest.mark.parametrize("name", ["v9-16", "v5e", "v5e:4x4x4", "v5e-17", "v5p-65", "v5e:4by4"])
 def test_unknown_names_say_what_there_is(name):
-    with pytest.raises(errors.UserError, match="v5[ep]"):
+    with pytest.raises(errors.UserError, match=r"v5[ep]"):
         topology.parse(name)
 
 
