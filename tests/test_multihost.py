@@ -1,6 +1,6 @@
 """One run on one, two and four real processes: the same losses, the same samples in the same order, one set of logs.
 
-Every run has four simulated devices in all and the real train command; processes meet on loopback.
+The real train command on simulated devices; processes meet on loopback.
 """
 
 import json
@@ -18,24 +18,24 @@ from qdepth_jax import metrics, watch
 STEPS = 50
 TOKENIZER = [
     "--config=experiments/demo.py:tokenizer",
-    "--config.model.depth_size=32",
+    "--config.model.depth_size=16",
     "--config.model.grid=4",
-    "--config.model.num_codes=64",
-    "--config.model.code_dim=8",
-    "--config.model.widths=(8,8)",
+    "--config.model.num_codes=16",
+    "--config.model.code_dim=4",
+    "--config.model.widths=(8,)",
+    "--config.model.blocks=1",
     "--config.model.start_step=3",
     "--config.train.batch_size=8",
     f"--config.train.total_steps={STEPS}",
     "--config.train.log_every=1",
-    "--config.train.eval_every=25",
-    "--config.train.eval_batches=2",
-    "--config.train.checkpoint_every=20",
-    "--config.optim.ema_decay=0.9",
+    "--config.train.eval_every=50",
+    "--config.train.eval_batches=1",
+    "--config.train.checkpoint_every=25",
 ]
 
 
-def start(folder, index, flags, count, mesh=(1, -1, 1), name="run"):
-    """`count` processes with four devices in all; each records what it read in FOLDER/NAME.NUMBER."""
+def start(folder, index, flags, count, mesh=(1, -1, 1), name="run", devices=4):
+    """`count` processes with `devices` devices in all; each records what it read in FOLDER/NAME.NUMBER."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("replica", "fsdp", "tensor"), mesh)]
 
     def arguments(port, number):
@@ -45,12 +45,17 @@ def start(folder, index, flags, count, mesh=(1, -1, 1), name="run"):
             *(cluster if count > 1 else []), f"--workdir={folder / 'workdir'}", f"--config.data.index_dir={index}",
         ]  # fmt: skip
 
-    return multihost.start_all(arguments, count, devices=4 // count)
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": f"{index}/programs",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return multihost.start_all(arguments, count, devices // count, programs)
 
 
-def run(folder, index, flags, count, mesh=(1, -1, 1), name="run"):
+def run(folder, index, flags, count, mesh=(1, -1, 1), name="run", devices=4):
     folder.mkdir(exist_ok=True)
-    done = multihost.finish(start(folder, index, flags, count, mesh, name))
+    done = multihost.finish(start(folder, index, flags, count, mesh, name, devices))
     for number, (code, _, err) in enumerate(done):
         assert code == 0, f"process {number}: {code}\n{err}"
     return done
@@ -105,7 +110,7 @@ def test_the_same_run_on_several_processes(one, tmp_path, count):
     assert read(tmp_path, count) == read(one[0], 1)
     # The main process alone reports: one line of JSON, the one folder with one command.
     assert json.loads(done[0][1].splitlines()[-1])["step"] == STEPS
-    assert all(out == "" for _, out, _ in done[1:])
+    assert not any("{" in out for _, out, _ in done[1:]), "Gloo's own lines are all that others print"
     assert f"host 0 of {count} (as given)" in done[0][2] and len(list((tmp_path / "workdir").glob("*.json"))) == 2
     assert len((tmp_path / "workdir" / "command.txt").read_text().splitlines()) == 1
 
@@ -135,21 +140,18 @@ def test_a_signal_on_one_host_saves_everywhere_and_another_number_of_hosts_goes_
 
 @pytest.mark.slow
 def test_a_policy_whose_tensor_axis_spans_processes(one, tmp_path):
-    """Two processes hold one row of the mesh: both read the same rows of the batch."""
+    """Two processes hold one row of the mesh, heads and widths are split over them: both read the whole batch."""
     flags = tiny_runs.flags(train__total_steps=10, train__checkpoint_every=10, train__micro_batches=2)
-    run(tmp_path / "one", one[1], flags, 1, (1, 2, 2))
-    run(tmp_path / "four", one[1], flags, 4, (1, 2, 2))
-    found, expected = rows(tmp_path / "four"), rows(tmp_path / "one")
-    assert found.keys() == expected.keys() and len(found) == 10
-    assert_same(tmp_path / "four", expected)
+    run(tmp_path / "one", one[1], flags, 1, (1, 1, 2), devices=2)
+    run(tmp_path / "two", one[1], flags, 2, (1, 1, 2), devices=2)
+    assert len(rows(tmp_path / "two")) == 10
+    assert_same(tmp_path / "two", rows(tmp_path / "one"))
     twice = {step: sorted(part * 2) for step, part in read(tmp_path / "one", 1).items()}
-    assert {s: found for s, found in read(tmp_path / "four", 4).items() if s <= 10} == {
-        s: found for s, found in twice.items() if s <= 10
-    }
+    assert read(tmp_path / "two", 2) == twice
 
 
 @pytest.mark.slow
-def test_hosts_with_different_configs_end_before_anything_is_written(one, tmp_path):
+def test_hosts_with_different_configs_end_before_anything_is_written(tmp_path):
     def arguments(port, number):
         return [
             "-m", "qdepth_jax.train", *TOKENIZER, f"--workdir={tmp_path / 'workdir'}",
@@ -157,7 +159,7 @@ def test_hosts_with_different_configs_end_before_anything_is_written(one, tmp_pa
             f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}",
         ]  # fmt: skip
 
-    done = multihost.run_all(arguments, 2, devices=2)
+    done = multihost.run_all(arguments, 2)
     assert [code for code, _, _ in done] == [2, 2], done
     for _, _, err in done:
         assert "the experiment is not the same on all hosts" in err
