@@ -113,6 +113,15 @@ class OptimConfig:
     scale: tuple[tuple[str, float], ...] = ()
     ema_decay: float = 0.0
 
+    def __post_init__(self):
+        for name in ("learning_rate", "min_learning_rate", "clip_norm", "eps", "weight_decay"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise errors.UserError(f"optim.{name}={value} must be a number >= 0")
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise errors.UserError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:

@@ -20,6 +20,7 @@ class Profiler:
     def __init__(self, steps: tuple[int, int] | None, workdir: str, start: int, say: Callable[[str], None]):
         self._folder, self._say, self._since = workdirs.folder(workdir) / "profile", say, 0
         self._first, self._end = steps or (0, 0)
+        self._asked = steps
         if steps and self._end <= start + 1:
             say(f"--profile_steps={self._first}:{self._end}: resumed at step {start}, there is nothing to profile")
             self._first = 0
@@ -39,5 +40,9 @@ class Profiler:
         """Writes a profile that is still being taken."""
         if self._since:
             jax.profiler.stop_trace()
+            self._asked = None
             self._say(f"profile from step {self._since} on in {self._folder}: open it with xprof or TensorBoard")
             self._since = 0
+        elif self._asked and self._first:
+            self._say(f"--profile_steps={self._first}:{self._end}: the run ended before them, nothing was profiled")
+            self._asked = None

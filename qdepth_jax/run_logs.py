@@ -53,15 +53,16 @@ def start(
       project: of Weights & Biases, "" = none.
     """
     folder = workdirs.folder(workdir)
-    same_experiment.write_config(workdir, config)
-    if command:
-        path = folder / "command.txt"
-        workdirs.write_whole(path, (path.read_text() if path.exists() else "") + command + "\n")
     found, sinks = experiment_id(folder), []
     if use_tensorboard:
         sinks.append(tensorboard(workdir, step + 1))
     if project:
         sinks.append(wandb(project, found, config.get("name", "train"), config, workdir))
+    # Only now, when nothing can be refused any more: config.json makes the folder this experiment's.
+    same_experiment.write_config(workdir, config)
+    if command:
+        path = folder / "command.txt"
+        workdirs.write_whole(path, (path.read_text() if path.exists() else "") + command + "\n")
     return Logs(metrics.MetricsFile(folder / "metrics.jsonl", step), tuple(sinks), found)
 
 

@@ -299,9 +299,9 @@ def _count_skipped(step: int, values: dict[str, jax.Array], most: int, workdir: 
     say(f"step {step} skipped: loss {loss}, gradient norm {norm}; {in_row} in a row, {total} in all")
     if in_row > most:
         raise errors.UserError(
-            f"{in_row} steps in a row, up to step {step}, had no finite gradient (loss {loss}, max_skipped {most}); "
-            f"the last checkpoint in {workdir!r} is good. Lower optim.learning_rate, or look at the data with "
-            "tools/inspect_dataset.py"
+            f"{in_row} steps in a row, up to step {step}, had no finite gradient (loss {loss}, max_skipped {most}). "
+            f"Checkpoints in {workdir!r} hold nothing of these steps. Look at the data with tools/inspect_dataset.py, "
+            "or start in another --workdir with a lower optim.learning_rate"
         )
 
 

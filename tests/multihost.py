@@ -29,13 +29,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start_all(arguments: Callable[[int, int], list[str]], count: int, devices: int = 2) -> list[Started]:
+def start_all(
+    arguments: Callable[[int, int], list[str]], count: int, devices: int = 2, variables: dict[str, str] | None = None
+) -> list[Started]:
     """Python with `arguments(port, number)` for each process, `devices` simulated devices in each."""
     port, folder = free_port(), pathlib.Path(tempfile.mkdtemp())
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        **(variables or {}),
     }
     out = []
     for number in range(count):
@@ -48,7 +51,7 @@ def start_all(arguments: Callable[[int, int], list[str]], count: int, devices: i
     return out
 
 
-def finish(processes: list[Started], timeout: float = 150) -> list[tuple[int, str, str]]:
+def finish(processes: list[Started], timeout: float = 280) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each; one that hangs is killed, and all output shown."""
     deadline, late = time.monotonic() + timeout, False
     for started in processes:
@@ -68,7 +71,7 @@ def finish(processes: list[Started], timeout: float = 150) -> list[tuple[int, st
 
 
 def run_all(
-    arguments: Callable[[int, int], list[str]], count: int, devices: int = 2, timeout: float = 150
+    arguments: Callable[[int, int], list[str]], count: int, devices: int = 2, timeout: float = 280
 ) -> list[tuple[int, str, str]]:
     """`start_all` and `finish`."""
     return finish(start_all(arguments, count, devices), timeout)

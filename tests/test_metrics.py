@@ -98,7 +98,14 @@ def test_watch_tells_steps_from_stalls_and_waiting():
 
 @pytest.mark.parametrize(
     ("steps", "start", "said", "traced"),
-    [((2, 4), 0, 1, [2, 3]), ((2, 4), 2, 2, [3]), ((2, 4), 3, 1, []), (None, 0, 0, []), ((4, 9), 0, 1, [4, 5])],
+    [
+        ((2, 4), 0, 1, [2, 3]),
+        ((2, 4), 2, 2, [3]),
+        ((2, 4), 3, 1, []),
+        (None, 0, 0, []),
+        ((4, 9), 0, 1, [4, 5]),
+        ((7, 9), 0, 1, []),
+    ],
 )
 def test_profile_covers_its_steps(tmp_path, monkeypatch, steps, start, said, traced):
     running, seen, lines = [], [], []

@@ -68,6 +68,8 @@ def parse(text: str) -> Topology:
             f"--topology={text} is unknown: write v5e:4x4, v5e-16, v5p-64 or 2xv5e-256; chips are {sorted(chips.CHIPS)}"
         )
     slices, chip = int(match.group(1) or 1), chips.CHIPS[match.group(2)]
+    if slices < 1:
+        raise errors.UserError(f"--topology={text}: at least one slice is needed")
     if match.group(3) == ":":
         shape = tuple(int(n) for n in match.group(4).split("x"))
         if len(shape) != chip.dimensions:

@@ -68,6 +68,7 @@ def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Non
 
     from qdepth_jax import config as config_lib
     from qdepth_jax import experiment, sharding
+    from qdepth_jax.plan import program
 
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))  # experiments import each other
@@ -82,6 +83,7 @@ def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Non
     experiment.check_keys(config)
     mesh = config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
     sizes = sharding.mesh_sizes(mesh, devices, mesh.slices or slices)
+    sharding.place(sizes, program.plan_of(config).state, slices=mesh.slices or slices)  # a size that does not divide
     parts = config.train.micro_batches * sizes["replica"] * sizes["fsdp"]
     if config.train.batch_size % parts:
         raise errors.UserError(
