@@ -30,7 +30,8 @@ class Collective:
     Attributes:
       kind: one of KINDS. dtype, payload: as above, bytes of one run.
       count: runs in one step. group: chips that take part, as positions in the mesh (the first of all groups).
-      axes: mesh axes over which it runs, e.g. "fsdp" or "replica+fsdp". where: op_name of the JAX program.
+      axes: mesh axes over which it runs, e.g. "fsdp" or "replica+fsdp"; "slices" for the part between slices.
+      where: op_name of the JAX program.
     """
 
     kind: str
@@ -68,8 +69,7 @@ def find(module: hlo.Module, mesh_shape: dict[str, int], slices: int = 1) -> tup
         for instruction in module.computations[name].values():
             if kind := _between_slices(instruction):
                 sent = instruction.shape[0]
-                axes = "slices"
-                found.append(Collective(kind, sent.dtype, sent.bytes, times, same_chip, axes, _where(instruction)))
+                found.append(Collective(kind, sent.dtype, sent.bytes, times, same_chip, "slices", _where(instruction)))
                 continue
             kind = kind_of(instruction.opcode)
             if kind is None:
