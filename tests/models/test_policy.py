@@ -55,7 +55,7 @@ def close(ours, theirs, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
 
 
-FAST = [{"scan": False}, {"remat": "full"}, {"scan": False, "remat": "attention"}]
+FAST = [{"scan": False}, {"remat": "full"}]
 ALL = [{"scan": scan, "remat": remat} for remat in stack.REMAT if remat != "none" for scan in (True, False)]
 SLOW = [changes for changes in ALL if changes not in FAST and changes != {"scan": True, "remat": "full"}]
 
