@@ -5,15 +5,19 @@
 The real loop on the demo model and its data: loader, batches to the device, the whole train state donated, metrics of
 every step to metrics.jsonl and TensorBoard, three checkpoints. Only the forward and backward pass is replaced, by a
 wait of --step_seconds inside the compiled program: on a CPU the loop would otherwise compete with the "device" for the
-same cores, on an accelerator it does not. The same compiled program on one waiting batch, before and after, is the step
-alone. The last line of stdout is JSON; exit code 1 if the overhead reaches 2 % or a save stalls for a step.
+same cores, on an accelerator it does not. The wait is compiled C++ (g++ is needed), because a Python callback would
+wait for the interpreter's lock, up to 5 ms a time, which no device does. The same compiled program on one waiting
+batch, before and after, is the step alone. The last line of stdout is JSON; exit code 1 if the overhead reaches 2 % or
+a save stalls for a step.
 """
 
 import datetime
 import json
 import os
 import pathlib
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +31,19 @@ if __name__ == "__main__":
 
 _SECONDS = flags.DEFINE_float("step_seconds", 0.2, "how long a step waits", lower_bound=0.001)
 _STEPS = flags.DEFINE_integer("steps", 150, "steps of the loop", lower_bound=6)
+_WAIT = """
+#include <ctime>
+#include "xla/ffi/api/ffi.h"
+namespace ffi = xla::ffi;
+static ffi::Error Wait(double seconds, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y) {
+  struct timespec left = {time_t(seconds), long((seconds - time_t(seconds)) * 1e9)};
+  while (nanosleep(&left, &left) != 0) {}
+  y->typed_data()[0] = 0.0f * x.typed_data()[0];
+  return ffi::Error::Success();
+}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qdepth_wait, Wait,
+    ffi::Ffi::Bind().Attr<double>("seconds").Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+"""
 _APPEND = flags.DEFINE_bool("append_results", False, "append the table to benchmarks/RESULTS.md")
 
 
@@ -83,6 +100,27 @@ def measure(step_seconds: float, steps: int) -> dict:
     }
 
 
+def build_wait() -> None:
+    """Compiles _WAIT and makes it known to XLA as "qdepth_wait"."""
+    import ctypes
+
+    import jax
+
+    from qdepth_jax import errors
+
+    if shutil.which("g++") is None:
+        raise errors.UserError("this benchmark compiles 10 lines of C++: install g++")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = pathlib.Path(folder) / "wait.cc", pathlib.Path(folder) / "wait.so"
+        source.write_text(_WAIT, encoding="utf-8")
+        command = ["g++", "-std=c++17", "-shared", "-fPIC", "-O1", f"-I{jax.ffi.include_dir()}", source, "-o", library]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise errors.UserError(f"g++ does not compile the wait:\n{done.stderr}")
+        loaded = ctypes.cdll.LoadLibrary(str(library))
+    jax.ffi.register_ffi_target("qdepth_wait", jax.ffi.pycapsule(loaded.qdepth_wait), platform="cpu")
+
+
 def waiting(objective, seconds: float):
     """The objective with its parameters and batch, but a wait instead of the network."""
     import jax
@@ -91,14 +129,14 @@ def waiting(objective, seconds: float):
 
     from qdepth_jax.models import objective as objective_lib
 
-    def wait(*_):
-        time.sleep(seconds)
-        return np.float32(0.0)
+    build_wait()
+    call = jax.ffi.ffi_call("qdepth_wait", jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
 
     def loss(params, state, batch, key, step):
-        seen = [jnp.sum(batch[name][:1].astype(jnp.float32)) for name in sorted(batch)]
-        total = sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params))
-        total = total + jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), step, *seen)
+        # Everything that a step reads is there before the wait begins, and the step ends after it.
+        seen = sum(jnp.sum(batch[name][:1].astype(jnp.float32)) for name in sorted(batch)) + step
+        waited = jax.lax.stop_gradient(call(jax.lax.stop_gradient(seen), seconds=np.float64(seconds)))
+        total = sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) + waited
         return objective_lib.LossOutput(total, {"loss": total}, state)
 
     return objective._replace(loss=loss, augment=None)

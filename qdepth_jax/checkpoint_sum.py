@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 GOLDEN = 0x9E3779B1  # odd, so that i -> i * GOLDEN is a bijection too; the prime next to 2**32 / golden ratio
 _STEPS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, None))  # (shift, multiply) of MurmurHash3's fmix32
 _BLOCK = 1 << 16  # elements that NumPy works on at a time: a few arrays of this size stay in the cache
+_LARGE = 1 << 22  # elements of a shard from which a thread of its own pays: below, threads wait for each other's lock
 
 
 def sums(leaves: dict[str, jax.Array]) -> dict[str, int]:
@@ -55,11 +56,17 @@ def sums_on_host(leaves: dict[str, jax.Array]) -> dict[str, int]:
     """`sums` by NumPy: every process its own shards, each part of an array once, then added up over processes."""
     shards = [(n, s) for n, x in enumerate(leaves.values()) for s in x.addressable_shards if s.replica_id == 0]
     strides = [_strides(x.shape) for x in leaves.values()]
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        parts = pool.map(lambda job: _shard_sum(job[1].data, job[1].index, strides[job[0]]), shards)
-        total = np.zeros(len(leaves), np.uint64)
-        for (n, _), part in zip(shards, parts, strict=True):
+    total = np.zeros(len(leaves), np.uint64)
+
+    def add(jobs, mapped):
+        for (n, _), part in zip(jobs, mapped(lambda job: _shard_sum(job[1].data, job[1].index, strides[job[0]]), jobs)):
             total[n] += np.uint64(part)
+
+    large = [job for job in shards if job[1].data.size >= _LARGE]
+    add([job for job in shards if job[1].data.size < _LARGE], map)
+    if large:
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            add(large, pool.map)
     total = total.astype(np.uint32)
     if any(not x.is_fully_addressable for x in leaves.values()):
         total = np.asarray(multihost_utils.process_allgather(total)).reshape(-1, len(leaves)).sum(0, dtype=np.uint32)
