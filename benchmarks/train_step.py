@@ -1,7 +1,8 @@
 """One training step: ours against open-pi-zero's, eager and compiled, in one interleaved run.
 
   python benchmarks/train_step.py --open_pi_zero=CHECKOUT [--rounds=9] [--append_results]
-  python benchmarks/train_step.py --open_pi_zero=CHECKOUT --device=gpu --size=full --dtype=bfloat16 --batch=16 # untried
+  python benchmarks/train_step.py --open_pi_zero=CHECKOUT --device=gpu --size=full --dtype=bfloat16 --batch=16 \
+      --scan --remat=dots --tolerance=0.05     # UNTRIED: nobody has run this on a GPU yet
 
 CHECKOUT is github.com/allenzren/open-pi-zero (commit c3df7fb); its model needs torch, hydra-core, omegaconf and einops
 in this environment. Same network (the baseline, no depth expert), weights, batch, noise and trained parameters;
@@ -10,11 +11,14 @@ cores; in every round each takes its turn while the others wait, and a ratio is 
 the first step's loss and gradient norm must agree within --tolerance, otherwise the exit code is 1 and nothing is
 timed.
 
-On a GPU the models run one after the other instead (they share its memory): the ratio is of medians then. There the
-original trains bfloat16 weights without a float32 copy, as its trainer does; ours keeps float32 weights and moments.
-The last line of stdout is JSON.
+On a GPU the contestants follow one another, each alone with the memory; rounds are paired by number. There the original
+trains bfloat16 weights without a float32 copy, as its trainer does; ours keeps float32 weights and moments.
+
+On a machine with other work take --threads=1 and the ratio of CPU times: threads of torch that wait for one whose core
+is taken spin, which counts as CPU time. The last line of stdout is JSON.
 """
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -60,10 +64,8 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; flags start with --")
     names = list(_CONTESTANTS.value) if _CHECKOUT.value else ["ours"]
-    if unknown := set(names) - {"ours", "eager", "compile"} or "ours" not in names:
-        raise errors.UserError(
-            f"--contestants={','.join(names)}: 'ours', with 'eager' and 'compile' or without ({unknown})"
-        )
+    if set(names) - {"ours", "eager", "compile"} or "ours" not in names:
+        raise errors.UserError(f"--contestants={','.join(names)}: use 'ours', and any of 'eager' and 'compile'")
     if _CHECKOUT.value and not (pathlib.Path(_CHECKOUT.value) / "src/model/vla/pizero.py").is_file():
         raise errors.UserError(f"--open_pi_zero={_CHECKOUT.value}: no src/model/vla/pizero.py there, is it a checkout?")
     if _THREADS.value > len(os.sched_getaffinity(0)):
@@ -82,11 +84,10 @@ class Contestant:
     """A living process; every answer that is an error is kept as `error`."""
 
     def __init__(self, order: train_step_sizes.Order):
-        import dataclasses
-
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         if order.device == "gpu":
-            environment["JAX_PLATFORMS"] = "cuda,cpu"
+            # The state in float32 with what loading it takes: JAX's own limit is three quarters of the memory.
+            environment |= {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.train_step_child", json.dumps(dataclasses.asdict(order))],
             stdin=subprocess.PIPE,
@@ -159,6 +160,8 @@ def race(names: list[str]) -> dict[str, Any]:
                 contestant.close()
             bar.close()
         able = [name for name in names if name not in failed and turns[name]]
+        # One network: our formula counts for all.
+        model_flops = running["ours"].start["facts"]["flops_per_sample"] if "ours" in able else 0.0
         return {
             "size": _SIZE.value,
             "batch": _BATCH.value,
@@ -169,7 +172,7 @@ def race(names: list[str]) -> dict[str, Any]:
             "agree": agreed,
             "agreement": agreement,
             "failed": failed,
-            "contestants": {name: summary(running[name], firsts[name], turns[name]) for name in able},
+            "contestants": {name: summary(running[name], firsts[name], turns[name], model_flops) for name in able},
             "ratios": {name: ratios(turns["ours"], turns[name]) for name in able if name != "ours" and "ours" in able},
         }
 
@@ -211,8 +214,10 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str
     }
 
 
-def summary(contestant: Contestant, first: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one contestant."""
+def summary(
+    contestant: Contestant, first: dict[str, Any], turns: list[dict[str, Any]], model_flops: float
+) -> dict[str, Any]:
+    """Figures of one contestant; `model_flops` of one sample, 0 where unknown."""
     facts, examples = contestant.start["facts"], _BATCH.value * _STEPS.value
     rate = spread([examples / turn["wall_s"] for turn in turns])
     out = {
@@ -224,11 +229,14 @@ def summary(contestant: Contestant, first: dict[str, Any], turns: list[dict[str,
         "step_cpu_s": spread([turn["cpu_s"] / _STEPS.value for turn in turns]),
         "build_and_first_step_s": contestant.start["build_s"] + first["wall_s"],
         "peak_mb": turns[-1]["peak_mb"],
+        "device_kind": facts["device_kind"],
+        "model_gflops_per_s": rate["median"] * model_flops / 1e9,
     }
-    if _DEVICE.value == "gpu" and facts["flops_per_sample"]:
+    if _DEVICE.value == "gpu":
         from qdepth_jax import chips
 
-        out["mfu"] = rate["median"] * facts["flops_per_sample"] / chips.peak_flops(facts["device_kind"])
+        peak = chips.peak_flops(facts["device_kind"])
+        out["mfu"] = rate["median"] * model_flops / peak if peak else None
     return out
 
 
@@ -243,21 +251,22 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/train_step.py {' '.join(shown)}`".replace(" `", "`"),
         f"{machine['system']}; {', '.join(f'{k} {v}' for k, v in versions.items())}.",
-        f"Size {result['size']}, batch {result['batch']}, {result['dtype']}, {result['threads']} cores each; median "
-        f"[min, max] over rounds of {result['steps_per_turn']} steps; x = their time / ours within a round.",
+        f"Size {result['size']}, batch {result['batch']}, {result['dtype']}, {result['threads']} of the cores each; "
+        f"median [min, max] over {_ROUNDS.value} rounds of {result['steps_per_turn']} steps; x = their time / ours "
+        "within a round, above 1 we are faster.",
         f"First step, loss / gradient norm: {'; '.join(values)} (largest relative difference "
         f"{result['agreement']['relative']:.1e}, allowed {result['agreement']['tolerance']:.0e}).",
         "",
-        "| contestant | parameters (trained) | samples/s | s/step | CPU s/step | x ours, wall | x ours, CPU | first "
-        "step s | peak MB |",
-        "|---" * 9 + "|",
+        "| contestant | parameters (trained) | samples/s | s/step | CPU s/step | x ours, wall | x ours, CPU | "
+        f"{'MFU' if result['device'] == 'gpu' else 'model GFLOP/s'} | first step s | peak MB |",
+        "|---" * 10 + "|",
     ]
     for name, row in result["contestants"].items():
         ratio = result["ratios"].get(name, {})
         lines.append(
             f"| {name} | {row['parameters']:,} ({row['trained']:,}) | {_show(row['samples_per_s'])} | "
             f"{_show(row['step_s'])} | {_show(row['step_cpu_s'])} | {_show(ratio.get('wall_s'))} | "
-            f"{_show(ratio.get('cpu_s'))} | {row['build_and_first_step_s']:.0f} | {row['peak_mb']:.0f} |"
+            f"{_show(ratio.get('cpu_s'))} | {_use(row)} | {row['build_and_first_step_s']:.0f} | {row['peak_mb']:.0f} |"
         )
     lines += ["", *(f"{name}: {', '.join(row['notes'])}." for name, row in result["contestants"].items()), ""]
     if not result["agree"]:
@@ -267,6 +276,12 @@ def table(result: dict[str, Any]) -> str:
 
 def _firsts(result: dict[str, Any]) -> dict[str, list[float]]:
     return result["agreement"]["loss_and_gradient_norm"]
+
+
+def _use(row: dict[str, Any]) -> str:
+    if "mfu" in row:
+        return "unknown chip" if row["mfu"] is None else f"{row['mfu']:.3f}"
+    return f"{row['model_gflops_per_s']:.1f}"
 
 
 def _show(value: dict[str, float] | None) -> str:

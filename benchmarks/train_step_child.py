@@ -1,4 +1,4 @@
-"""The process of one contestant, started by benchmarks/train_step.py: builds itself, then takes orders of a line each.
+"""The process of one contestant: builds itself, then takes orders of one line each. benchmarks/train_step.py starts it.
 
 python -m benchmarks.train_step_child '{"contestant": "ours", ...}'
 

@@ -15,7 +15,7 @@ NOISE_SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes of the network. `full` is the published one; rope theta and time period are those of its train configs."""
+    """Sizes of the network, by default the published; rope theta and time period are those of its train configs."""
 
     vision_width: int = 1152
     vision_mlp: int = 4304
@@ -110,9 +110,9 @@ class Order:
 
 
 def make_batch(size: Size, batch: int) -> dict[str, np.ndarray]:
-    """images u8 [B, S, S, 3], text i32 [B, L] padded with 0, proprio f32 [B, 1, Dp], action f32 [B, Z, A], t f32 [B].
+    """image u8 [B, S, S, 3], text i32 [B, L] padded with 0, proprio f32 [B, 1, Dp], action f32 [B, Z, A], t f32 [B].
 
-    Text lengths differ between examples, at least 1 and sometimes L.
+    Text lengths differ between examples.
     """
     rng = np.random.default_rng(0)
     text = rng.integers(1, size.vocabulary - 1, (batch, size.text_length)).astype(np.int32)

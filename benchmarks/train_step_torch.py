@@ -2,8 +2,9 @@
 
 The step is that of its trainer (src/agent/train.py): loss, backward, joint clipping, two AdamW groups. Differences, in
 its favour or neutral: torch.optim.AdamW instead of bitsandbytes' 8-bit one (the same mathematics on both sides of the
-race), batches prepared once (masks, positions, pixels), no learning-rate schedule, the loss read after the last step.
-The noise is that of one seed at every step, so that all contestants compute the same numbers.
+race), batches prepared once (masks, positions, pixels; ours prepares them in the step), no learning-rate schedule, the
+loss read after the last step alone. The noise is that of one seed at every step, so that all contestants compute the
+same numbers.
 """
 
 import pathlib
@@ -70,6 +71,8 @@ def build(order: sizes.Order) -> tuple[Callable[[int], list[tuple[float, float]]
         return [(float(loss), float(norm)) for loss, norm in rows]
 
     notes = [*stubs, f"torch {torch.__version__}", f"{torch.get_num_threads()} threads"]
+    if order.fused:
+        notes.append("fused AdamW")
     if low:
         notes.append("as its trainer: bfloat16 weights, gradients and moments, autocast; no float32 copy")
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"

@@ -48,12 +48,37 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(2)
     try:
         return flags.FLAGS(argv)
+    except SystemExit:
+        sys.exit(0)  # only --help and its kin end here; absl would say that they failed
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         # config_flags raises whatever the experiment file or the override raised; its text already says what.
-        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        message = _unknown_field(argv) if isinstance(error, KeyError | AttributeError) else ""
+        message = message or str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         # ... and wraps it in a traceback; of our own messages only the message is for the user.
         print("error: " + message.rpartition("errors.UserError: ")[2].strip().replace("\\n", " "), file=sys.stderr)
         sys.exit(2)
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """A message if an override --config.a.b names a field that the experiment does not have."""
+    from ml_collections import config_flags
+
+    given = [(flag.lstrip("-").partition("="), following) for flag, following in zip(argv, [*argv[1:], ""])]
+    found = [value if equals else following for (name, equals, value), following in given if name == "config"]
+    again, bare = flags.FlagValues(), [argv[0], *(f"--config={path}" for path in found[-1:])]
+    holder = config_flags.DEFINE_config_file("config", flag_values=again, sys_argv=bare)
+    try:
+        again(bare)
+    except Exception:  # the experiment itself fails: its own message is the one to show
+        return ""
+    for (name, _, _), _ in given:
+        section, walked = holder.value, "--config"
+        for field in name.split(".")[1:] if name.startswith("config.") else []:
+            if not hasattr(section, "keys") or field not in section:
+                there = f"{walked} has {', '.join(sorted(section.keys()))}" if hasattr(section, "keys") else ""
+                return f"--{name}: there is no field {field!r}; {there or f'{walked} has no fields'}"
+            section, walked = section[field], f"{walked}.{field}"
+    return ""
 
 
 def _missing_experiment(argv: list[str]) -> str:

@@ -187,11 +187,13 @@ def zero_part(x: Array, kind: str | None) -> Array:
     """Zero `all`, the `last_layer` of a scanned stack ([-1]), or of a kv_einsum its `last_layer_value` ([-1, 1])."""
     if kind == "all":
         return jnp.zeros_like(x)
-    if kind == "last_layer":
-        return x.at[-1].set(0.0)
+    if kind not in ("last_layer", "last_layer_value"):
+        return x
+    # Chosen element by element, which XLA fuses into whatever reads the result; setting a slice copies the leaf.
+    zeroed = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == x.shape[0] - 1
     if kind == "last_layer_value":
-        return x.at[-1, 1].set(0.0)
-    return x
+        zeroed &= jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) == 1
+    return jnp.where(zeroed, jnp.zeros((), x.dtype), x)
 
 
 def _labels(params: Any, frozen: FrozenTable, scale: tuple[tuple[str, float], ...]) -> Any:

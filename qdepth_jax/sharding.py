@@ -26,6 +26,7 @@ from qdepth_jax import errors
 AXES = ("replica", "fsdp", "tensor")
 BATCH = P(("replica", "fsdp"))
 SHOWN = 3  # layouts that a message proposes
+WIDEST = 128  # largest fsdp that a message proposes before it has seen the leaves: SigLIP's 1152 is 128 * 9
 
 Rules = tuple[tuple[str, P], ...]
 
@@ -61,14 +62,25 @@ def mesh_sizes(config: config_lib.MeshConfig, devices: int, slices: int = 1) -> 
     asked = f"mesh {sizes}"
     if list(sizes.values()).count(-1) > 1:
         raise errors.UserError(f"{asked}: at most one axis may be -1")
+    if wrong := {axis: size for axis, size in sizes.items() if size < -1 or size == 0}:
+        raise errors.UserError(f"{asked}: sizes are 1 or more, or -1 for what is left over, and not {wrong}")
+    if devices % slices:
+        raise errors.UserError(f"{devices} devices are not {slices} slices of equal size")
     known = math.prod(s for s in sizes.values() if s != -1)
-    if known < 1 or min(sizes.values()) < -1 or devices % known:
-        raise errors.UserError(f"{asked} does not fit {devices} devices: {known} must divide {devices}")
+    among = [found for found in layouts(devices, slices) if found["fsdp"] <= WIDEST]
+    if devices % known:
+        near = nearest({axis: max(size, 1) for axis, size in sizes.items()}, among)
+        raise errors.UserError(
+            f"{asked} does not fit {devices} devices: {known} must divide {devices}; layouts that work: {_show(near)}"
+        )
     sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    near = nearest(sizes, among)
     if math.prod(sizes.values()) != devices:
-        raise errors.UserError(f"{asked} uses {math.prod(sizes.values())} of {devices} devices: set one axis to -1")
+        raise errors.UserError(
+            f"{asked} uses {math.prod(sizes.values())} of {devices} devices: set one axis to -1, or use a layout that "
+            f"works: {_show(near)}"
+        )
     if sizes["replica"] % slices:
-        near = nearest(sizes, layouts(devices, slices))
         raise errors.UserError(
             f"{asked} on {slices} slices of {devices // slices} devices: only `replica` may cross slices, so {slices} "
             f"must divide it, and it is {sizes['replica']}; layouts that work: {_show(near)}"

@@ -1,6 +1,7 @@
 """The host loop around the train step. It knows no model: only an Objective, batches and a sharding table."""
 
 import collections
+import contextlib
 import functools
 import gc
 import sys
@@ -38,6 +39,7 @@ from qdepth_jax.models import objective as objective_lib
 
 HostBatch = dict[str, np.ndarray]
 
+AHEAD = 2  # steps in flight: they hide the copy of a batch; more would only fill device memory with waiting batches
 SHARED_SECONDS = 10.0  # for a file of one host to appear on the others; network disks list with a delay
 
 
@@ -116,6 +118,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
 
     with (
         workdirs.full_disk(workdir),
+        _alone(folder),
         jax.set_mesh(run.mesh),
         checkpoint.open_manager(workdir, c) as manager,
         stop_signal.StopSignal() as stop,
@@ -190,7 +193,7 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
     evaluate, pending, extra = make_evaluate(run), None, {}
     devices = run.mesh.devices.size
     peak = chips.peak_flops(jax.local_devices()[0].device_kind)
-    timer = watch.Watch(c.batch_size, run.objective.flops, devices, peak)
+    timer = watch.Watch(c.batch_size, run.objective.flops, devices, peak, AHEAD)
     name = run.config.get("name", "train")
     bar = progress.Progress(c.total_steps, name, initial=start, unit="step", shown=distributed.is_main())
     profile = profiler.Profiler(extras.profile_steps, workdir, start, say)
@@ -209,8 +212,7 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
     for step in range(start + 1, c.total_steps + 1):
         with timer.apart():
             profile.before(step)
-        # Steps run behind the host: this batch is copied to the devices while the one before is computed. Two steps in
-        # flight hide the copy; more would only fill device memory with waiting batches.
+        # Steps run behind the host: this batch is copied to the devices while the one before is computed.
         with timer.data():
             host_batch = next(batches)
         batch = put_batch(host_batch, run.mesh, c.batch_size)
@@ -226,7 +228,7 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
                 extra["compile_seconds"] = time.perf_counter() - begin
         state, values = compiled(state, batch, key)
         running.append((step, values))
-        if len(running) > 2:
+        if len(running) > AHEAD:
             _count_skipped(*running.popleft(), c.max_skipped, workdir)
         timer.turn()
         flush()
@@ -344,6 +346,15 @@ def _check_shared(folder: epath.Path) -> None:
             f"--workdir={folder} is not one place for all hosts: hosts {blind} do not see what host 0 wrote there. Use "
             "a shared disk or a bucket, and the same --workdir everywhere"
         )
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[None]:
+    """Nobody else trains in this workdir; all hosts hear of it if somebody does."""
+    with contextlib.ExitStack() as held:
+        lock = workdirs.only_one(folder, say)
+        distributed.together(lambda: held.enter_context(lock) if distributed.is_main() else None)
+        yield
 
 
 def _check_best(c: config_lib.TrainConfig, objective: objective_lib.Objective, state, batch, key) -> None:

@@ -20,6 +20,7 @@ class Watch:
       flops: model FLOPs of one example in one step; 0 = unknown.
       devices: of the mesh.
       peak: FLOP/s of one device at its best, None if unknown.
+      ahead: steps that the host dispatches before it waits for the first: those turns take no time of their own.
       clock: seconds, only differences count.
     """
 
@@ -29,9 +30,11 @@ class Watch:
         flops: float,
         devices: int,
         peak: float | None,
+        ahead: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._batch_size, self._flops, self._devices, self._peak, self._clock = batch_size, flops, devices, peak, clock
+        self._ahead = ahead
         self._turns: list[float] = []
         self._data = self._stall = self._apart = 0.0
         self._mark = clock()
@@ -61,6 +64,9 @@ class Watch:
 
     def turn(self) -> None:
         """A turn of the loop is over."""
+        if self._ahead:  # what it took goes to the first turn that waits for a step
+            self._ahead -= 1
+            return
         now = self._clock()
         self._turns.append(now - self._mark - self._apart)
         self._mark, self._apart = now, 0.0
@@ -73,10 +79,10 @@ class Watch:
         without recomputation) and mfu (its share of the device's peak), hbm_gib and hbm_peak_gib (the fullest device
         of this host, where the device tells).
         """
+        if not self._turns:
+            return {}
         turns, data, stall = np.asarray(self._turns), self._data, self._stall
         self._turns, self._data, self._stall = [], 0.0, 0.0
-        if not len(turns):
-            return {}
         seconds = max(float(turns.sum()), 1e-9)
         rate = len(turns) / seconds
         row = {

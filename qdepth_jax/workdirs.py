@@ -5,11 +5,13 @@ A URL never becomes a pathlib path: that would turn gs://bucket into the local f
 
 import contextlib
 import errno
+import fcntl
 import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -55,6 +57,35 @@ def write_whole(path: epath.Path, text: str) -> None:
         temporary = path.parent / (path.name + ".tmp")
         temporary.write_text(text)
         temporary.replace(path)
+
+
+@contextlib.contextmanager
+def only_one(path: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds WORKDIR/lock, so that a second start on a workdir is refused instead of damaging the first.
+
+    The system releases it however the process ends. A bucket has no such thing: there the user has to see to it.
+
+    Raises:
+      UserError: another process holds it; which.
+    """
+    if is_remote(path):
+        yield
+        return
+    with open(path / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise errors.UserError(
+                f"--workdir={path} is in use by another start ({file.read().strip() or 'which has just begun'}): wait "
+                "for its end, stop it, or choose another --workdir"
+            ) from None
+        except OSError as error:  # some network disks have no locks
+            say(f"{path}/lock cannot be locked ({error}): see to it that no second start uses this --workdir")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def size_of(abstract: Any) -> int:

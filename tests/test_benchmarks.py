@@ -190,3 +190,67 @@ def test_memory_of_the_loader_is_bounded_and_flat(small_data):
     deep = memory.run(small_data, epochs=6, batch_size=32, prefetch=6)
     # The test can tell memory that is held from memory that is not: four more batches must show.
     assert deep["growth_mb"] > short["growth_mb"] + 2 * short["batch_mb"]
+
+
+@pytest.fixture
+def race_flags():
+    """benchmarks/train_step.py's flags with their defaults."""
+    from absl import flags
+
+    from benchmarks import train_step
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return train_step
+
+
+def test_train_step_ratio_is_theirs_over_ours_within_a_round(race_flags):
+    # The machine is five times slower in the second round, for both.
+    ours = [{"wall_s": 1.0, "cpu_s": 2.0}, {"wall_s": 5.0, "cpu_s": 2.0}, {"wall_s": 1.0, "cpu_s": 2.0}]
+    theirs = [{"wall_s": 2.0, "cpu_s": 1.0}, {"wall_s": 10.0, "cpu_s": 1.0}, {"wall_s": 3.0, "cpu_s": 3.0}]
+    found = race_flags.ratios(ours, theirs)
+    assert found["wall_s"] == {"median": 2.0, "min": 2.0, "max": 3.0, "n": 3}
+    assert found["cpu_s"]["median"] == 0.5
+
+
+def test_train_step_race_notices_another_gradient(race_flags):
+    same = race_flags.agree({"ours": [1.5, 3.0], "eager": [1.5, 3.00003]})
+    assert same["relative"] == pytest.approx(1e-5) and same["relative"] <= same["tolerance"]
+    other = race_flags.agree({"ours": [1.5, 3.0], "eager": [1.5, 3.0], "compile": [1.5, 3.003]})
+    assert other["relative"] == pytest.approx(1e-3) and other["relative"] > other["tolerance"]
+
+
+def test_train_step_batch_has_padding_and_never_the_image_token():
+    from benchmarks import train_step_sizes
+
+    size = train_step_sizes.SIZES["tiny"]
+    text = train_step_sizes.make_batch(size, 6)["text"]
+    lengths = (text != 0).sum(axis=1)
+    assert lengths.min() == 1 and lengths.max() == size.text_length
+    assert not ((text[:, 1:] != 0) & (text[:, :-1] == 0)).any() and text.max() < size.vocabulary - 1
+
+
+@pytest.mark.slow
+def test_train_step_of_ours_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--size=tiny", "--batch=2", "--rounds=2"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    ours = result["contestants"]["ours"]
+    # 55,583 is torch's own count of the same network; the embedding (64 x 32) and the vlm's last layer are frozen.
+    assert (ours["parameters"], ours["trained"]) == (55583, 47615)
+    assert result["agree"] and not result["failed"] and ours["samples_per_s"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_train_step_without_the_checkout_is_a_message(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), f"--open_pi_zero={tmp_path}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 2 and "is it a checkout?" in done.stderr

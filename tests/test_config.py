@@ -76,7 +76,7 @@ def test_help_answers_without_importing_jax():
         "import sys, runpy",
         "sys.argv = ['train', '--help']",
         "try: runpy.run_module('qdepth_jax.train', run_name='__main__')",
-        "except SystemExit: pass",
+        "except SystemExit as end: assert end.code == 0, end",
         "assert 'jax' not in sys.modules, 'heavy'",
     ]
     code = chr(10).join(lines)
@@ -87,7 +87,12 @@ def test_help_answers_without_importing_jax():
 
 BAD = {
     "unknown key": (["--config=experiments/demo.py", "--config.train.batch_sise=3"], "batch_size"),
-    "unknown section key": (["--config=experiments/demo.py", "--config.optm.x=3"], "optm"),
+    "unknown section key": (["--config=experiments/demo.py", "--config.optm.x=3"], "no field 'optm'; --config has aug"),
+    "key of another section": (
+        ["--config=experiments/demo.py", "--config.train.remat", "full"],
+        "--config.train.remat: there is no field 'remat'; --config.train has batch_size",
+    ),
+    "a field of a number": (["--config=experiments/demo.py", "--config.seed.x=1"], "no field 'x'"),
     "missing file": (["--config=experiments/nothing.py"], "nothing.py"),
     "unknown recipe": (["--config=experiments/baseline.py:brigde"], "bridge"),
     "unknown suite": (["--config=experiments/libero.py:objects"], "object"),

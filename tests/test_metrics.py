@@ -96,6 +96,17 @@ def test_watch_tells_steps_from_stalls_and_waiting():
     assert timer.row() == {}
 
 
+def test_turns_that_only_dispatch_are_no_steps():
+    clock = Clock()
+    timer = watch.Watch(batch_size=8, flops=0.0, devices=1, peak=None, ahead=2, clock=clock)
+    for seconds in (0.01, 0.01, 0.18, 0.2, 0.2):  # the third waits for the first step
+        clock.now += seconds
+        timer.turn()
+        if seconds == 0.01:
+            assert timer.row() == {}
+    assert timer.row()["samples_per_second"] == pytest.approx(8 / 0.2)
+
+
 @pytest.mark.parametrize(
     ("steps", "start", "said", "traced"),
     [

@@ -54,24 +54,29 @@ def test_the_same_run_on_several_processes(one, tmp_path, count):
 
 
 @pytest.mark.slow
-def test_a_signal_on_one_host_saves_everywhere_and_another_number_of_hosts_goes_on(one, tmp_path):
-    processes = start(tmp_path, one[1], TOKENIZER, 2)
+@pytest.mark.parametrize(
+    ("count", "devices", "next_count", "next_devices"),
+    [(2, 4, 1, 4), (1, 8, 2, 4)],
+    ids=["two processes to one", "eight devices of one process to two processes"],
+)
+def test_a_signal_saves_on_all_hosts_and_other_hosts_go_on(one, tmp_path, count, devices, next_count, next_devices):
+    processes = start(tmp_path, one[1], TOKENIZER, count, devices=devices)
     path, deadline = tmp_path / "workdir" / "metrics.jsonl", time.monotonic() + 120
     while not (path.exists() and '"step": 12,' in path.read_text()):
         assert time.monotonic() < deadline and all(p.process.poll() is None for p in processes), multihost.finish(
             processes, 1
         )
         time.sleep(0.01)
-    processes[1].process.send_signal(signal.SIGTERM)  # a host that is not the main one
+    processes[-1].process.send_signal(signal.SIGTERM)  # where there are two: a host that is not the main one
     done = multihost.finish(processes)
-    assert [code for code, _, _ in done] == [75, 75], done
+    assert [code for code, _, _ in done] == [75] * count, done
     step = int(re.search(r"stopped by a signal at step (\d+), which is saved", done[0][2])[1])
     assert 12 <= step < STEPS
-    (found,) = run(tmp_path, one[1], TOKENIZER, 1, name="again")
+    found = run(tmp_path, one[1], TOKENIZER, next_count, name="again", devices=next_devices)[0]
     assert f"at step {step}" in found[2] and "resumed" in found[2]
     assert_same(tmp_path, rows(one[0]))
-    # Up to the stop by two processes, from there by one: the order of the uninterrupted run, nothing twice.
-    whole, first, second = read(one[0], 1), read(tmp_path, 2), read(tmp_path, 1, "again")
+    # Up to the stop by some processes, from there by others: the order of the uninterrupted run, nothing twice.
+    whole, first, second = read(one[0], 1), read(tmp_path, count), read(tmp_path, next_count, "again")
     assert sorted(second) == list(range(step + 1, STEPS + 1))
     assert {s: first[s] for s in range(1, step + 1)} | second == whole
 

@@ -4,6 +4,8 @@ import collections
 import errno
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -33,15 +35,20 @@ def test_a_url_stays_a_url_and_a_local_folder_becomes_absolute(tmp_path, monkeyp
     assert not workdirs.is_remote("runs/a")
 
 
+LOCAL_ONLY = [
+    "return epath.Path(os.path.abspath(os.path.expanduser(workdir)))",
+    'with open(path / "lock", "a+", encoding="utf-8") as file:',
+    'file.write(f"process {os.getpid()} on {socket.gethostname()}\\n")',
+]
+
+
 @pytest.mark.parametrize("module", ["checkpoint", "checkpoint_read", "same_experiment", "workdirs", "earlier_stages"])
 def test_no_url_can_meet_pathlib_or_os_path(module):
     text = (pathlib.Path(workdirs.__file__).parent / f"{module}.py").read_text()
     assert "import pathlib" not in text
     found = [line.strip() for line in text.splitlines() if re.search(r"\bos\.|open\(", line) and "manager" not in line]
-    # The one place, behind the question whether the workdir is a URL.
-    assert found == (
-        ["return epath.Path(os.path.abspath(os.path.expanduser(workdir)))"] if module == "workdirs" else []
-    )
+    # Two places, behind the question whether the workdir is a URL.
+    assert found == LOCAL_ONLY if module == "workdirs" else not found
 
 
 def disk_of(monkeypatch, free):
@@ -81,3 +88,38 @@ def test_a_full_disk_is_a_message_wherever_the_cause_stands():
                 raise RuntimeError("save failed") from error
     with pytest.raises(RuntimeError, match="other"), workdirs.full_disk("runs/a"):
         raise RuntimeError("other")
+
+
+HOLDS = """
+import sys, time
+from etils import epath
+from qdepth_jax import workdirs
+with workdirs.only_one(epath.Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_start_on_a_workdir_is_refused_until_the_first_is_gone(tmp_path):
+    path = workdirs.folder(str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        said = f"in use by another start .process {first.pid} on .*choose another --workdir"
+        with pytest.raises(errors.UserError, match=said), workdirs.only_one(path, print):
+            raise AssertionError("two starts at once")
+        first.kill()
+    for _ in range(2):  # released by the kill, and by leaving
+        with workdirs.only_one(path, print):
+            pass
+
+
+def test_a_disk_without_locks_is_said_and_a_bucket_has_none(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(workdirs.fcntl, "flock", unsupported)
+    said = []
+    with workdirs.only_one(workdirs.folder(str(tmp_path)), said.append):
+        assert "cannot be locked" in said[0]
+    with workdirs.only_one("gs://bucket/run", said.append):
+        assert len(said) == 1
