@@ -267,11 +267,6 @@ def all_agree(ok: bool, what: str = "all_agree") -> bool:
     return all(gather(bool(ok), what))
 
 
-def any_says(flag: bool, what: str = "any_says") -> bool:
-    """True if `flag` on any host."""
-    return any(gather(bool(flag), what))
-
-
 def from_main(value: Any, what: str = "from_main") -> Any:
     """Host 0's value (JSON types) on every host; what the others pass is not looked at."""
     return gather(value if is_main() else None, what)[0]

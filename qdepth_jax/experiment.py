@@ -129,7 +129,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     # data.index_dir is a disk of each host).
     distributed.together(lambda: _build_indexes(data) if distributed.is_main() else None)
     _build_indexes(data)
-    train_loop.check_batch(train, mesh)
+    sharding.check_batch(train, mesh.shape)
     rows = sharding.batch_rows(mesh, train.batch_size)
     batches = loader.Loader(
         data,

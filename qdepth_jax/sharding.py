@@ -158,6 +158,17 @@ def _show(found: list[dict[str, int]]) -> str:
 # ---- the rows of a batch ----
 
 
+def check_batch(train: config_lib.TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError, with the next size that works, unless every device gets whole examples of each micro-batch."""
+    ways = train.micro_batches * sizes["replica"] * sizes["fsdp"]
+    if train.batch_size % ways:
+        raise errors.UserError(
+            f"train.batch_size={train.batch_size} must be a multiple of micro_batches x replica x fsdp = "
+            f"{train.micro_batches} x {sizes['replica']} x {sizes['fsdp']}: use {-(-train.batch_size // ways) * ways}, "
+            "other micro-batches or another mesh"
+        )
+
+
 def batch_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
     """Rows i64 [n] of a global batch that a process reads, ascending: what its devices hold under BATCH.
 

@@ -91,8 +91,7 @@ class Extras(NamedTuple):
 
 def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainState]:
     """(ShapeDtypeStructs with shardings, the shardings alone) of the run's train state; nothing is allocated."""
-    init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
-    shapes = jax.eval_shape(init, jax.random.key(run.seed))
+    shapes = train_step.abstract_state(run.objective, run.tx, run.ema_decay > 0)
     placed = sharding.state_shardings(run.mesh, shapes)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
     return target, placed
@@ -110,7 +109,7 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     that a checkpoint always holds the step it is named after and no row before it can be lost.
     """
     c, folder, extras = run.train, workdirs.folder(workdir), extras or Extras()
-    check_batch(c, run.mesh)
+    sharding.check_batch(c, run.mesh.shape)
     distributed.together(lambda: _make_folder(folder))
     _check_shared(folder)
     target, placed = abstract_state(run)
@@ -373,16 +372,6 @@ def _make_folder(folder: epath.Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise errors.UserError(f"--workdir={folder} cannot be made ({error}): choose another") from error
-
-
-def check_batch(c: config_lib.TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError, with the next size that works, unless every device gets whole examples of each micro-batch."""
-    ways = mesh.shape["replica"] * mesh.shape["fsdp"]
-    if c.batch_size % (c.micro_batches * ways):
-        raise errors.UserError(
-            f"train.batch_size={c.batch_size} must be a multiple of micro_batches x replica x fsdp = "
-            f"{c.micro_batches} x {ways}: use {-(-c.batch_size // (c.micro_batches * ways)) * c.micro_batches * ways}"
-        )
 
 
 def _meta(run: Run, step: int, key: jax.Array) -> dict[str, Any]:

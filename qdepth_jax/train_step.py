@@ -1,5 +1,6 @@
 """The train step: one pure function on one pytree."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -39,6 +40,12 @@ def init_state(
     average = jax.tree.map(jnp.copy, params) if ema else None
     step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, variables["state"], tx.init(params), average, skipped, in_row)
+
+
+def abstract_state(objective: objective_lib.Objective, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+    """ShapeDtypeStructs of `init_state`; nothing is allocated."""
+    init = functools.partial(init_state, objective=objective, tx=tx, ema=ema)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def train_step(

@@ -97,7 +97,6 @@ def test_one_process_starts_nothing_and_everything_is_a_no_op(monkeypatch):
     assert distributed.gather({"a": 1}, "x") == [{"a": 1}]
     assert distributed.from_main(5) == 5
     assert distributed.all_agree(True) and not distributed.all_agree(False)
-    assert distributed.any_says(True) and not distributed.any_says(False)
     distributed.same_everywhere("config", {"a": 1})
     assert distributed.together(lambda: 3) == 3
     with pytest.raises(KeyError, match="k"):

@@ -3,9 +3,12 @@
 import collections
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from qdepth_jax.models import policy, tokenizer
 
 QUANTISERS = ("ema", "plain", "fsq")
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding_qdepth_full.txt"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def full_state(objective, frozen=()):
@@ -331,3 +335,20 @@ def test_one_process_reads_everything_in_order():
 
 if __name__ == "__main__":
     GOLDEN.write_text("\n".join(golden_lines()) + "\n")
+
+
+def test_the_command_prints_the_table_and_totals():
+    arguments = ["--config=experiments/demo.py:tokenizer", "--devices=16", "--mesh=2,8,1", "--slices=2"]
+    done = subprocess.run(
+        [sys.executable, "tools/show_sharding.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "encoder/" in done.stdout and "codebook" in done.stdout
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["mesh"] == {"replica": 2, "fsdp": 8, "tensor": 1} and summary["leaves"] == 168
+    assert summary["bytes_per_device"]["total"] == summary["state_bytes"]  # a tokenizer is whole everywhere
+    bad = [*arguments[:2], "--mesh=2,3,1"]
+    done = subprocess.run(
+        [sys.executable, "tools/show_sharding.py", *bad], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "layouts that work: replica=4 fsdp=4 tensor=1; " in done.stderr

@@ -9,7 +9,6 @@ every leaf above 1 MiB that each device holds whole. Nothing is allocated. The l
 """
 
 import dataclasses
-import functools
 import json
 
 from absl import flags
@@ -28,6 +27,7 @@ def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
     from qdepth_jax import config as config_lib
     from qdepth_jax import errors, sharding, sharding_table
+    from qdepth_jax.plan import program
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}: flags are --config, --devices, --mesh, --slices")
@@ -42,29 +42,9 @@ def main(argv: list[str]) -> None:
         mesh = dataclasses.replace(mesh, replica=replica, fsdp=fsdp, tensor=tensor)
     slices = _SLICES.value or max(1, mesh.slices)
     sizes = sharding.mesh_sizes(mesh, _DEVICES.value, slices)
-    lines, summary = sharding_table.report(_CONFIG.value.name, sizes, slices, abstract_state(_CONFIG.value))
+    lines, summary = sharding_table.report(_CONFIG.value.name, sizes, slices, program.plan_of(_CONFIG.value).state)
     print("\n".join(lines))
     print(json.dumps(summary))
-
-
-def abstract_state(config):
-    """eval_shape of the experiment's train state; no data is opened."""
-    import jax
-
-    from qdepth_jax import config as config_lib
-    from qdepth_jax import experiment, optim, train_step
-    from qdepth_jax.models import policy
-
-    experiment.check_keys(config)
-    section = config_lib.build(config_lib.OptimConfig, config.optim, "optim")
-    frozen = policy.frozen_table(experiment.model_config(config)) if config.model_kind == "policy" else ()
-    init = functools.partial(
-        train_step.init_state,
-        objective=experiment.make_objective(config),
-        tx=optim.make(section, config.train.total_steps, frozen),
-        ema=section.ema_decay > 0,
-    )
-    return jax.eval_shape(init, jax.random.key(config.seed))
 
 
 if __name__ == "__main__":

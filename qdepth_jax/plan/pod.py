@@ -38,7 +38,7 @@ def plan(
     made = program.plan_of(config)
     slices = where.slices
     sizes = sharding.mesh_sizes(made.mesh, where.chips, slices)
-    program.check_batch(made, sizes)
+    sharding.check_batch(made.train, sizes)
     on_chip = state.of(sizes, made.state, slices)
     progress(f"state {on_chip.total / 2**30:.3f} GiB on each of {where.chips} chips, mesh {sizes}")
 

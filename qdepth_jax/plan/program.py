@@ -9,7 +9,6 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qdepth_jax import config as config_lib
-from qdepth_jax import errors, experiment, optim, sharding, train_step
+from qdepth_jax import experiment, optim, sharding, train_step
 from qdepth_jax.models import flops, policy, tokenizer
 from qdepth_jax.models import objective as objective_lib
 
@@ -57,7 +56,6 @@ def plan_of(config: ml_collections.ConfigDict) -> Plan:
     is_policy = config.model_kind == "policy"
     frozen = policy.frozen_table(model) if is_policy else ()
     tx = optim.make(optim_config, train.total_steps, frozen)
-    init = functools.partial(train_step.init_state, objective=objective, tx=tx, ema=optim_config.ema_decay > 0)
     return Plan(
         objective=objective,
         tx=tx,
@@ -67,7 +65,7 @@ def plan_of(config: ml_collections.ConfigDict) -> Plan:
         ema_decay=optim_config.ema_decay,
         model=model,
         batch=_batch(config, model, objective.features, train.batch_size),
-        state=jax.eval_shape(init, jax.random.key(0)),
+        state=train_step.abstract_state(objective, tx, optim_config.ema_decay > 0),
         parts=flops.policy(model) if is_policy else flops.tokenizer(model, tokenizer.STEM),
         remat=model.remat if is_policy else "none",
         tokens=sum(model.sizes.values()) if is_policy else model.grid**2,
@@ -108,24 +106,13 @@ def _batch(
     return {key: jax.ShapeDtypeStruct((size, *shapes[key][0]), shapes[key][1]) for key in features}
 
 
-def check_batch(plan: Plan, sizes: Mapping[str, int]) -> None:
-    """Raises UserError if the global batch does not divide over micro-batches and chips."""
-    ways = sizes["replica"] * sizes["fsdp"] * plan.train.micro_batches
-    if plan.train.batch_size % ways:
-        raise errors.UserError(
-            f"batch {plan.train.batch_size} must be a multiple of micro_batches x replica x fsdp = "
-            f"{plan.train.micro_batches} x {sizes['replica']} x {sizes['fsdp']}: "
-            f"use {-(-plan.train.batch_size // ways) * ways}, or set --config.train.micro_batches"
-        )
-
-
 def lower(plan: Plan, mesh: Mesh) -> jax.stages.Lowered:
     """The loop's own step with its shardings and donation, traced and partitioned for `mesh`; nothing is allocated.
 
     Raises:
       UserError: the batch or a leaf of the state does not divide.
     """
-    check_batch(plan, mesh.shape)
+    sharding.check_batch(plan.train, mesh.shape)
     placed = sharding.state_shardings(mesh, plan.state)
     with_place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     key = jax.eval_shape(lambda: jax.random.key(0))

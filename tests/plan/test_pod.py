@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from experiments import bridge, demo
-from qdepth_jax import chips, errors
+from qdepth_jax import chips, errors, sharding
 from qdepth_jax.plan import estimate, pod, program, report, search, state, topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -69,8 +69,8 @@ def test_plan_without_compiling_says_so_and_adds_up():
 
 def test_a_batch_that_does_not_divide_names_one_that_does(full):
     odd = full._replace(train=dataclasses.replace(full.train, batch_size=1000))
-    with pytest.raises(errors.UserError, match=r"batch 1000 .* 4 x 1 x 16: use 1024"):
-        program.check_batch(odd, {"replica": 1, "fsdp": 16, "tensor": 1})
+    with pytest.raises(errors.UserError, match=r"batch_size=1000 .* 4 x 1 x 16: use 1024"):
+        sharding.check_batch(odd.train, {"replica": 1, "fsdp": 16, "tensor": 1})
 
 
 @pytest.mark.slow

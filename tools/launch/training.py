@@ -84,13 +84,7 @@ def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Non
     mesh = config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
     sizes = sharding.mesh_sizes(mesh, devices, mesh.slices or slices)
     sharding.place(sizes, program.plan_of(config).state, slices=mesh.slices or slices)  # a size that does not divide
-    parts = config.train.micro_batches * sizes["replica"] * sizes["fsdp"]
-    if config.train.batch_size % parts:
-        raise errors.UserError(
-            f"train.batch_size={config.train.batch_size} must be a multiple of micro_batches x replica x fsdp = "
-            f"{config.train.micro_batches} x {sizes['replica']} x {sizes['fsdp']}: use "
-            f"{-(-config.train.batch_size // parts) * parts} or another mesh"
-        )
+    sharding.check_batch(config_lib.build(config_lib.TrainConfig, config.train, "train"), sizes)
 
 
 def train_command(arguments: list[str], python: str = "python") -> list[str]:
