@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from qdepth_jax import checkpoint_read, errors, train_step, workdirs
+from qdepth_jax import checkpoint_read, checkpoint_sum, errors, train_step, workdirs
 from qdepth_jax import config as config_lib
 
 FOLDER = "checkpoints"
@@ -127,6 +127,14 @@ def save(
         if not manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)), metrics=metrics):
             raise ValueError(f"{workdir} already holds step {manager.latest_step()}: step {step} cannot be saved")
     return time.monotonic() - start
+
+
+def warm_up(state: train_step.TrainState) -> None:
+    """Compiles what the first save would: on accelerators the sums, one small program for each shape of a leaf."""
+    for tree in checkpoint_read.items_of(state).values():
+        leaves = checkpoint_read.by_path(tree)
+        if not checkpoint_sum.on_host(leaves):
+            checkpoint_sum.sums(leaves)
 
 
 def restore_latest(

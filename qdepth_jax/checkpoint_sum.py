@@ -42,8 +42,12 @@ def sums(leaves: dict[str, jax.Array]) -> dict[str, int]:
     for name, x in leaves.items():
         if x.dtype.itemsize not in (1, 2, 4) or not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == jnp.bool_):
             raise TypeError(f"{name}: no checksum for elements of type {x.dtype}")
-    on_cpu = all(d.platform == "cpu" for x in leaves.values() for d in x.sharding.device_set)
-    return sums_on_host(leaves) if on_cpu else sums_on_device(leaves)
+    return sums_on_host(leaves) if on_host(leaves) else sums_on_device(leaves)
+
+
+def on_host(leaves: dict[str, jax.Array]) -> bool:
+    """Whether `sums` needs no compiled program for these."""
+    return all(d.platform == "cpu" for x in leaves.values() for d in x.sharding.device_set)
 
 
 def sums_on_device(leaves: dict[str, jax.Array]) -> dict[str, int]:

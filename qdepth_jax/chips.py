@@ -30,7 +30,7 @@ class Chip:
       usable_bytes: what a program may use of hbm_bytes; the rest belongs to the runtime.
       link_bandwidth: of one ICI link; a GPU's whole NVLink.
       dcn_bandwidth: of one chip's share of its host's network.
-      chips_per_host: of a pod slice or a DGX node.
+      chips_per_host: of a pod slice of several hosts, or a DGX node (topology.chips_per_host knows single hosts).
       cores: TensorCores that Google counts in names such as v5p-64; JAX sees one device a chip (megacore).
       dimensions: of the ICI torus; 0 = all chips of a host reach each other at link_bandwidth (NVSwitch).
       wraps: a torus side is a ring when it is a multiple of this, otherwise a line.
@@ -57,9 +57,9 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip("v4", "tpu", 275e12, 32 * GIB, 1200e9, 30.75 * GIB, 45e9, 25e9 / 4, 4, 2, 3, 4, "v4, book"),
-        Chip("v5e", "tpu", 197e12, 16 * GIB, 819e9, 15.75 * GIB, 50e9, 6.4e12 / 8 / 256, 8, 1, 2, 16, "v5e, book"),
+        Chip("v5e", "tpu", 197e12, 16 * GIB, 819e9, 15.75 * GIB, 50e9, 6.4e12 / 8 / 256, 4, 1, 2, 16, "v5e, book"),
         Chip("v5p", "tpu", 459e12, 95 * GIB, 2765e9, 95.73 * GIB, 100e9, 50e9 / 8, 4, 2, 3, 4, "v5p, book"),
-        Chip("v6e", "tpu", 918e12, 32 * GIB, 1640e9, 31.24 * GIB, 112e9, 25.6e12 / 8 / 256, 8, 1, 2, 16, "v6e"),
+        Chip("v6e", "tpu", 918e12, 32 * GIB, 1640e9, 31.24 * GIB, 112e9, 25.6e12 / 8 / 256, 4, 1, 2, 16, "v6e"),
         Chip("a100", "gpu", 312e12, 80e9, 2039e9, 80e9 * 0.92, 300e9, 25e9, 8, 1, 0, 1, "A100"),
         Chip("h100", "gpu", 989.4e12, 80e9, 3.35e12, 80e9 * 0.92, 450e9, 50e9, 8, 1, 0, 1, "H100"),
         Chip("h200", "gpu", 989.4e12, 141e9, 4.8e12, 141e9 * 0.92, 450e9, 50e9, 8, 1, 0, 1, "H200"),

@@ -189,7 +189,7 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
         say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
         rows = metrics.read(workdirs.folder(workdir) / "metrics.jsonl")
         return functools.reduce(lambda a, b: a | b, rows, {}), True
-    evaluate, pending, extra = make_evaluate(run), None, {}
+    evaluate, pending, extra = None, None, {}
     devices = run.mesh.devices.size
     peak = chips.peak_flops(jax.local_devices()[0].device_kind)
     timer = watch.Watch(c.batch_size, run.objective.flops, devices, peak, AHEAD)
@@ -220,6 +220,9 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
                 begin = time.perf_counter()
                 _check_best(c, run.objective, state, batch, key)
                 compiled = compile_step(run, state, batch, key)
+                if run.eval_batches is not None and c.eval_every:
+                    evaluate = make_evaluate(run, state, batch, key)
+                checkpoint.warm_up(state)
                 # What tracing left behind stays for good: without this, every full collection (0.1 s, often in the
                 # middle of a save) walks through it again.
                 gc.collect()
@@ -261,18 +264,27 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
     return last | last_eval, finished
 
 
-def make_evaluate(run: Run) -> Callable[[train_step.TrainState, jax.Array], dict[str, float]]:
-    """Mean of the objective's metrics over the held-out batches, names prefixed "val/"; averaged params if kept."""
+def make_evaluate(
+    run: Run, state: train_step.TrainState, batch: dict[str, jax.Array], key: jax.Array
+) -> Callable[[train_step.TrainState, jax.Array], dict[str, float]]:
+    """Mean of the objective's metrics over the held-out batches, names prefixed "val/"; averaged params if kept.
+
+    Compiled here, for batches like `batch`: what does not fit the devices shows before the first step.
+    """
 
     size = run.train.batch_size
 
     def eval_step(params, model_state, batch, key, step):
         return run.objective.loss(params, model_state, batch, jax.random.fold_in(key, 2), step).metrics
 
-    compiled = jax.jit(eval_step, out_shardings=NamedSharding(run.mesh, P()))
+    def averaged(state):
+        return state.params if state.ema is None else state.ema
+
+    jitted = jax.jit(eval_step, out_shardings=NamedSharding(run.mesh, P()))
+    compiled = jitted.lower(averaged(state), state.state, batch, key, state.step).compile()
 
     def evaluate(state: train_step.TrainState, key: jax.Array) -> dict[str, float]:
-        params, rows = state.params if state.ema is None else state.ema, []
+        params, rows = averaged(state), []
         for batch in run.eval_batches():
             rows.append(
                 jax.device_get(compiled(params, state.state, put_batch(batch, run.mesh, size), key, state.step))

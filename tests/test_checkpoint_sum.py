@@ -2,6 +2,7 @@
 
 import functools
 
+import checkpoint_states
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qdepth_jax import checkpoint_sum
+from qdepth_jax import checkpoint, checkpoint_sum
 
 LEAVES = {
     "f32": (np.float32, (4, 8, 6), P(None, "fsdp", "tensor")),
@@ -91,3 +92,11 @@ def test_swapped_shifted_and_zeroed_elements_are_found():
 def test_types_without_a_sum_are_refused():
     with pytest.raises(TypeError, match=r"rng: no checksum for elements of type key"):
         checkpoint_sum.sums({"rng": jax.random.key(0)})
+
+
+def test_what_a_save_needs_compiled_is_compiled_before_training(monkeypatch):
+    summed = []
+    monkeypatch.setattr(checkpoint_sum, "on_host", lambda leaves: False)
+    monkeypatch.setattr(checkpoint_sum, "sums_on_device", lambda leaves: summed.extend(leaves))
+    checkpoint.warm_up(checkpoint_states.make_state())
+    assert {"img/w", "b", "codebook", "step"} <= set(summed) and len([name for name in summed if name == "b"]) == 2

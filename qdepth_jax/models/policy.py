@@ -295,7 +295,7 @@ def loss_at(config: PolicyConfig, params, state, batch, noise: Array, t: Array, 
             metrics["depth_accuracy"] = accuracy
         else:
             depth_loss = depth_expert.pixel_loss(out.depth, *depth_expert.pixel_targets(batch, config.depth))
-        metrics |= {"depth_loss": depth_loss, "lambda": weight}
+        metrics |= {"depth_loss": depth_loss, "lambda_t": weight}
         total = flow_loss + weight * depth_loss
     return objective.LossOutput(total, {"loss": total, **metrics}, state)
 

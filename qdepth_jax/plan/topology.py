@@ -38,8 +38,14 @@ class Topology:
         return self.slices * self.chips_per_slice
 
     @property
+    def chips_per_host(self) -> int:
+        """A v5e or v6e board of eight is one host when rented alone, two hosts of four in a larger slice."""
+        single = self.chip.dimensions == 2 and self.chips_per_slice in (1, 8)
+        return self.chips_per_slice if single else self.chip.chips_per_host
+
+    @property
     def hosts(self) -> int:
-        return math.ceil(self.chips / self.chip.chips_per_host)
+        return math.ceil(self.chips / self.chips_per_host)
 
     @property
     def name(self) -> str:

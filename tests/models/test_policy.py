@@ -93,10 +93,10 @@ def test_remat_policies_keep_what_they_say():
 
 def test_metrics_are_named_and_add_up():
     (loss, metrics), _ = reference()
-    assert set(metrics) == {"loss", "flow_loss", "depth_loss", "depth_accuracy", "lambda"}
-    assert float(metrics["lambda"]) == pytest.approx(0.01 * 0.9999**3, rel=1e-6)
+    assert set(metrics) == {"loss", "flow_loss", "depth_loss", "depth_accuracy", "lambda_t"}
+    assert float(metrics["lambda_t"]) == pytest.approx(0.01 * 0.9999**3, rel=1e-6)
     assert float(loss) == pytest.approx(
-        float(metrics["flow_loss"] + metrics["lambda"] * metrics["depth_loss"]), rel=1e-6
+        float(metrics["flow_loss"] + metrics["lambda_t"] * metrics["depth_loss"]), rel=1e-6
     )
 
 

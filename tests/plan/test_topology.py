@@ -11,11 +11,12 @@ from qdepth_jax.plan import collectives, program, roofline, topology
 @pytest.mark.parametrize(
     ("name", "chip", "shape", "slices", "count", "hosts"),
     [
-        ("v5e:4x4", "v5e", (4, 4), 1, 16, 2),
-        ("v5e-16", "v5e", (4, 4), 1, 16, 2),
-        ("v5e-256", "v5e", (16, 16), 1, 256, 32),
+        ("v5e-8", "v5e", (2, 4), 1, 8, 1),
+        ("v5e:4x4", "v5e", (4, 4), 1, 16, 4),
+        ("v5e-16", "v5e", (4, 4), 1, 16, 4),
+        ("v5e-256", "v5e", (16, 16), 1, 256, 64),
         ("v5p-64", "v5p", (2, 4, 4), 1, 32, 8),  # counts TensorCores, two a chip
-        ("2xv5e-256", "v5e", (16, 16), 2, 512, 64),
+        ("2xv5e-256", "v5e", (16, 16), 2, 512, 128),
         ("h100-64", "h100", (), 1, 64, 8),
     ],
 )

@@ -36,9 +36,6 @@ GENERATIONS = {
     "v6e": Generation("v6e", "tpu-v6e-slice", "v2-alpha-tpuv6e", 256),
 }
 
-# Of a machine that is rented with a slice of several: half of a v5e or v6e board of eight is a machine of its own.
-CHIPS_PER_HOST = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
@@ -80,7 +77,6 @@ def parse(text: str) -> Slices:
             f"--topology={text}: {found.chip.name} comes as {names}"
             f"{' or multiples of 4 in ascending order' if len(shape) == 3 else ''}, up to {generation.most} chips"
         )
-    per_host = chips if found.chip.dimensions == 2 and chips in (1, 8) else CHIPS_PER_HOST
     return Slices(
         generation=generation,
         name=found.chip.name,
@@ -88,8 +84,8 @@ def parse(text: str) -> Slices:
         usual=shape in usual,
         slices=found.slices,
         chips=chips,
-        hosts=chips // per_host,
-        chips_per_host=per_host,
+        hosts=chips // found.chips_per_host,
+        chips_per_host=found.chips_per_host,
         accelerator=f"{generation.cloud}-{chips * found.chip.cores}",
     )
 
