@@ -19,7 +19,7 @@ from qdepth_jax import errors
 from qdepth_jax.weights import placing, source
 
 SHOWN = 40  # problems that one message lists
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _transposed(w):
