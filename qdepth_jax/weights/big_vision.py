@@ -15,6 +15,7 @@ from qdepth_jax.weights.table import Row
 
 TITLE = "big_vision PaliGemma"
 
+
 def clean(key: str) -> str:
     """A key without the prefix that a file may put before all of them."""
     return re.sub(r"^(params|opt/target)/", "", key)

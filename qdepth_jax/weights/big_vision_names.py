@@ -54,7 +54,9 @@ def image_side(tokens: int) -> int:
     return side
 
 
-def shapes_of(specs: Mapping[str, Any], clean: Callable[[str], str], title: str, needed: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def shapes_of(
+    specs: Mapping[str, Any], clean: Callable[[str], str], title: str, needed: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
     """Key as in the table -> shape.
 
     Raises:

@@ -37,7 +37,7 @@ SWAPPED = {"load": lambda w, shape: _swap_halves(w), "save": _swap_halves}
 def rows(config: policy_config.PolicyConfig) -> tuple[Row, ...]:
     """The table of a pi0 (or, with adaptive norms, a pi0.5)."""
     vlm, llm = "PaliGemma/llm/layers/", "PaliGemma/llm/"
-    norm = ("Dense_0/kernel", "Dense_0/bias") if config.action.adaptive else ("scale",)
+    norm = ("Dense_0/kernel", "Dense_0/bias") if config.action_time == "adaptive" else ("scale",)
     experts = []
     for leaf in (*names.LAYER, *(f"{name}/scale" for name in names.NORMS)):
         experts.append(Row(vlm + leaf, f"llm/layers/vlm/{leaf}"))
@@ -62,7 +62,7 @@ def rows(config: policy_config.PolicyConfig) -> tuple[Row, ...]:
 
 
 def _around(config: policy_config.PolicyConfig) -> list[Row]:
-    if config.action.adaptive:
+    if config.action_time == "adaptive":
         return [*_linear("time_mlp_in", "time_encoder/linear_1"), *_linear("time_mlp_out", "time_encoder/linear_2")]
     return [
         *_linear("state_proj", "proprio_encoder"),
@@ -114,4 +114,4 @@ def config_of(specs: Mapping[str, Any], **changes: Any) -> policy_config.PolicyC
     }
     if not adaptive:
         sizes["proprio_dim"] = shapes["state_proj/kernel"][0]
-    return policy_config.with_convention(name, **{**sizes, **changes})
+    return policy_config.PolicyConfig(**{"depth": None, **policy_config.CONVENTIONS[name], **sizes, **changes})
