@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 
-from absl import app, flags
+from absl import flags
 
 _DTYPE = flags.DEFINE_enum("placed_dtype", "float32", ("float32", "bfloat16"), "of the placed parameters")
 _DIRECTORY = flags.DEFINE_string("directory", "", "where the file is written; default: the system's temporary folder")
@@ -56,7 +56,6 @@ def write(path: str) -> None:
     import ml_dtypes
     import numpy as np
 
-    sys.path.insert(0, str(ROOT))
     from qdepth_jax.models import paligemma, siglip
     from qdepth_jax.weights import big_vision, importing, table
 
@@ -74,7 +73,6 @@ def write(path: str) -> None:
 
 def measure(path: str) -> dict:
     """Imports the file here."""
-    sys.path.insert(0, str(ROOT))
     import jax
 
     from qdepth_jax import config as config_lib
@@ -88,10 +86,14 @@ def measure(path: str) -> dict:
     highest = [0]
 
     def look() -> None:
-        held = dict.fromkeys(jax.devices(), 0)
+        # A shard is listed as part of its array and as an array of its own: counted once, by its address.
+        found = {}
         for array in jax.live_arrays():
             for shard in array.addressable_shards:
-                held[shard.device] += shard.data.nbytes
+                found[shard.device, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+        held = dict.fromkeys(jax.devices(), 0)
+        for (device, _), size in found.items():
+            held[device] += size
         highest[0] = max(highest[0], *held.values())
 
     baseline = _status("VmRSS")
@@ -127,4 +129,7 @@ def _reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: sys.exit(main(argv)))
+    sys.path[0] = str(ROOT)  # this tree's qdepth_jax before an installed one
+    from qdepth_jax import command
+
+    command.run(main)
