@@ -97,9 +97,7 @@ def test_grouped_heads_keep_their_order():
     np.testing.assert_array_equal(attention["kv_einsum"]["w"][1, 0, 1], weights[prefix + "k_proj.weight"][8:16].T)
     np.testing.assert_array_equal(attention["kv_einsum"]["w"][1, 1, 1], weights[prefix + "v_proj.weight"][8:16].T)
     np.testing.assert_array_equal(attention["q_einsum"]["w"][1, 3], weights[prefix + "q_proj.weight"][24:].T)
-    np.testing.assert_array_equal(
-        attention["attn_vec_einsum"]["w"][1, 3], weights[prefix + "o_proj.weight"][:, 24:].T
-    )
+    np.testing.assert_array_equal(attention["attn_vec_einsum"]["w"][1, 3], weights[prefix + "o_proj.weight"][:, 24:].T)
 
 
 def test_untied_head_and_other_problems():

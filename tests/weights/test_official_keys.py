@@ -43,7 +43,9 @@ def vision_linen(width):
     return keys | {"head/kernel": (d, width), "head/bias": (width,)}
 
 
-def gemma_linen(layers, d, f, heads, kv, h=256, suffix="", norms=("pre_attention_norm", "pre_ffw_norm"), adaptive=False):
+def gemma_linen(
+    layers, d, f, heads, kv, h=256, suffix="", norms=("pre_attention_norm", "pre_ffw_norm"), adaptive=False
+):
     """Gemma's layers, scanned; openpi marks its second expert by a suffix."""
     keys = {
         f"layers/attn/q_einsum{suffix}/w": (layers, heads, d, h),
@@ -54,7 +56,10 @@ def gemma_linen(layers, d, f, heads, kv, h=256, suffix="", norms=("pre_attention
     }
     for norm, lead in (*((f"layers/{name}", (layers,)) for name in norms), ("final_norm", ())):
         if adaptive:
-            keys |= {f"{norm}{suffix}/Dense_0/kernel": (*lead, d, 3 * d), f"{norm}{suffix}/Dense_0/bias": (*lead, 3 * d)}
+            keys |= {
+                f"{norm}{suffix}/Dense_0/kernel": (*lead, d, 3 * d),
+                f"{norm}{suffix}/Dense_0/bias": (*lead, 3 * d),
+            }
         else:
             keys[f"{norm}{suffix}/scale"] = (*lead, d)
     return keys

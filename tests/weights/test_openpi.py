@@ -111,7 +111,9 @@ def test_wrong_model(golden):
 
 def test_a_checkpoint_of_another_size(golden):
     _, weights, _ = golden
-    config = openpi.config_of(weights, vlm=gemma.ExpertConfig(32, 128), siglip=siglip.SiglipConfig(28, 14, 32, 1, 2, 64))
+    config = openpi.config_of(
+        weights, vlm=gemma.ExpertConfig(32, 128), siglip=siglip.SiglipConfig(28, 14, 32, 1, 2, 64)
+    )
     with pytest.raises(errors.UserError) as caught:
         load(weights, config)
     assert "shape (131, 64), the model needs (131, 32)" in str(caught.value)

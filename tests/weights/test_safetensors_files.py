@@ -143,7 +143,9 @@ def test_files_of_another_kind(tmp_path, data):
 
 
 def test_a_name_twice(tmp_path):
-    text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    text = (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(errors.UserError, match="a name stands twice"):
         safetensors_files.open_source(str(tmp_path))
