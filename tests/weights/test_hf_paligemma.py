@@ -1,4 +1,4 @@
-"""Hugging Face PaliGemma: all key layouts that transformers has used, tied heads, configs; the library itself if there."""
+"""Hugging Face PaliGemma: all key layouts that transformers has used, tied heads, configs, the library itself."""
 
 import json
 
@@ -137,7 +137,7 @@ def test_sizes_without_a_config_are_those_of_the_published_models():
     assert (found.heads, found.kv_heads, found.head_dim, found.siglip.heads) == (8, 4, 256, 16)
     assert found.siglip.image_size == 448 and found.query_scale == 0.0 and found.softcap == 50.0
     keys["vision_tower.vision_model.embeddings.patch_embedding.weight"] = (1000, 3, 14, 14)
-    with pytest.raises(errors.UserError, match="how many heads a vision tower of width 1000 has.*config.json"):
+    with pytest.raises(errors.UserError, match=r"how many heads a vision tower of width 1000 has.*config.json"):
         hf_paligemma.config_of({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in keys.items()})
 
 
@@ -145,7 +145,7 @@ def test_config_of_another_model(tmp_path):
     with pytest.raises(errors.UserError, match="one of a 'llava'"):
         hf_paligemma.config_of(random(1)[0], {"model_type": "llava"})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(errors.UserError, match="config.json is no JSON"):
+    with pytest.raises(errors.UserError, match=r"config.json is no JSON"):
         hf_paligemma.read_about(str(tmp_path))
     assert hf_paligemma.read_about(str(tmp_path / "none" / "model.safetensors")) is None
 

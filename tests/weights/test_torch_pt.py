@@ -53,13 +53,13 @@ class Bad:
 
 def test_a_pickle_that_runs_code_is_refused(torch, tmp_path):
     torch.save({"model": {"a": torch.zeros(2)}, "config": Bad()}, tmp_path / "x.pt")
-    with pytest.raises(errors.UserError, match="holds more than weights.*would run code from it: refused"):
+    with pytest.raises(errors.UserError, match=r"holds more than weights.*would run code from it: refused"):
         torch_pt.open_source(str(tmp_path / "x.pt"))
 
 
 def test_files_of_another_kind(torch, tmp_path):
     (tmp_path / "x.pt").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(errors.UserError, match="no whole torch checkpoint|more than weights"):
+    with pytest.raises(errors.UserError, match=r"no whole torch checkpoint|more than weights"):
         torch_pt.open_source(str(tmp_path / "x.pt"))
     torch.save({"a": torch.randn(300)}, tmp_path / "y.pt")
     data = (tmp_path / "y.pt").read_bytes()
