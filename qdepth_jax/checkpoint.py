@@ -114,19 +114,26 @@ def save(
     with workdirs.full_disk(workdir):
         manager.wait_until_finished()  # and raises what went wrong in the save before
     _check_room_now(workdir, state, step, agree)
-    items = checkpoint_read.items_of(state)
-    leaves = checkpoint_read.table(items)
-    saved: dict[str, Any] = {
-        name: ocp.args.PyTreeSave(
-            tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=checkpoint_read.CHUNK_BYTES), tree)
-        )
-        for name, tree in items.items()
-    }
-    meta = checkpoint_read.sealed(meta | {"metrics": metrics, "leaves": leaves})
-    with workdirs.full_disk(workdir):
-        if not manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)), metrics=metrics):
-            raise ValueError(f"{workdir} already holds step {manager.latest_step()}: step {step} cannot be saved")
+    _start_save(manager, checkpoint_read.items_of(state), meta | {"metrics": metrics}, step, metrics)
     return time.monotonic() - start
+
+
+def save_params(workdir: str, params: Any, meta: dict[str, Any]) -> None:
+    """Parameters without an optimiser (imported weights) as the checkpoint of step 0; returns when it is complete.
+
+    Args:
+      workdir: holds no checkpoint yet.
+      params: arrays on devices, any sharding.
+      meta: JSON types; with "config", an experiment whose model these are the parameters of.
+
+    Raises:
+      UserError: there are checkpoints in it already, or no room for this one.
+    """
+    with workdirs.full_disk(workdir), open_manager(workdir) as manager:
+        if found := checkpoint_read.steps(manager.directory):
+            raise errors.UserError(f"{workdir!r} holds checkpoints already (steps {found}): choose another folder")
+        _start_save(manager, {"params": params}, meta | {"step": 0, "metrics": None}, 0)
+        manager.wait_until_finished()
 
 
 def warm_up(state: train_step.TrainState) -> None:
@@ -313,6 +320,20 @@ def _state_of(target: train_step.TrainState, items: dict[str, Any]) -> train_ste
         opt_state=opt_state,
         ema=items.get("ema"),
     )
+
+
+def _start_save(manager, items: dict[str, Any], meta: dict[str, Any], step: int, metrics=None) -> None:
+    workdir, leaves = str(manager.directory), checkpoint_read.table(items)
+    saved: dict[str, Any] = {
+        name: ocp.args.PyTreeSave(
+            tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=checkpoint_read.CHUNK_BYTES), tree)
+        )
+        for name, tree in items.items()
+    }
+    meta = checkpoint_read.sealed(meta | {"leaves": leaves})
+    with workdirs.full_disk(workdir):
+        if not manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)), metrics=metrics):
+            raise ValueError(f"{workdir} already holds step {manager.latest_step()}: step {step} cannot be saved")
 
 
 def _check_metrics(manager, metrics: dict[str, float] | None) -> None:

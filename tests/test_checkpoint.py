@@ -289,3 +289,23 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
     assert latest(tmp_path)[2] == 2
     write(tmp_path, [3])
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1", "2", "3"}, "no remains"
+
+
+def test_parameters_alone_are_a_checkpoint_to_start_from(tmp_path):
+    mesh = mesh_of(1, 4, 2)
+    params = on_devices(make_state(), mesh).params
+    checkpoint.save_params(str(tmp_path), params, {"config": {"name": "imported"}, "source": "elsewhere"})
+
+    def choose(there):
+        return {
+            path: jax.ShapeDtypeStruct(
+                x["shape"], x["dtype"], sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            )
+            for path, x in there.items()
+        }
+
+    found, meta = checkpoint.restore_leaves(str(tmp_path), choose)
+    assert meta["step"] == 0 and meta["source"] == "elsewhere" and found.keys() == {"img/w", "b"}
+    np.testing.assert_array_equal(found["img/w"], params["img"]["w"])
+    with pytest.raises(errors.UserError, match=r"holds checkpoints already \(steps \[0\]\)"):
+        checkpoint.save_params(str(tmp_path), params, {})

@@ -1,5 +1,6 @@
 """Metric rows: what a restart keeps, values that are not finite, buckets, event files; where the time goes."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -129,3 +130,18 @@ def test_profile_covers_its_steps(tmp_path, monkeypatch, steps, start, said, tra
             seen.append(step)
     profile.close()
     assert seen == traced and not running and len(lines) == said, lines
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed")
+def test_a_restart_continues_the_run_of_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the real package, without network or login
+    config = {"name": "tiny", "train": {"total_steps": 3}}
+    ids = []
+    for first in (1, 3):
+        log = run_logs.start(str(tmp_path), config, first - 1, "train", project="arms")
+        for step in range(first, 4):
+            log.write({"step": step, "loss": 1.0 / step})
+        log.close()
+        ids.append(log.experiment_id)
+    files = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    assert ids[0] == ids[1] and files == [f"run-{ids[0]}.wandb"] * 2
