@@ -118,13 +118,15 @@ def save(
     return time.monotonic() - start
 
 
-def save_params(workdir: str, params: Any, meta: dict[str, Any]) -> None:
-    """Parameters without an optimiser (imported weights) as the checkpoint of step 0; returns when it is complete.
+def save_params(workdir: str, params: Any, meta: dict[str, Any], state: Any = None, step: int = 0) -> None:
+    """Parameters without an optimiser (imported or exported ones) as a checkpoint; returns when it is complete.
 
     Args:
       workdir: holds no checkpoint yet.
       params: arrays on devices, any sharding.
       meta: JSON types; with "config", an experiment whose model these are the parameters of.
+      state: the rest of the model (codebooks), where it has any.
+      step: that the parameters were trained for; imported ones have 0.
 
     Raises:
       UserError: there are checkpoints in it already, or no room for this one.
@@ -132,7 +134,8 @@ def save_params(workdir: str, params: Any, meta: dict[str, Any]) -> None:
     with workdirs.full_disk(workdir), open_manager(workdir) as manager:
         if found := checkpoint_read.steps(manager.directory):
             raise errors.UserError(f"{workdir!r} holds checkpoints already (steps {found}): choose another folder")
-        _start_save(manager, {"params": params}, meta | {"step": 0, "metrics": None}, 0)
+        items = {"params": params} | ({"state": state} if jax.tree.leaves(state) else {})
+        _start_save(manager, items, meta | {"step": step, "metrics": None}, step)
         manager.wait_until_finished()
 
 
