@@ -27,7 +27,9 @@ _OWN_WAY = re.compile(r"softcap|positions\..*|vlm_final_norm|scale_.*")
 
 def conventions(model: Any) -> dict[str, Any]:
     """Dotted field -> value of what a model config fixes beside sizes, for a model card and for comparing."""
-    return {name: value for name, value in flat(dataclasses.asdict(model)).items() if not _NO_CONVENTION.fullmatch(name)}
+    return {
+        name: value for name, value in flat(dataclasses.asdict(model)).items() if not _NO_CONVENTION.fullmatch(name)
+    }
 
 
 def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -134,7 +134,9 @@ def whole(stored: Stored, item: str, dtype: str = "") -> dict[str, jax.ShapeDtyp
     out = {}
     for path, leaf in stored.leaves.get(item, {}).items():
         floating = jnp.issubdtype(jnp.dtype(leaf["dtype"]), jnp.floating)
-        out[path] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(dtype if dtype and floating else leaf["dtype"]))
+        out[path] = jax.ShapeDtypeStruct(
+            tuple(leaf["shape"]), jnp.dtype(dtype if dtype and floating else leaf["dtype"])
+        )
     return out
 
 
