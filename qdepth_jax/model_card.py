@@ -6,8 +6,8 @@ from typing import Any
 # derivative, fine-tuned or converted.
 GEMMA = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. They bind every "
-    "model derived from these weights, fine-tuned ones too: whoever passes them on hands over a copy of those terms with "
-    "them, states that the files were changed, and passes on the use restrictions of "
+    "model derived from these weights, fine-tuned ones too: whoever passes them on hands over a copy of those terms "
+    "with them, states that the files were changed, and passes on the use restrictions of "
     "ai.google.dev/gemma/prohibited_use_policy."
 )
 ORIGINS = {
@@ -100,8 +100,8 @@ def _use(manifest: dict[str, Any]) -> str:
             '    actions = policy.sample_actions(loaded.model, loaded.variables["params"], loaded.variables["state"],'
             " batch, noise)",
             "",
-            "`actions` are normalised: `data.normalise.unnormalise` with the statistics of the robot's data set gives its "
-            "own units. The state goes in normalised by the same file.",
+            "`actions` are normalised: `data.normalise.unnormalise` with the statistics of the robot's data set gives "
+            "its own units. The state goes in normalised by the same file.",
         ]
     if manifest["weights"]["format"].startswith("open_pi_zero"):
         lines += [

@@ -251,7 +251,7 @@ def key_of(item: str, path: str) -> str:
 
 
 def open_pi_zero_slices(leaves: Mapping[str, Any]) -> dict[str, list[tuple[str, tuple[int, ...], open_pi_zero.Row]]]:
-    """Our path -> (open-pi-zero key, index in our leaf, row), of the leaves that its table has; one copy of the expert."""
+    """Our path -> (open-pi-zero key, index in our leaf, row) of what its table has; one copy of the expert."""
     out: dict[str, list[Any]] = {}
     for row in open_pi_zero.TABLE:
         if row.target in leaves:

@@ -1,0 +1,114 @@
+"""The weights of an export in each format, written leaf by leaf (an Orbax checkpoint: all at once)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from qdepth_jax import checkpoint, checkpoint_read, checkpoint_sum, errors, stored_model
+from qdepth_jax.weights import open_pi_zero, safetensors_write
+
+
+def write(
+    stored: stored_model.Stored, item: str, folder: epath.Path, form: str, dtype: str, shard_bytes: int
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Writes parameters and state into a folder.
+
+    Args:
+      stored: where they are. item: "params" or "ema".
+      form: format. dtype: to which parameters are cast; state (codebooks, counts) stays as it is.
+      shard_bytes: of one file, where the format has files of a size.
+
+    Returns:
+      (file -> bytes, item -> path -> {"shape", "dtype", "sum"}).
+
+    Raises:
+      UserError: the source is damaged, or the format needs a package that is missing.
+    """
+    wanted = {"params": (item, stored_model.whole(stored, item, dtype))}
+    wanted["state"] = ("state", stored_model.whole(stored, "state"))
+    leaves: dict[str, Any] = {"params": {}} | ({"state": {}} if wanted["state"][1] else {})
+
+    def read(name: str) -> Iterator[tuple[str, jax.Array]]:
+        for path, array in stored_model.read_leaves(stored, *wanted[name]):
+            found = checkpoint_sum.sums({path: array})[path]
+            leaves[name][path] = {"shape": list(array.shape), "dtype": str(array.dtype), "sum": found}
+            yield path, array
+
+    if form == "orbax":
+        tree = {name: checkpoint_read._nested(dict(read(name))) for name in leaves}
+        meta = {name: value for name, value in stored.meta.items() if name not in ("step", "metrics", "crc32")}
+        checkpoint.save_params(str(folder), tree["params"], meta, tree.get("state"), stored.meta["step"])
+        (folder / "lock").unlink(missing_ok=True)
+        return _sizes(folder / checkpoint.FOLDER), leaves
+    if form == "safetensors":
+        entries = [
+            safetensors_write.Entry(stored_model.key_of(name, path), leaf.shape, str(leaf.dtype))
+            for name in leaves
+            for path, leaf in wanted[name][1].items()
+        ]
+        arrays = (np.asarray(array) for name in leaves for _, array in read(name))
+        return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "np"}), leaves
+    entries, arrays = _open_pi_zero(wanted["params"][1], read("params"))
+    if form == "open_pi_zero":
+        return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "pt"}), leaves
+    return _write_pt(folder / "model.pt", entries, arrays), leaves
+
+
+def _open_pi_zero(
+    wanted: dict[str, jax.ShapeDtypeStruct], leaves: Iterator[tuple[str, jax.Array]]
+) -> tuple[list[safetensors_write.Entry], Iterator[np.ndarray]]:
+    """The entries of a state dict, leaf after leaf of ours, and their arrays; the shared expert under both names."""
+    slices = stored_model.open_pi_zero_slices({path: {"shape": leaf.shape} for path, leaf in wanted.items()})
+    entries = []
+    for path, leaf in wanted.items():
+        for key, index, row in slices[path]:
+            part = np.broadcast_to(np.zeros((), jnp.dtype(leaf.dtype)), leaf.shape[len(index) :])
+            entries += [
+                safetensors_write.Entry(name, row.save(part).shape, str(leaf.dtype)) for name in _copies(key, row)
+            ]
+
+    def arrays() -> Iterator[np.ndarray]:
+        for path, leaf in leaves:
+            array = np.asarray(leaf)
+            for key, index, row in slices[path]:
+                value = row.save(array[index])
+                for _ in _copies(key, row):
+                    yield value
+
+    return entries, arrays()
+
+
+def _copies(key: str, row: open_pi_zero.Row) -> list[str]:
+    """open-pi-zero saves the module that actions and proprioception share twice, and loads both."""
+    return [key, key.replace("mixtures.action.", "mixtures.proprio.")] if "{expert}" in row.source else [key]
+
+
+def _write_pt(path: epath.Path, entries, arrays) -> dict[str, int]:
+    try:
+        import torch
+    except ImportError as error:
+        raise errors.UserError(
+            "--format=open_pi_zero_pt needs torch: pip install -e '.[interop]', or take --format=open_pi_zero, the "
+            "same keys in safetensors"
+        ) from error
+    content = {}
+    for entry, array in zip(entries, arrays, strict=True):
+        array = np.ascontiguousarray(array)
+        bits = torch.from_numpy(array.view(np.int16).copy() if entry.dtype == "bfloat16" else array.copy())
+        content[entry.key] = bits.view(torch.bfloat16) if entry.dtype == "bfloat16" else bits
+    with path.open("wb") as file:
+        torch.save({"model": content}, file)
+    return {path.name: path.stat().length}
+
+
+def _sizes(folder: epath.Path) -> dict[str, int]:
+    """File -> bytes of everything below a folder, in order."""
+    found = {}
+    for path in sorted(folder.glob("**/*")):
+        if not path.is_dir():
+            found[str(path.relative_to(folder.parent))] = path.stat().length
+    return found
