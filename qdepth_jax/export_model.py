@@ -1,4 +1,4 @@
-"""Exports a model: gathers what a robot needs, checks that it belongs together, writes the folder whole (exported.py)."""
+"""Exports a model: gathers what a robot needs, checks that it belongs together, writes the folder (exported.py)."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -111,7 +112,11 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         "step": stored.meta["step"],
         "averaged": manifest["weights"]["averaged"],
         "parameters": manifest["weights"]["parameters"],
-        "bytes": sum(files.values()),
+        "bytes": sum(
+            int(np.prod(leaf["shape"])) * np.dtype(getattr(ml_dtypes, leaf["dtype"], leaf["dtype"])).itemsize
+            for item in leaves.values()
+            for leaf in item.values()
+        ),
         "files": listed,
     }
 
