@@ -119,14 +119,14 @@ def save(
 
 
 def save_params(workdir: str, params: Any, meta: dict[str, Any], state: Any = None, step: int = 0) -> None:
-    """Parameters without an optimiser (imported or exported ones) as a checkpoint; returns when it is complete.
+    """A model without an optimiser (imported or exported) as a checkpoint; returns when it is complete.
 
     Args:
       workdir: holds no checkpoint yet.
       params: arrays on devices, any sharding.
       meta: JSON types; with "config", an experiment whose model these are the parameters of.
-      state: the rest of the model (codebooks), where it has any.
-      step: that the parameters were trained for; imported ones have 0.
+      state: the rest of the model (a codebook).
+      step: after which the parameters stand; 0 = not trained here.
 
     Raises:
       UserError: there are checkpoints in it already, or no room for this one.

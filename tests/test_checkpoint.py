@@ -293,8 +293,12 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
 
 def test_parameters_alone_are_a_checkpoint_to_start_from(tmp_path):
     mesh = mesh_of(1, 4, 2)
-    params = on_devices(make_state(), mesh).params
+    state = on_devices(make_state(), mesh)
+    params = state.params
     checkpoint.save_params(str(tmp_path), params, {"config": {"name": "imported"}, "source": "elsewhere"})
+    checkpoint.save_params(str(tmp_path / "exported"), params, {}, state.state, step=7)
+    assert checkpoint.read_meta(str(tmp_path / "exported"))["leaves"].keys() == {"params", "state"}
+    assert checkpoint.read_meta(str(tmp_path / "exported"))["step"] == 7
 
     def choose(there):
         return {
