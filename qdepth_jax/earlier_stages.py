@@ -32,7 +32,7 @@ def load_model(workdir: str, average: bool = True) -> tuple[str, Any, dict[str, 
     saved = ml_collections.ConfigDict(meta["config"])
     model = model_kinds.model_config(saved)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(model_kinds.MAKE_OBJECTIVE[saved.model_kind](model).init, jax.random.key(0))
+    shapes = stored_model.shapes(saved.model_kind, model)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     variables, meta = stored_model.restore_model(workdir, target, average)
     return saved.model_kind, model, variables, meta

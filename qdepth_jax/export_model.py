@@ -217,7 +217,7 @@ def origin_of(stored: stored_model.Stored, options: Options) -> list[str]:
 
 def _check_whole(stored, item: str, kind: str, model: Any) -> None:
     """Every parameter of the model is there, in its shape; types may differ (an export in bfloat16)."""
-    shapes = jax.eval_shape(model_kinds.MAKE_OBJECTIVE[kind](model).init, jax.random.key(0))
+    shapes = stored_model.shapes(kind, model)
     wanted, there = {item: shapes["params"]}, {item: dict(stored.leaves[item])}
     if jax.tree.leaves(shapes["state"]):
         wanted["state"], there["state"] = shapes["state"], stored.leaves.get("state", {})

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from qdepth_jax import checkpoint, checkpoint_read, checkpoint_sum, errors, stored_model
-from qdepth_jax.weights import open_pi_zero, safetensors_write
+from qdepth_jax import checkpoint, checkpoint_sum, errors, stored_model
+from qdepth_jax.weights import open_pi_zero, safetensors_write, table
 
 
 def write(
@@ -39,7 +38,7 @@ def write(
             yield path, array
 
     if form == "orbax":
-        tree = {name: checkpoint_read._nested(dict(read(name))) for name in leaves}
+        tree = {name: table.nest(dict(read(name))) for name in leaves}
         meta = {name: value for name, value in stored.meta.items() if name not in ("step", "metrics", "crc32")}
         checkpoint.save_params(str(folder), tree["params"], meta, tree.get("state"), stored.meta["step"])
         return {}, leaves  # Orbax checks its own files
@@ -61,29 +60,23 @@ def _open_pi_zero(
     wanted: dict[str, jax.ShapeDtypeStruct], leaves: Iterator[tuple[str, jax.Array]]
 ) -> tuple[list[safetensors_write.Entry], Iterator[np.ndarray]]:
     """The entries of a state dict, leaf after leaf of ours, and their arrays; the shared expert under both names."""
-    slices = stored_model.open_pi_zero_slices({path: {"shape": leaf.shape} for path, leaf in wanted.items()})
-    entries = []
+    places = stored_model.slices(open_pi_zero.TABLE, {path: leaf.shape for path, leaf in wanted.items()})
+    copies, entries = open_pi_zero.copies_of(), []
     for path, leaf in wanted.items():
-        for key, index, row in slices[path]:
-            part = np.broadcast_to(np.zeros((), jnp.dtype(leaf.dtype)), leaf.shape[len(index) :])
-            entries += [
-                safetensors_write.Entry(name, row.save(part).shape, str(leaf.dtype)) for name in _copies(key, row)
-            ]
+        for _, index, row in places[path]:
+            layer, shape = index[: len(index) - len(row.part)], table.source_shape(row, leaf.shape[len(index) :])
+            names = [row.key(layer, copy) for copy in copies(row) or ("",)]
+            entries += [safetensors_write.Entry(name, shape, str(leaf.dtype)) for name in names]
 
     def arrays() -> Iterator[np.ndarray]:
         for path, leaf in leaves:
             array = np.asarray(leaf)
-            for key, index, row in slices[path]:
+            for _, index, row in places[path]:
                 value = row.save(array[index])
-                for _ in _copies(key, row):
+                for _ in copies(row) or ("",):
                     yield value
 
     return entries, arrays()
-
-
-def _copies(key: str, row: open_pi_zero.Row) -> list[str]:
-    """open-pi-zero saves the module that actions and proprioception share twice, and loads both."""
-    return [key, key.replace("mixtures.action.", "mixtures.proprio.")] if "{expert}" in row.source else [key]
 
 
 def _write_pt(path: epath.Path, entries, arrays) -> dict[str, int]:

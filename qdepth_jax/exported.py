@@ -63,7 +63,7 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
         raise errors.UserError(f"{path!r} was written by a later version ({manifest['version']}, known: {VERSION})")
     kind = manifest["model_kind"]
     model = model_kinds.model_config(ml_collections.ConfigDict({"model_kind": kind, "model": manifest["model"]}))
-    shapes = jax.eval_shape(model_kinds.MAKE_OBJECTIVE[kind](model).init, jax.random.key(0))
+    shapes = stored_model.shapes(kind, model)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def target(leaf, cast: bool):

@@ -4,6 +4,7 @@ Runs, imports and Orbax exports are checkpoints (checkpoint.py). An export in sa
 that says what `meta` and the leaves of a checkpoint say: shapes, types and sums, so it is checked the same way.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from qdepth_jax import checkpoint, checkpoint_read, checkpoint_sum, errors, workdirs
-from qdepth_jax.weights import open_pi_zero, safetensors_write
+from qdepth_jax import checkpoint, checkpoint_read, checkpoint_sum, errors, model_kinds, sharding, workdirs
+from qdepth_jax.weights import open_pi_zero, safetensors_files, source, table, torch_pt
 
 MANIFEST = "model.json"
 FILES = ("safetensors", "open_pi_zero", "open_pi_zero_pt")  # export formats that are no Orbax checkpoints
+AT_ONCE = 1 << 26  # bytes of small leaves that are read together
 
 
 class Stored(NamedTuple):
@@ -92,6 +94,12 @@ def read_manifest(path: str) -> dict[str, Any]:
     return content
 
 
+@functools.lru_cache(maxsize=8)
+def shapes(kind: str, model: Any) -> dict[str, Any]:
+    """{"params", "state"} of ShapeDtypeStructs of a model config; nothing is allocated."""
+    return jax.eval_shape(model_kinds.MAKE_OBJECTIVE[kind](model).init, jax.random.key(0))
+
+
 def parameters_of(stored: Stored, average: bool = True) -> str:
     """The item that holds the parameters: `ema` where they were averaged and that is wanted."""
     return "ema" if average and "ema" in stored.leaves else "params"
@@ -100,7 +108,7 @@ def parameters_of(stored: Stored, average: bool = True) -> str:
 def read_leaves(
     stored: Stored, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, jax.Array]]:
-    """(path, array) of leaves, one at a time, each compared with its sum.
+    """(path, array) of leaves in the given order, each compared with its sum; a few small ones or one large at a time.
 
     Args:
       stored: from `find`.
@@ -113,20 +121,41 @@ def read_leaves(
     """
     read = _orbax_reader(stored, item) if stored.form == "orbax" else _file_reader(stored, item)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    for path, leaf in wanted.items():
-        saved = stored.leaves[item][path]
-        sharding = leaf.sharding or device
+    saved = {
+        path: jax.ShapeDtypeStruct(
+            tuple(there["shape"]), jnp.dtype(there["dtype"]), sharding=wanted[path].sharding or device
+        )
+        for path, there in stored.leaves.get(item, {}).items()
+        if path in wanted
+    }
+    for group in _groups({path: saved[path] for path in wanted}):
 
-        def one(path=path, saved=saved, sharding=sharding):
-            array = read(path, saved, sharding)
-            if checkpoint_sum.sums({path: array})[path] != saved["sum"]:
-                raise checkpoint_read.Damaged(f"other numbers than were saved in {item}/{path}")
-            return array
+        def checked(group=group):
+            arrays = read(group)
+            for path, found in checkpoint_sum.sums(arrays).items():
+                if found != stored.leaves[item][path]["sum"]:
+                    raise checkpoint_read.Damaged(f"other numbers than were saved in {item}/{path}")
+            return arrays
 
-        array, cause = checkpoint_read.together(lambda ok: ok, stored.folder, one)
+        arrays, cause = checkpoint_read.together(lambda ok: ok, stored.folder, checked)
         if cause:
             raise errors.UserError(f"{stored.path!r} is damaged ({stored.folder}): {cause}")
-        yield path, array if array.dtype == leaf.dtype else array.astype(leaf.dtype)
+        for path in group:
+            array = arrays.pop(path)
+            yield path, array if array.dtype == wanted[path].dtype else array.astype(wanted[path].dtype)
+
+
+def _groups(leaves: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Small leaves together: a request for each would take longer than the reading."""
+    group, size = {}, 0
+    for path, leaf in leaves.items():
+        bytes_ = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if group and size + bytes_ > AT_ONCE:
+            yield group
+            group, size = {}, 0
+        group[path], size = leaf, size + bytes_
+    if group:
+        yield group
 
 
 def whole(stored: Stored, item: str, dtype: str = "") -> dict[str, jax.ShapeDtypeStruct]:
@@ -188,8 +217,8 @@ def shardings(stored: Stored) -> dict[str, dict[str, str]]:
         out[item] = {}
         for path, leaf in found.items():
             how = getattr(leaf, "sharding", None)
-            spec = getattr(how, "partition_spec", None)
-            out[item][path] = "" if how is None else _spec(spec, how) if spec is not None else "one device"
+            split = getattr(how, "partition_spec", None)
+            out[item][path] = "" if how is None else _spec(split, how) if split is not None else "one device"
     return out
 
 
@@ -201,48 +230,76 @@ def _spec(spec: Any, how: Any) -> str:
     return f"({', '.join(axis or '-' for axis in axes)}) on {mesh}"
 
 
-# ---- readers: (path, saved leaf, sharding) -> array, as it was saved ----
+# ---- readers: {path: ShapeDtypeStruct as saved, with a sharding} -> {path: array} ----
 
 
 def _orbax_reader(stored: Stored, item: str):
     handler = ocp.PyTreeCheckpointHandler()
     # Paths to key paths: a flat dict (the optimiser's) has keys that hold slashes.
-    tree = ocp.PyTreeCheckpointHandler().metadata(stored.folder / item).tree
-    keys = {}
-    for key_path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        keys[checkpoint_read.sharding.path_of(key_path)] = [entry.key for entry in key_path]
+    tree = handler.metadata(stored.folder / item).tree
+    keys = {sharding.path_of(at): [entry.key for entry in at] for at, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
-    def read(path: str, saved: dict[str, Any], sharding: jax.sharding.Sharding) -> jax.Array:
-        shape, dtype = tuple(saved["shape"]), jnp.dtype(saved["dtype"])
-        leaf: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        asked: Any = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype)
-        for key in reversed(keys[path]):
-            leaf, asked = {key: leaf}, {key: asked}
-        out = handler.restore(
-            stored.folder / item, args=ocp.args.PyTreeRestore(leaf, restore_args=asked, partial_restore=True)
+    def read(group: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        asked: dict[str, Any] = {}
+        for path, leaf in group.items():
+            node = asked
+            for key in keys[path][:-1]:
+                node = node.setdefault(key, {})
+            node[keys[path][-1]] = leaf
+        how = jax.tree.map(
+            lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), asked
         )
-        return jax.tree.leaves(out)[0]
+        out = handler.restore(
+            stored.folder / item, args=ocp.args.PyTreeRestore(asked, restore_args=how, partial_restore=True)
+        )
+        found = checkpoint_read.by_path(out)
+        return {path: found[path] for path in group}
 
     return read
 
 
 def _file_reader(stored: Stored, item: str):
-    place = _in_files(stored)
-    slices = open_pi_zero_slices(stored.leaves["params"]) if stored.form != "safetensors" else {}
+    weights, places = open_files(stored), {}
+    if stored.form != "safetensors" and item == "params":
+        places = slices(open_pi_zero.TABLE, {path: leaf["shape"] for path, leaf in stored.leaves[item].items()})
 
-    def read(path: str, saved: dict[str, Any], sharding: jax.sharding.Sharding) -> jax.Array:
-        shape, dtype = tuple(saved["shape"]), jnp.dtype(saved["dtype"])
-        if item == "params" and slices:
-            value = np.zeros(shape, dtype)
-            for key, index, row in slices[path]:
-                value[index] = row.load(place(key), shape[len(index) :])
+    def one(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path not in places:
+            value = weights.read(key_of(item, path))
         else:
-            value = place(key_of(item, path))
-        if (value.shape, value.dtype) != (shape, dtype):
+            value = np.zeros(leaf.shape, leaf.dtype)
+            for key, index, row in places[path]:
+                part = weights.read(key)
+                value[index] = part if row.load is None else row.load(part, leaf.shape[len(index) :])
+        if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
             raise checkpoint_read.Damaged(f"{item}/{path} is {value.dtype}{list(value.shape)}, not as {MANIFEST} says")
-        return jax.make_array_from_callback(shape, sharding, lambda index: value[index])
+        return value
+
+    def read(group: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        out = {}
+        for path, leaf in group.items():
+            value = one(path, leaf)
+            out[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, v=value: v[index])
+        return out
 
     return read
+
+
+def open_files(stored: Stored) -> source.Source:
+    """The weight files of an export, after a look at their sizes.
+
+    Raises:
+      UserError: one is missing or has another size than was written.
+    """
+    for name, size in stored.manifest["weights"]["files"].items():
+        path = stored.folder / name
+        if not path.exists():
+            raise errors.UserError(f"{stored.path!r} is damaged: {name} is missing")
+        if (found := path.stat().length) != size:
+            raise errors.UserError(f"{stored.path!r} is damaged: {name} has {found} bytes, {size} were written")
+    if stored.form == "open_pi_zero_pt":
+        return torch_pt.open_source(str(stored.folder / "model.pt"))
+    return safetensors_files.open_source(str(stored.folder))
 
 
 def key_of(item: str, path: str) -> str:
@@ -250,50 +307,13 @@ def key_of(item: str, path: str) -> str:
     return f"{item}/{path}".replace("/", ".")
 
 
-def open_pi_zero_slices(leaves: Mapping[str, Any]) -> dict[str, list[tuple[str, tuple[int, ...], open_pi_zero.Row]]]:
-    """Our path -> (open-pi-zero key, index in our leaf, row) of what its table has; one copy of the expert."""
+def slices(
+    rows: tuple[table.Row, ...], shapes: Mapping[str, Any]
+) -> dict[str, list[tuple[str, tuple[int, ...], table.Row]]]:
+    """Our path -> [(their key, index in our leaf, row)] of every leaf of these shapes that a table names."""
     out: dict[str, list[Any]] = {}
-    for row in open_pi_zero.TABLE:
-        if row.target in leaves:
-            layers = [(i,) for i in range(leaves[row.target]["shape"][0])] if "{i}" in row.source else [()]
-            for layer in layers:
-                key = open_pi_zero._source_key(row, layer)
-                out.setdefault(row.target, []).append((key, layer + row.part, row))
+    for row in rows:
+        if row.target in shapes:
+            for layer in row.layers(tuple(shapes[row.target])):
+                out.setdefault(row.target, []).append((row.key(layer), layer + row.part, row))
     return out
-
-
-def _in_files(stored: Stored) -> Callable[[str], np.ndarray]:
-    """key -> array, from all weight files of an export; sizes are checked before anything is read."""
-    for name, size in stored.manifest["weights"]["files"].items():
-        path = stored.folder / name
-        if not path.exists():
-            raise errors.UserError(f"{stored.path!r} is damaged: {name} is missing")
-        if (found := path.stat().length) != size:
-            raise errors.UserError(f"{stored.path!r} is damaged: {name} has {found} bytes, {size} were written")
-    return _safetensors(stored)
-
-
-def _safetensors(stored: Stored) -> Callable[[str], np.ndarray]:
-    places, names = {}, {text: name for name, text in safetensors_write.DTYPES.items()}
-    for name in stored.manifest["weights"]["files"]:
-        if name.endswith(".safetensors"):
-            with (stored.folder / name).open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            places |= {key: (name, 8 + size, leaf) for key, leaf in header.items()}
-
-    def read(key: str) -> np.ndarray:
-        if key not in places:
-            raise checkpoint_read.Damaged(f"{key} is in none of the files")
-        name, start, leaf = places[key]
-        begin, end = leaf["data_offsets"]
-        with (stored.folder / name).open("rb") as file:
-            file.seek(start + begin)
-            content = file.read(end - begin)
-        dtype, shape = jnp.dtype(names[leaf["dtype"]]), tuple(leaf["shape"])
-        if len(content) != math.prod(shape) * dtype.itemsize:
-            raise checkpoint_read.Damaged(f"{name} ends within {key}")
-        return np.frombuffer(content, dtype).reshape(shape)
-
-    return read

@@ -1,4 +1,4 @@
-"""Workdirs of runs with tiny models and random numbers, as training leaves them behind: in a second, without training."""
+"""Workdirs of runs with tiny models and random numbers, as training leaves them behind, in a second."""
 
 import functools
 import json

@@ -96,7 +96,7 @@ def _write_file(path: epath.Path, entries: Sequence[Entry], arrays: Iterable[np.
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in entries:
-            array = np.ascontiguousarray(next(arrays))
+            array = np.asarray(next(arrays), order="C")  # not ascontiguousarray: that makes a scalar a vector
             if (array.shape, str(array.dtype)) != (entry.shape, entry.dtype):
                 raise ValueError(f"{entry.key}: {array.dtype}{list(array.shape)} given, {entry} announced")
             content = memoryview(array.reshape(-1).view(np.uint8))

@@ -123,7 +123,7 @@ def test_bfloat16_is_rounded_once_and_stays(runs, tmp_path):
 def test_open_pi_zero_keys_are_its_own(runs, tmp_path):
     state = runs[1]["baseline"]
     quiet(str(runs[0] / "baseline"), str(tmp_path / "one"), options(format="open_pi_zero"))
-    read = stored_model._safetensors(stored_model.find(str(tmp_path / "one")))
+    read = stored_model.open_files(stored_model.find(str(tmp_path / "one"))).read
     expected = open_pi_zero.save(state.ema)
     header = json.loads(header_of(tmp_path / "one" / "model.safetensors"))
     assert header.pop("__metadata__") == {"format": "pt"} and header.keys() == expected.keys()
