@@ -202,7 +202,7 @@ def _manifest(stored, config, model, item, options, files, leaves, words, with_d
         "depth_tokenizer": {"identity": meta.get("tokenizer", "")} if with_depth else None,
         "origin": origin_of(stored, options),
         "figures": figures(stored),
-        "meta": meta,
+        "meta": json.loads(json.dumps(meta, sort_keys=True)),
     }
 
 

@@ -142,7 +142,15 @@ def read_leaves(
             raise errors.UserError(f"{stored.path!r} is damaged ({stored.folder}): {cause}")
         for path in group:
             array = arrays.pop(path)
-            yield path, array if array.dtype == wanted[path].dtype else array.astype(wanted[path].dtype)
+            yield path, array if array.dtype == wanted[path].dtype else _cast(array, wanted[path].dtype)
+
+
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    """On the CPU by NumPy (the same rounding, to nearest even): a program for every shape would take longer."""
+    if array.is_fully_addressable and checkpoint_sum.on_host({"": array}):
+        value = np.asarray(array).astype(dtype)
+        return jax.make_array_from_callback(value.shape, array.sharding, lambda index: value[index])
+    return array.astype(dtype)
 
 
 def _groups(leaves: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
