@@ -1,12 +1,15 @@
 """Workdirs of runs with tiny models and random numbers, as training leaves them behind, in a second."""
 
+import contextlib
 import functools
+import importlib.util
 import json
 import pathlib
 
 import jax
 import ml_collections
 import numpy as np
+from absl import flags
 
 from qdepth_jax import checkpoint, model_kinds, train_step
 from qdepth_jax import config as config_lib
@@ -106,3 +109,17 @@ def write_qdepth(folder, **more):
     identity = write_tokenizer(folder / "tokenizer")
     config = experiment("policy", QDEPTH, tokenizer=str(folder / "tokenizer"))
     return write(folder / "policy", "policy", QDEPTH, config, tokenizer=identity, **more)
+
+
+@contextlib.contextmanager
+def command(name):
+    """A command of tools/: `main(arguments) -> exit code` in this process; its flags go when the block ends."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    tool, before = importlib.util.module_from_spec(spec), set(flags.FLAGS)
+    spec.loader.exec_module(tool)
+    try:
+        yield lambda *arguments: tool.main(flags.FLAGS([name, *arguments]))
+    finally:
+        flags.FLAGS.unparse_flags()
+        for flag in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, flag)

@@ -1,7 +1,6 @@
 """Exports of every format: what is in them, that they are the run's model to the bit, and what is refused."""
 
 import functools
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -18,7 +17,6 @@ from qdepth_jax.data import normalise
 from qdepth_jax.models import policy
 from qdepth_jax.weights import open_pi_zero
 
-ROOT = pathlib.Path(__file__).parents[2]
 quiet = functools.partial(export_model.write_export, say=lambda line: None)
 
 
@@ -73,6 +71,7 @@ def test_what_is_loaded_is_the_run_s_model(runs, tmp_path, form):
     assert found == stored_runs.TOKENIZER
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_workdir_to_the_bit(runs, safetensors):
     workdir = str(runs[0] / "qdepth" / "policy")
     loaded = exported.load_export(str(safetensors))
@@ -294,15 +293,9 @@ def test_options_and_steps_that_are_not_there(runs, tmp_path):
 
 
 def test_the_command_prints_json(runs, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("export_checkpoint", ROOT / "tools" / "export_checkpoint.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    from absl import flags
-
-    arguments = ["export_checkpoint", f"--workdir={runs[0] / 'baseline'}", f"--output={tmp_path / 'out'}"]
-    remaining = flags.FLAGS(arguments)
-    assert tool.main(remaining) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["format"] == "orbax" and "README.md" in result["files"]
-    with pytest.raises(errors.UserError, match="unexpected arguments"):
-        tool.main(["export_checkpoint", "x"])
+    with stored_runs.command("export_checkpoint") as export:
+        assert export(f"--workdir={runs[0] / 'baseline'}", f"--output={tmp_path / 'out'}", "--noaverage") == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["format"] == "orbax" and "README.md" in result["files"] and not result["averaged"]
+        with pytest.raises(errors.UserError, match="unexpected arguments"):
+            export("--workdir=a", "--output=b", "surplus")

@@ -1,8 +1,6 @@
 """What the inspection says of a run, an import and an export, and of what differs between two of them."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -12,8 +10,6 @@ from checkpoint_states import flip_in_array, make_state, mesh_of
 from checkpoint_states import write as write_state
 
 from qdepth_jax import checkpoint, checkpoint_report, errors, export_model, stored_model
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +98,16 @@ def test_damage_is_said(tmp_path):
         checkpoint_report.compare(find(tmp_path / "a"), find(tmp_path / "b"), ["params"], values=True)
 
 
-def test_the_command(run, capsys, monkeypatch):
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", ROOT / "tools" / "inspect_checkpoint.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    from absl import flags
-
-    assert tool.main(flags.FLAGS(["inspect_checkpoint", str(run[0])])) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["model_kind"] == "policy"
-    assert tool.main(["x", str(run[0]), str(run[0])]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["same"]
-    with pytest.raises(errors.UserError, match="one or two paths"):
-        tool.main(["x"])
-    with pytest.raises(errors.UserError, match="no checkpoints in"):
-        tool.main(["x", str(run[0] / "checkpoints")])
+def test_the_command(run, capsys):
+    with stored_runs.command("inspect_checkpoint") as inspect:
+        assert inspect(str(run[0])) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["model_kind"] == "policy"
+        assert inspect(str(run[0]), str(run[0]), "--values", "--items=params,train") == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["same"]
+        with pytest.raises(errors.UserError, match="compares two paths"):
+            inspect(str(run[0]))
+    with stored_runs.command("inspect_checkpoint") as inspect:
+        with pytest.raises(errors.UserError, match="one or two paths"):
+            inspect()
+        with pytest.raises(errors.UserError, match="no checkpoints in"):
+            inspect(str(run[0] / "checkpoints"))
