@@ -16,13 +16,14 @@ from qdepth_jax import errors, model_kinds
 # Sizes (the shapes of leaves tell, or they change nothing in the parameters), and what only training or sampling uses.
 _NO_CONVENTION = re.compile(
     r"siglip\.(image_size|patch|width|depth|heads|mlp)|(vlm|action)\.(width|mlp)|layers|vocabulary|views|image_steps"
-    r"|missing_views|text_length|proprio_dim|proprio_steps|action_dim|horizon|depth|depth\.(?!expert\.rope_theta).*"
+    r"|missing_views|text_length|proprio_dim|proprio_steps|action_dim|action_used|horizon|depth"
+    r"|depth\.(?!expert\.(rope_theta|adaptive|post_norms)).*|depth\.expert\.(width|mlp)"
     r"|flow\.(time|beta_a|time_max|steps|clip)|dtype|scan|remat|freeze_embedding|faithful|visibility(\..*)?"
     r"|positions\.depth"
 )
 
 # A policy starts from PaliGemma and caps, scales and counts in its own way, as open-pi-zero does: said, not refused.
-_OWN_WAY = re.compile(r"softcap|positions\..*|vlm_final_norm|scale_.*")
+_OWN_WAY = re.compile(r"softcap|positions\..*|vlm_final_norm")
 
 
 def conventions(model: Any) -> dict[str, Any]:
@@ -59,9 +60,12 @@ def check(where: str, there: dict[str, Any], here: Any) -> list[str]:
     other = model_kinds.model_config(saved)
     before, now = conventions(other), conventions(here)
     alike = type(other) is type(here)
+    # Parts that only one of them has (a depth expert, the action expert that PaliGemma lacks) share no parameter.
+    both = before.keys() & now.keys()
+    names = {name for name in before.keys() | now.keys() if alike and not name.startswith("depth.")} | both
     found = [
         (name, f"{name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} here")
-        for name in sorted(before.keys() | now.keys() if alike else before.keys() & now.keys())
+        for name in sorted(names)
         if before.get(name) != now.get(name)
     ]
     said = [] if alike else [line for name, line in found if _OWN_WAY.fullmatch(name)]
