@@ -31,7 +31,8 @@ class Row:
     """One kind of weight.
 
     Attributes:
-      source: key with `{i}` for the layer number and `{copy}` for one of `copies`.
+      source: key with `{i}` for the layer number, `{copy}` for one of `copies` and, without target, `{rest}` for all
+        that may follow.
       target: our path; empty: the source may hold this and we have no use for it.
       part: index after the layer axis, for leaves that hold two matrices. A source with `{i}` is one slice of a leaf
         with a leading layer axis.
@@ -54,6 +55,7 @@ class Row:
     def pattern(self) -> re.Pattern:
         """Matches whole source keys; group `i` is the layer."""
         text = re.escape(self.source).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
+        text = text.replace(re.escape("{rest}"), ".*")
         copies = "|".join(re.escape(copy) for copy in self.copies)
         return re.compile(text.replace(re.escape("{copy}"), f"(?P<copy>{copies})"))
 
