@@ -90,9 +90,11 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
     say(f"exporting {item} of step {stored.meta['step']} of {workdir} as {options.format} in {options.dtype}")
 
     with workdirs.full_disk(str(out.parent)), _appears_whole(out) as folder:
-        files, leaves = export_weights.write(stored, item, folder, options.format, options.dtype, options.shard_bytes)
+        files, leaves = export_weights.write(
+            stored, model, item, folder, options.format, options.dtype, options.shard_bytes
+        )
         (folder / exported.STATISTICS).write_text(_json(statistics_of(stored.meta)))
-        (folder / "config.json").write_text(json.dumps(stored.meta["config"], indent=1))
+        (folder / "experiment_config.json").write_text(json.dumps(stored.meta["config"], indent=1))
         if words:
             (folder / exported.TEXT).write_bytes(epath.Path(words).read_bytes())
         if depth:

@@ -8,16 +8,16 @@ import numpy as np
 from etils import epath
 
 from qdepth_jax import checkpoint, checkpoint_sum, errors, stored_model
-from qdepth_jax.weights import open_pi_zero, safetensors_write, table
+from qdepth_jax.weights import safetensors_write, table
 
 
 def write(
-    stored: stored_model.Stored, item: str, folder: epath.Path, form: str, dtype: str, shard_bytes: int
+    stored: stored_model.Stored, model: Any, item: str, folder: epath.Path, form: str, dtype: str, shard_bytes: int
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Writes parameters and state into a folder.
 
     Args:
-      stored: where they are. item: "params" or "ema".
+      stored: where they are. model: its config. item: "params" or "ema".
       form: format. dtype: to which parameters are cast; state (codebooks, counts) stays as it is.
       shard_bytes: of one file, where the format has files of a size.
 
@@ -25,7 +25,7 @@ def write(
       (file -> bytes, empty for Orbax; item -> path -> {"shape", "dtype", "sum"}).
 
     Raises:
-      UserError: the source is damaged, or the format needs a package that is missing.
+      UserError: the source is damaged, the format has no name for an array, or needs a package that is missing.
     """
     wanted = {"params": (item, stored_model.whole(stored, item, dtype))}
     wanted["state"] = ("state", stored_model.whole(stored, "state"))
@@ -50,30 +50,38 @@ def write(
         ]
         arrays = (np.asarray(array) for name in leaves for _, array in read(name))
         return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "np"}), leaves
-    entries, arrays = _open_pi_zero(wanted["params"][1], read("params"))
-    if form == "open_pi_zero":
+    entries, arrays = _renamed(form, model, wanted["params"][1], read("params"))
+    if form != "open_pi_zero_pt":
         return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "pt"}), leaves
     return _write_pt(folder / "model.pt", entries, arrays), leaves
 
 
-def _open_pi_zero(
-    wanted: dict[str, jax.ShapeDtypeStruct], leaves: Iterator[tuple[str, jax.Array]]
+def _renamed(
+    form: str, model: Any, wanted: dict[str, jax.ShapeDtypeStruct], leaves: Iterator[tuple[str, jax.Array]]
 ) -> tuple[list[safetensors_write.Entry], Iterator[np.ndarray]]:
-    """The entries of a state dict, leaf after leaf of ours, and their arrays; the shared expert under both names."""
-    places = stored_model.slices(open_pi_zero.TABLE, {path: leaf.shape for path, leaf in wanted.items()})
-    copies, entries = open_pi_zero.copies_of(), []
+    """The entries of a state dict, leaf after leaf of ours, and their arrays.
+
+    Raises:
+      UserError: a leaf that the other code base has no name for.
+    """
+    places = stored_model.slices(form, model, {path: leaf.shape for path, leaf in wanted.items()})
+    if nameless := [path for path in wanted if path not in places]:
+        raise errors.UserError(
+            f"format {form} has no names for {len(nameless)} arrays of this model ({', '.join(nameless[:5])}): use "
+            "--format=safetensors or orbax"
+        )
+    entries = []
     for path, leaf in wanted.items():
-        for _, index, row in places[path]:
-            layer, shape = index[: len(index) - len(row.part)], table.source_shape(row, leaf.shape[len(index) :])
-            names = [row.key(layer, copy) for copy in copies(row) or ("",)]
-            entries += [safetensors_write.Entry(name, shape, str(leaf.dtype)) for name in names]
+        for keys, index, row in places[path]:
+            shape = table.source_shape(row, leaf.shape[len(index) :])
+            entries += [safetensors_write.Entry(key, shape, str(leaf.dtype)) for key in keys]
 
     def arrays() -> Iterator[np.ndarray]:
         for path, leaf in leaves:
             array = np.asarray(leaf)
-            for _, index, row in places[path]:
+            for keys, index, row in places[path]:
                 value = row.save(array[index])
-                for _ in copies(row) or ("",):
+                for _ in keys:
                     yield value
 
     return entries, arrays()

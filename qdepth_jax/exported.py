@@ -1,13 +1,14 @@
 """An exported model: one folder with everything a robot needs, and nothing of training.
 
-  README.md               model card             config.json       the experiment
+  README.md               model card                experiment_config.json   the whole experiment
   model.json              model, conventions, weights and their sums, identities; sealed by a CRC, written last
   statistics.json         data set -> {"action", "proprio"}: how numbers were normalised (data/normalise.py)
-  text_tokenizer.model    the SentencePiece model   NOTICE.md      terms of the weights it was started from
+  text_tokenizer.model    the SentencePiece model   NOTICE.md   terms of the weights it was started from
   depth_tokenizer/        an export of its own: decodes predicted depth tokens
 and the weights, by format:
   orbax                   checkpoints/STEP: the folder is a workdir without optimiser, read into any sharding
   safetensors             model.safetensors (or shards and an index); keys are our paths with dots
+  hf_paligemma            the same files with the key names of published PaliGemmas in transformers
   open_pi_zero[_pt]       the same files (or model.pt) with the key names of github.com/allenzren/open-pi-zero
 
 The folder appears whole: it is written beside its place and renamed, in a bucket model.json comes last.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -20,7 +21,7 @@ from qdepth_jax import checkpoint, checkpoint_read, checkpoint_sum, errors, mode
 from qdepth_jax.weights import open_pi_zero, safetensors_files, source, table, torch_pt
 
 MANIFEST = "model.json"
-FILES = ("safetensors", "open_pi_zero", "open_pi_zero_pt")  # export formats that are no Orbax checkpoints
+FILES = ("safetensors", "hf_paligemma", "open_pi_zero", "open_pi_zero_pt")  # exports that are no Orbax checkpoints
 AT_ONCE = 1 << 26  # bytes of small leaves that are read together
 
 
@@ -97,7 +98,13 @@ def read_manifest(path: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def shapes(kind: str, model: Any) -> dict[str, Any]:
     """{"params", "state"} of ShapeDtypeStructs of a model config; nothing is allocated."""
-    return jax.eval_shape(model_kinds.MAKE_OBJECTIVE[kind](model).init, jax.random.key(0))
+    if kind in model_kinds.MAKE_OBJECTIVE:
+        init = model_kinds.MAKE_OBJECTIVE[kind](model).init
+    else:  # not trained by the loop: a PaliGemma as it was imported
+        from qdepth_jax.models import paligemma
+
+        init = functools.partial(paligemma.init, model)
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def parameters_of(stored: Stored, average: bool = True) -> str:
@@ -269,15 +276,16 @@ def _orbax_reader(stored: Stored, item: str):
 def _file_reader(stored: Stored, item: str):
     weights, places = open_files(stored), {}
     if stored.form != "safetensors" and item == "params":
-        places = slices(open_pi_zero.TABLE, {path: leaf["shape"] for path, leaf in stored.leaves[item].items()})
+        model = model_kinds.model_config(ml_collections.ConfigDict(stored.meta["config"]))
+        places = slices(stored.form, model, {path: leaf["shape"] for path, leaf in stored.leaves[item].items()})
 
     def one(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path not in places:
             value = weights.read(key_of(item, path))
         else:
             value = np.zeros(leaf.shape, leaf.dtype)
-            for key, index, row in places[path]:
-                part = weights.read(key)
+            for keys, index, row in places[path]:
+                part = weights.read(keys[0])
                 value[index] = part if row.load is None else row.load(part, leaf.shape[len(index) :])
         if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
             raise checkpoint_read.Damaged(f"{item}/{path} is {value.dtype}{list(value.shape)}, not as {MANIFEST} says")
@@ -316,12 +324,23 @@ def key_of(item: str, path: str) -> str:
 
 
 def slices(
-    rows: tuple[table.Row, ...], shapes: Mapping[str, Any]
-) -> dict[str, list[tuple[str, tuple[int, ...], table.Row]]]:
-    """Our path -> [(their key, index in our leaf, row)] of every leaf of these shapes that a table names."""
+    form: str, model: Any, shapes: Mapping[str, Any]
+) -> dict[str, list[tuple[list[str], tuple[int, ...], table.Row]]]:
+    """Our path -> [(their keys, index in our leaf, row)] of the leaves that the table of a format names.
+
+    Several keys hold the same weight where that code base saves it so.
+    """
+    copies, rename = (lambda row: row.copies[:1]), (lambda key: key)
+    if form == "hf_paligemma":
+        from qdepth_jax.weights import hf_paligemma
+
+        rows, rename = hf_paligemma.rows(model), hf_paligemma.published
+    else:
+        rows, copies = open_pi_zero.TABLE, open_pi_zero.copies_of()
     out: dict[str, list[Any]] = {}
     for row in rows:
         if row.target in shapes:
             for layer in row.layers(tuple(shapes[row.target])):
-                out.setdefault(row.target, []).append((row.key(layer), layer + row.part, row))
+                keys = [rename(row.key(layer, copy)) for copy in copies(row) or ("",)]
+                out.setdefault(row.target, []).append((keys, layer + row.part, row))
     return out

@@ -5,8 +5,9 @@
 
 --workdir is one of a run, of imported weights (tools/import_weights.py) or an earlier export, local or in a bucket;
 exported in float32 and again from there, the weight files are the same to the byte. Formats: `orbax` (sharded,
-read onto any mesh; --config.init_from takes it too), `safetensors` (our names), `open_pi_zero` and `open_pi_zero_pt`
-(that code base's names, as safetensors and as model.pt with torch; only models that it can express).
+read onto any mesh; --config.init_from takes it too), `safetensors` (our names), `hf_paligemma` (the names of
+transformers, for a PaliGemma), `open_pi_zero` and `open_pi_zero_pt` (that code base's names, as safetensors and as
+model.pt with torch; only models that it can express).
 Nothing is overwritten, nothing half-written stays. The last line of stdout is JSON.
 """
 
@@ -22,7 +23,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder to write; must not exist",
 _AVERAGE = flags.DEFINE_bool("average", True, "averaged parameters (EMA) where the run kept them")
 _STEP = flags.DEFINE_integer("step", None, "checkpoint of this step; default: the newest")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of the parameters: float32 or bfloat16 (codebooks stay float32)")
-_FORMAT = flags.DEFINE_string("format", "orbax", "orbax, safetensors, open_pi_zero or open_pi_zero_pt")
+_FORMAT = flags.DEFINE_string("format", "orbax", "orbax, safetensors, hf_paligemma, open_pi_zero, open_pi_zero_pt")
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "largest weight file in 10^9 bytes (safetensors)", lower_bound=0)
 _TEXT = flags.DEFINE_string("text_tokenizer", "", "SentencePiece model; default: where the run had it")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "workdir of the depth tokenizer; default: where the run had it")
