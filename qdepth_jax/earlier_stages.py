@@ -13,6 +13,7 @@ from qdepth_jax import checkpoint, checkpoint_read, errors, model_kinds, same_co
 from qdepth_jax.data import data_config
 from qdepth_jax.models import policy, tokenizer
 
+DEPTH_STARTS = ("fresh", "action")
 _DEPTH = re.compile(r"llm/layers/depth/|llm/final_norm_depth/")
 _ACTION_OWN = re.compile(r"llm/layers/action/|llm/final_norm_action/")
 _DEPTH_NAME = re.compile(r"(?<=llm/layers/)depth|(?<=llm/final_norm_)depth")
@@ -173,6 +174,34 @@ def check_conventions(workdir: str, model: Any) -> None:
     """
     for line in same_conventions.check(workdir, stored_model.find(workdir).meta["config"], model):
         checkpoint.say(f"{workdir} and this model differ by design: {line}")
+
+
+def check_depth_start(start: str, model: Any) -> None:
+    """Refuses config.init_depth_from before anything is loaded.
+
+    Raises:
+      UserError: an unknown way, or a model without a depth expert that could be a copy.
+    """
+    if start not in DEPTH_STARTS:
+        raise errors.UserError(f"init_depth_from={start!r} is unknown: use one of {', '.join(DEPTH_STARTS)}")
+    if start == "action" and getattr(model, "depth", None) is None:
+        raise errors.UserError('init_depth_from="action", but the model has no depth expert: set it to "fresh"')
+
+
+def start_depth_expert(state: train_step.TrainState, start: str, workdir: str = "") -> train_step.TrainState:
+    """The state with the depth expert as config.init_depth_from says; `workdir` is where parameters came from.
+
+    Raises:
+      UserError: the parameters from there have a trained depth expert already, or the experts differ in shape.
+    """
+    if start == "fresh":
+        return state
+    if workdir and any(_DEPTH.match(path) for path in stored_model.find(workdir).leaves["params"]):
+        raise errors.UserError(
+            f"init_depth_from={start!r} would overwrite the depth expert that init_from={workdir!r} holds: set it to "
+            '"fresh", which keeps what was loaded'
+        )
+    return copy_action_expert(state)
 
 
 def copy_action_expert(state: train_step.TrainState) -> train_step.TrainState:

@@ -121,6 +121,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     objective = make_objective(config)
     frozen = policy.frozen_table(model) if config.model_kind == "policy" else ()
 
+    earlier_stages.check_depth_start(config.init_depth_from, model)
     codes, data = None, data_section(config)
     if config.model_kind == "policy" and model.depth_labels == "codes":
         codes = earlier_stages.load_codebook(config.tokenizer, model)
@@ -163,8 +164,8 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         if codes is not None:
             state = earlier_stages.place_codebook(state, codes["codebook"])
         if config.init_from:
-            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree)
-        return state
+            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree, model)
+        return earlier_stages.start_depth_expert(state, config.init_depth_from, config.init_from)
 
     return train_loop.Run(
         objective=objective,

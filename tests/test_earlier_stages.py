@@ -188,3 +188,18 @@ def test_a_depth_expert_of_another_size_cannot_start_so():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     with pytest.raises(errors.UserError, match="no depth expert"):
         earlier_stages.copy_action_expert(policy_state(stored_runs.BASELINE))
+
+
+def test_the_start_of_the_depth_expert_is_checked(baseline, tmp_path):
+    with pytest.raises(errors.UserError, match="init_depth_from='vlm' is unknown: use one of fresh, action"):
+        earlier_stages.check_depth_start("vlm", stored_runs.QDEPTH)
+    with pytest.raises(errors.UserError, match="no depth expert"):
+        earlier_stages.check_depth_start("action", stored_runs.BASELINE)
+    earlier_stages.check_depth_start("action", stored_runs.QDEPTH)
+    stored_runs.write(tmp_path, "policy", stored_runs.QDEPTH, ema=False)
+    state = policy_state(stored_runs.QDEPTH)
+    assert earlier_stages.start_depth_expert(state, "fresh", str(tmp_path)) is state
+    with pytest.raises(errors.UserError, match="would overwrite the depth expert that init_from="):
+        earlier_stages.start_depth_expert(state, "action", str(tmp_path))
+    depth = earlier_stages.start_depth_expert(state, "action", baseline[0]).params["llm"]["layers"]["depth"]
+    np.testing.assert_array_equal(depth["mlp"]["linear"], state.params["llm"]["layers"]["action"]["mlp"]["linear"])

@@ -135,6 +135,22 @@ def test_open_pi_zero_keys_are_its_own(runs, tmp_path):
     assert weight_bytes(tmp_path / "one") == weight_bytes(tmp_path / "two")
 
 
+def test_open_pi_zero_as_torch_saves_it(runs, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = runs[1]["baseline"]
+    for dtype in ("float32", "bfloat16"):
+        quiet(str(runs[0] / "baseline"), str(tmp_path / dtype), options(format="open_pi_zero_pt", dtype=dtype))
+        found = torch.load(tmp_path / dtype / "model.pt", weights_only=True)["model"]
+        expected = open_pi_zero.save(state.ema)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key].dtype == getattr(torch, dtype)
+            np.testing.assert_array_equal(found[key].float().numpy(), value.astype(dtype).astype(np.float32))
+        loaded = exported.load_export(str(tmp_path / dtype)).variables["params"]
+        rounded = jax.tree.map(lambda x, d=dtype: np.asarray(x).astype(d).astype(np.float32), state.ema)
+        jax.tree.map(np.testing.assert_array_equal, loaded, rounded)
+
+
 def test_open_pi_zero_refuses_what_it_cannot_express(runs, tmp_path):
     with pytest.raises(errors.UserError, match="a depth expert"):
         quiet(str(runs[0] / "qdepth" / "policy"), str(tmp_path / "x"), options(format="open_pi_zero"))
