@@ -1,5 +1,6 @@
 """The weights of an export in each format, written leaf by leaf (an Orbax checkpoint: all at once)."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,9 @@ def write(
         for path, array in stored_model.read_leaves(stored, *wanted[name]):
             found = checkpoint_sum.sums({path: array})[path]
             leaves[name][path] = {"shape": list(array.shape), "dtype": str(array.dtype), "sum": found}
-            yield path, array
+            held = [array]
+            del array  # nobody keeps it while the next one is read
+            yield path, held.pop()
 
     if form == "orbax":
         tree = {name: table.nest(dict(read(name))) for name in leaves}
@@ -48,12 +51,16 @@ def write(
             for name in leaves
             for path, leaf in wanted[name][1].items()
         ]
-        arrays = (np.asarray(array) for name in leaves for _, array in read(name))
+        arrays = map(_host, itertools.chain.from_iterable(map(read, list(leaves))))
         return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "np"}), leaves
     entries, arrays = _renamed(form, model, wanted["params"][1], read("params"))
     if form != "open_pi_zero_pt":
         return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "pt"}), leaves
     return _write_pt(folder / "model.pt", entries, arrays), leaves
+
+
+def _host(pair: tuple[str, jax.Array]) -> np.ndarray:
+    return np.asarray(pair[1])
 
 
 def _renamed(
@@ -79,10 +86,12 @@ def _renamed(
     def arrays() -> Iterator[np.ndarray]:
         for path, leaf in leaves:
             array = np.asarray(leaf)
+            del leaf
             for keys, index, row in places[path]:
                 value = row.save(array[index])
                 for _ in keys:
                     yield value
+            del array, value
 
     return entries, arrays()
 

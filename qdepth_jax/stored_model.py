@@ -148,12 +148,14 @@ def read_leaves(
         if cause:
             raise errors.UserError(f"{stored.path!r} is damaged ({stored.folder}): {cause}")
         for path in group:
-            array = arrays.pop(path)
-            yield path, array if array.dtype == wanted[path].dtype else _cast(array, wanted[path].dtype)
+            # No name here keeps the array while the next one is read.
+            yield path, _cast(arrays.pop(path), wanted[path].dtype)
 
 
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
     """On the CPU by NumPy (the same rounding, to nearest even): a program for every shape would take longer."""
+    if array.dtype == dtype:
+        return array
     if array.is_fully_addressable and checkpoint_sum.on_host({"": array}):
         value = np.asarray(array).astype(dtype)
         return jax.make_array_from_callback(value.shape, array.sharding, lambda index: value[index])

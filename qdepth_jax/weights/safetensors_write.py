@@ -102,4 +102,5 @@ def _write_file(path: epath.Path, entries: Sequence[Entry], arrays: Iterable[np.
             content = memoryview(array.reshape(-1).view(np.uint8))
             for begin in range(0, len(content), _BLOCK):
                 file.write(content[begin : begin + _BLOCK])
+            del array, content  # before the next one is read
     return 8 + len(text) + offset
