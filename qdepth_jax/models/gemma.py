@@ -145,6 +145,11 @@ class Mixture(nn.Module):
         table = self.embedder()
         return jnp.take(table if trainable else jax.lax.stop_gradient(table), ids, axis=0).astype(self.dtype)
 
+    def read(self, x: Array) -> Array:
+        """[B, T, D] of the vlm -> f32 logits [B, T, V]: the embedding table read backwards."""
+        table = layout.gather(self.embedder().astype(self.dtype), layout.TENSOR, layout.FSDP)
+        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+
     @nn.compact
     def __call__(
         self,
