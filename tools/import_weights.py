@@ -8,9 +8,9 @@
   lerobot_pi0    pi0 and pi0.5 of lerobot's PyTorch port, safetensors
 
 Sizes come from the shapes of the weights, conventions from what their code base does; both are stored with the
-checkpoint. Arrays go one after the other, in pieces, to the shards of the mesh. OUTPUT is a workdir with one checkpoint:
-train from it with --config.init_from=OUTPUT. It appears whole or not at all, and one that exists is left alone. The last
-line of stdout is JSON: format, model, parameters, keys read, unused, missing.
+checkpoint. Arrays go one after the other, in pieces, to the shards of the mesh. OUTPUT is a workdir with one
+checkpoint: train from it with --config.init_from=OUTPUT. It appears whole or not at all, and one that exists is left
+alone. The last line of stdout is JSON: format, model, parameters, keys read, unused, missing.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""From a file of weights to placed parameters: which reader and which table belong to a format, and the model they give.
+"""From a file of weights to placed parameters: which reader and table belong to a format, and the model they give.
 
 Used by tools/import_weights.py, which writes the result as a checkpoint.
 """
@@ -93,8 +93,7 @@ def open_weights(form: str, path: str, image_size: int = 0, changes: list[str] |
             weights = resample.Resampled(weights, image_size, config.siglip.patch)
             config = names.config_of(weights.specs, **arguments)
         config = changed(config, given)
-        kind, init = MODELS[type(config)]
-        shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))["params"]
+        kind, shapes = MODELS[type(config)][0], shapes_of(config)
         table.match(weights.specs, names.rows(config), shapes, names.TITLE, names.clean)
     except BaseException:
         weights.close()
@@ -102,8 +101,21 @@ def open_weights(form: str, path: str, image_size: int = 0, changes: list[str] |
     return Opened(form, weights, config, kind, shapes)
 
 
-def place(opened: Opened, mesh: Mesh, dtype: str = "float32") -> table.Loaded:
+def shapes_of(config: Any) -> Any:
+    """ShapeDtypeStructs of a model's parameters."""
+    init = MODELS[type(config)][1]
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))["params"]
+
+
+def place(
+    opened: Opened, mesh: Mesh, dtype: str = "float32", on_block: Callable[[], None] = lambda: None
+) -> table.Loaded:
     """Reads the weights into the shards of a mesh, with a progress bar.
+
+    Args:
+      opened: from `open_weights`.
+      mesh: where they go. dtype: in which.
+      on_block: called after each block.
 
     Raises:
       UserError: sizes that the mesh does not divide, no room on the devices, or what reading finds.
@@ -115,13 +127,18 @@ def place(opened: Opened, mesh: Mesh, dtype: str = "float32") -> table.Loaded:
     names = FORMATS[opened.form].names
     total = sum(spec.nbytes for spec in opened.weights.specs.values())
     bar = progress.Progress(total, f"reading {names.TITLE}", unit="B")
+
+    def on_read(path: str, size: int) -> None:
+        bar.update(size, path)
+        on_block()
+
     loaded = table.load(
         opened.weights,
         names.rows(opened.config),
         target,
         names.TITLE,
         names.clean,
-        on_leaf=lambda path, size: bar.update(size, path),
+        on_read,
     )
     bar.close()
     return loaded

@@ -88,7 +88,7 @@ def clean(key: str) -> str:
 def load(
     weights: source.Source | Mapping[str, np.ndarray],
     shapes: Any,
-    on_leaf: Callable[[str, int], None] = lambda path, size: None,
+    on_read: Callable[[str, int], None] = lambda path, size: None,
 ) -> Loaded:
     """A state dict as our parameters, see table.load.
 
@@ -102,7 +102,7 @@ def load(
     Raises:
       UserError: unknown or duplicate keys, unequal copies, wrong shapes, gaps in a leaf.
     """
-    return table.load(weights, TABLE, shapes, TITLE, clean, on_leaf)
+    return table.load(weights, TABLE, shapes, TITLE, clean, on_read)
 
 
 def save(params: Any, copies: tuple[str, ...] = SHARED) -> dict[str, np.ndarray]:

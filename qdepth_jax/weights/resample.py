@@ -1,4 +1,4 @@
-"""Position embeddings of a vision tower for another picture size, as big_vision takes a model to a higher resolution."""
+"""Position embeddings of a vision tower for another picture size, as big_vision raises the resolution of a model."""
 
 from collections.abc import Iterator
 

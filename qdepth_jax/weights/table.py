@@ -174,7 +174,7 @@ def match(
                 f"{original}: shape {tuple(spec.shape)}, the model needs {expected[row, wanted]} for {row.target}"
             )
             continue
-        if str(spec.dtype) not in DTYPES:
+        if np.dtype(spec.dtype).name not in DTYPES:
             problems.append(f"{original}: dtype {spec.dtype}, weights are {', '.join(DTYPES)}")
             continue
         held = leaves.setdefault(row.target, {}).setdefault(index, (row, []))[1]
@@ -219,7 +219,7 @@ def load(
     target: Any,
     title: str,
     clean: Callable[[str], str] = lambda key: key,
-    on_leaf: Callable[[str, int], None] = lambda path, size: None,
+    on_read: Callable[[str, int], None] = lambda path, size: None,
 ) -> Loaded:
     """Reads a source into our tree, leaf after leaf.
 
@@ -229,7 +229,7 @@ def load(
       target: our parameter tree of ShapeDtypeStructs (or arrays, for their shape). The dtype is the one wanted. Leaves
         with a sharding come as jax.Array there; no device ever holds more than its shard and one piece of a leaf, the
         host no more than a few pieces. Leaves without one come as NumPy arrays.
-      on_leaf: called with path and bytes read of every leaf that is finished.
+      on_read: called with our path and the bytes of each block that was read for it.
 
     Raises:
       UserError: what `match` finds; copies of one weight that differ; what the reader finds.
@@ -242,22 +242,24 @@ def load(
         if path not in placed.leaves:
             continue
         parts = placed.leaves[path]
-        leaves[path] = placing.assemble(leaf, _pieces(weights, parts, leaf.shape))
+        report = functools.partial(on_read, path)
+        leaves[path] = placing.assemble(leaf, _pieces(weights, parts, leaf.shape, report))
         read += [key for _, held in parts.values() for key in held]
-        on_leaf(path, sum(weights.specs[held[0]].nbytes for _, held in parts.values()))
     return Loaded(nest(leaves), read, placed.missing, placed.unused)
 
 
-def _pieces(weights: source.Source, parts, shape: tuple[int, ...]) -> Iterator[placing.Piece]:
+def _pieces(weights: source.Source, parts, shape: tuple[int, ...], report) -> Iterator[placing.Piece]:
     """All blocks of one leaf: (start, array), both with the leaf's number of axes."""
     for index, (row, held) in sorted(parts.items()):
         wanted, ones = shape[len(index) :], (1,) * len(index)
         if row.load is None:
             for start, block in weights.pieces(held[0], source.ELEMENTS):
                 yield index + start, block.reshape(ones + block.shape)
+                report(block.nbytes)
         else:
             block = np.asarray(row.load(weights.read(held[0]), wanted))
             yield index + (0,) * len(wanted), block.reshape(ones + block.shape)
+            report(block.nbytes)
 
 
 def save(
