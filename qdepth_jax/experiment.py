@@ -64,6 +64,10 @@ def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective
         raise errors.UserError(
             f"augment is set, but a {config.model_kind} reads no images: leave config.augment at its default"
         )
+    if config.model_kind not in MAKE_OBJECTIVE:
+        raise errors.UserError(
+            f"a {config.model_kind} is not trained by itself: start a policy from it with --config.init_from"
+        )
     return MAKE_OBJECTIVE[config.model_kind](model)
 
 

@@ -85,6 +85,8 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
     _check_whole(stored, item, config.model_kind, model)
     if options.format.startswith("open_pi_zero"):
         check_open_pi_zero(model)
+    if options.format == "hf_paligemma" and config.model_kind != "paligemma":
+        raise errors.UserError(f"hf_paligemma files hold a PaliGemma, this is a {config.model_kind}: use safetensors")
     words = _text_tokenizer(stored, model, options)
     depth = _depth_tokenizer(stored, model, options)
     say(f"exporting {item} of step {stored.meta['step']} of {workdir} as {options.format} in {options.dtype}")
@@ -95,6 +97,8 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         )
         (folder / exported.STATISTICS).write_text(_json(statistics_of(stored.meta)))
         (folder / "experiment_config.json").write_text(json.dumps(stored.meta["config"], indent=1))
+        if options.format == "hf_paligemma":
+            (folder / "config.json").write_text(json.dumps(export_weights.transformers_config(model), indent=2) + "\n")
         if words:
             (folder / exported.TEXT).write_bytes(epath.Path(words).read_bytes())
         if depth:

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from qdepth_jax import checkpoint, checkpoint_sum, errors, stored_model
+from qdepth_jax.models import paligemma
 from qdepth_jax.weights import safetensors_write, table
 
 
@@ -57,6 +58,55 @@ def write(
     if form != "open_pi_zero_pt":
         return safetensors_write.write(folder, entries, arrays, shard_bytes, {"format": "pt"}), leaves
     return _write_pt(folder / "model.pt", entries, arrays), leaves
+
+
+def transformers_config(model: paligemma.PaligemmaConfig) -> dict[str, Any]:
+    """config.json of a PaliGemma as transformers writes it: sizes, and the conventions that no shape shows."""
+    words = {
+        "hidden_size": model.vlm.width,
+        "intermediate_size": model.vlm.mlp,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.vlm.rope_theta,
+        "vocab_size": model.vocabulary,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "model_type": "gemma2" if model.vlm.post_norms else "gemma",
+    }
+    if model.vlm.post_norms:
+        words |= {
+            "query_pre_attn_scalar": model.query_scale or model.head_dim,
+            "attn_logit_softcapping": model.softcap or None,
+            "final_logit_softcapping": model.final_softcap or None,
+            "sliding_window": model.window,
+        }
+    image = model.siglip
+    pictures = {
+        "hidden_size": image.width,
+        "intermediate_size": image.mlp,
+        "num_hidden_layers": image.depth,
+        "num_attention_heads": image.heads,
+        "patch_size": image.patch,
+        "image_size": image.image_size,
+        "num_image_tokens": image.tokens,
+        "projection_dim": model.vlm.width,
+        "vision_use_head": False,
+        "model_type": "siglip_vision_model",
+    }
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "image_token_index": 257152,
+        "hidden_size": model.vlm.width,
+        "projection_dim": model.vlm.width,
+        "text_config": words,
+        "vision_config": pictures,
+    }
 
 
 def _host(pair: tuple[str, jax.Array]) -> np.ndarray:

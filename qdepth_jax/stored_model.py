@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from qdepth_jax import checkpoint, checkpoint_read, checkpoint_sum, errors, model_kinds, sharding, workdirs
-from qdepth_jax.weights import open_pi_zero, safetensors_files, source, table, torch_pt
+from qdepth_jax.models import paligemma
+from qdepth_jax.weights import hf_paligemma, open_pi_zero, safetensors_files, source, table, torch_pt
 
 MANIFEST = "model.json"
 FILES = ("safetensors", "hf_paligemma", "open_pi_zero", "open_pi_zero_pt")  # exports that are no Orbax checkpoints
@@ -98,12 +99,10 @@ def read_manifest(path: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def shapes(kind: str, model: Any) -> dict[str, Any]:
     """{"params", "state"} of ShapeDtypeStructs of a model config; nothing is allocated."""
-    if kind in model_kinds.MAKE_OBJECTIVE:
-        init = model_kinds.MAKE_OBJECTIVE[kind](model).init
-    else:  # not trained by the loop: a PaliGemma as it was imported
-        from qdepth_jax.models import paligemma
-
+    if kind == "paligemma":  # not trained by the loop
         init = functools.partial(paligemma.init, model)
+    else:
+        init = model_kinds.MAKE_OBJECTIVE[kind](model).init
     return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -334,8 +333,6 @@ def slices(
     """
     copies, rename = (lambda row: row.copies[:1]), (lambda key: key)
     if form == "hf_paligemma":
-        from qdepth_jax.weights import hf_paligemma
-
         rows, rename = hf_paligemma.rows(model), hf_paligemma.published
     else:
         rows, copies = open_pi_zero.TABLE, open_pi_zero.copies_of()

@@ -1,7 +1,6 @@
 """Workdirs of runs with tiny models and random numbers, as training leaves them behind, in a second."""
 
 import contextlib
-import functools
 import importlib.util
 import json
 import pathlib
@@ -11,7 +10,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from qdepth_jax import checkpoint, model_kinds, train_step
+from qdepth_jax import checkpoint, stored_model, train_step
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import normalise, text
 from qdepth_jax.models import policy, tokenizer
@@ -23,9 +22,7 @@ QDEPTH = policy.sized("tiny", vocabulary=640, text_length=24)
 BASELINE = policy.sized("tiny", vocabulary=640, text_length=24, depth=None)
 
 
-@functools.cache
-def shapes(kind, model):
-    return jax.eval_shape(model_kinds.MAKE_OBJECTIVE[kind](model).init, jax.random.key(0))
+shapes = stored_model.shapes
 
 
 def random_like(tree, seed):

@@ -10,7 +10,8 @@ import stored_runs
 from checkpoint_states import flip_in_array, make_state, mesh_of, on_devices, write
 
 from qdepth_jax import checkpoint, checkpoint_read, earlier_stages, errors, export_model, same_conventions
-from qdepth_jax.models import flow, gemma, policy_config
+from qdepth_jax import config as config_lib
+from qdepth_jax.models import flow, gemma, paligemma, policy_config
 
 
 def fresh_state(mesh, **params):
@@ -130,6 +131,26 @@ def test_every_field_of_a_policy_is_a_size_or_is_compared():
     assert {"softcap", "heads", "kv_heads", "head_dim", "norm_eps", "vlm.rope_theta", "action.rope_theta",
             "positions.first", "flow.sigma_min", "flow.time_period"} <= compared  # fmt: skip
     assert not {"horizon", "dtype", "remat", "siglip.width", "vlm.width", "flow.steps", "depth"} & compared
+
+
+def test_a_policy_starts_from_paligemma_in_its_own_way(tmp_path, capsys):
+    model = stored_runs.BASELINE
+    there = paligemma.PaligemmaConfig(
+        siglip=model.siglip, vlm=model.vlm, layers=3, heads=4, head_dim=8, vocabulary=model.vocabulary
+    )
+    params = stored_runs.random_like(stored_runs.shapes("paligemma", there)["params"], 3)
+    config = config_lib.to_json(stored_runs.experiment("paligemma", there))
+    checkpoint.save_params(str(tmp_path), jax.device_put(params, jax.devices()[0]), {"config": config})
+    taken = earlier_stages.take_parameters(policy_state(model), str(tmp_path), model=model)
+    jax.tree.map(np.testing.assert_array_equal, taken.params["llm"]["layers"]["vlm"], params["llm"]["layers"]["vlm"])
+    err = capsys.readouterr().err
+    assert "differ by design: softcap: 0.0 there, 50.0 here" in err and "unused: ['llm/final_norm_vlm/scale']" in err
+    for fields, line in (
+        ({"vlm": gemma.ExpertConfig(32, 48, post_norms=True)}, "vlm.post_norms: False there, True here"),
+        ({"vocabulary": 704}, r"vocabulary: 640 rows .* set model.vocabulary=640"),
+    ):
+        with pytest.raises(errors.UserError, match=line):
+            earlier_stages.check_conventions(str(tmp_path), dataclasses.replace(model, **fields))
 
 
 def test_refusal_comes_before_any_memory_is_given_back(baseline):

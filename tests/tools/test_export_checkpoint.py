@@ -1,5 +1,6 @@
 """Exports of every format: what is in them, that they are the run's model to the bit, and what is refused."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -12,10 +13,11 @@ import pytest
 import stored_runs
 import synthetic
 
-from qdepth_jax import earlier_stages, errors, export_model, exported, stored_model
+from qdepth_jax import checkpoint, earlier_stages, errors, export_model, exported, stored_model
+from qdepth_jax import config as config_lib
 from qdepth_jax.data import normalise
-from qdepth_jax.models import policy
-from qdepth_jax.weights import open_pi_zero
+from qdepth_jax.models import gemma, paligemma, policy
+from qdepth_jax.weights import hf_paligemma, importing, open_pi_zero, table
 
 quiet = functools.partial(export_model.write_export, say=lambda line: None)
 
@@ -167,6 +169,41 @@ def header_of(path):
     size = int.from_bytes(content[:8], "little")
     assert size % 8 == 0
     return content[8 : 8 + size]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_paligemma_goes_out_and_comes_back_by_import(version, tmp_path):
+    expert = gemma.ExpertConfig(width=32, mlp=48, post_norms=version == 2)
+    extra = {"softcap": 50.0, "final_softcap": 30.0, "window": 4096, "query_scale": 16.0} if version == 2 else {}
+    model = paligemma.PaligemmaConfig(
+        siglip=stored_runs.BASELINE.siglip,
+        vlm=expert,
+        layers=2,
+        heads=4,
+        head_dim=8,
+        vocabulary=64,
+        scan=False,
+        **extra,
+    )
+    params = stored_runs.random_like(stored_runs.shapes("paligemma", model)["params"], 3)
+    meta = {"config": config_lib.to_json(stored_runs.experiment("paligemma", model))}
+    meta["source"] = {"format": "big_vision", "files": {}}
+    checkpoint.save_params(str(tmp_path / "run"), jax.device_put(params, jax.devices()[0]), meta)
+    quiet(str(tmp_path / "run"), str(tmp_path / "hf"), options(format="hf_paligemma"))
+    opened = importing.open_weights("hf_paligemma", str(tmp_path / "hf"))
+    found = table.load(
+        opened.weights, hf_paligemma.rows(opened.config), opened.shapes, hf_paligemma.TITLE, hf_paligemma.clean
+    )
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    assert dataclasses.replace(opened.config, scan=False) == model and not found.missing and not found.unused
+    again = {"config": importing.experiment(opened), "source": {"format": "hf_paligemma", "files": {}}}
+    checkpoint.save_params(str(tmp_path / "back"), jax.device_put(found.params, jax.devices()[0]), again)
+    quiet(str(tmp_path / "back"), str(tmp_path / "hf2"), options(format="hf_paligemma"))
+    assert weight_bytes(tmp_path / "hf") == weight_bytes(tmp_path / "hf2")
+    assert "Gemma Terms of Use" in (tmp_path / "hf2" / "NOTICE.md").read_text()
+    jax.tree.map(np.testing.assert_array_equal, exported.load_export(str(tmp_path / "hf2")).variables["params"], params)
+    with pytest.raises(errors.UserError, match="hold policies"):
+        quiet(str(tmp_path / "run"), str(tmp_path / "x"), options(format="open_pi_zero"))
 
 
 def test_files_are_what_the_format_s_own_library_reads(safetensors):
