@@ -180,7 +180,8 @@ def _limits(manifest: dict[str, Any], statistics: dict[str, Any]) -> list[str]:
         out.append(f"Statistics are those of {names}: another robot or camera needs training of its own.")
         if not statistics:
             out.append("Without statistics its actions have no units: fine-tune it first.")
-        if manifest["model"]["depth"] is not None and manifest["depth_tokenizer"] is None:
+        depth = manifest["model"]["depth"]
+        if depth is not None and depth["head"] == "codes" and manifest["depth_tokenizer"] is None:
             out.append("No depth tokenizer is included: predicted depth tokens cannot be turned into depth here.")
         if manifest["text_tokenizer"] is None:
             out.append("No text tokenizer is included: ids of another tokenizer mean other words.")
