@@ -30,7 +30,8 @@ class PaligemmaConfig:
       siglip, vlm: the parts. layers, heads, kv_heads, head_dim, norm_eps: of the language model.
       query_scale: attention logits are divided by its root; 0 = head_dim.
       softcap, final_softcap: of attention logits and of the last logits; 0 = none.
-      window: layers 0, 2, 4... see only tokens less than so many positions away; 0 = all see all.
+      window: causal tokens see in layers 0, 2, 4... only what is less than so many positions behind them; the prefix
+        sees itself whole (transformers' reading; big_vision has no windows). 0 = none.
       vocabulary: rows of the text embedding (official files 257,152; Hugging Face's pad to 257,216).
       dtype, scan, remat: as in PolicyConfig.
     """
@@ -131,13 +132,15 @@ class Paligemma(nn.Module):
           causal: bool [B, L], True for tokens that those before them must not see; None = none.
         """
         tokens, x = self._embed(images, text)
-        pre_logits, _ = self._run(x, *self._prefix(valid, causal))
+        positions, mask, turn = self._prefix(valid, causal)
+        local = self._local(mask, positions, positions, turn > 0)
+        pre_logits, _ = self._run(x, positions, mask, local_mask=local)
         return Output(tokens, x, pre_logits, self._logits(pre_logits))
 
     def prefill(self, images: Array, text: Array, valid: Array) -> tuple[Array, gemma.KVCache]:
         """Logits f32 [B, V] behind the last valid token of the prompt, and the cache of the image and the prompt."""
         _, x = self._embed(images, text)
-        positions, mask = self._prefix(valid, None)
+        positions, mask, _ = self._prefix(valid, None)
         pre_logits, cache = self._run(x, positions, mask, return_cache=True)
         last = jnp.argmax(positions * mask[:, -1], axis=1)
         row = jnp.take_along_axis(pre_logits, last[:, None, None], axis=1)
@@ -156,9 +159,11 @@ class Paligemma(nn.Module):
           Logits f32 [B, V] behind it, and its own keys and values.
         """
         x = self._words(token[:, None])
-        mask = jnp.concatenate([cached, jnp.ones((token.shape[0], 1), bool)], axis=1)[:, None]
-        keys = jnp.concatenate([key_positions, position[:, None]], axis=1)
-        pre_logits, kv = self._run(x, position[:, None], mask, keys=keys, cache=cache, return_cache=True)
+        own = position[:, None]
+        mask = jnp.concatenate([cached, jnp.ones_like(own, bool)], axis=1)[:, None]
+        keys = jnp.concatenate([key_positions, own], axis=1)
+        local = self._local(mask, own, keys, jnp.ones_like(own, bool))
+        pre_logits, kv = self._run(x, own, mask, local_mask=local, cache=cache, return_cache=True)
         return self._logits(pre_logits)[:, 0], kv
 
     def _words(self, text: Array) -> Array:
@@ -169,22 +174,28 @@ class Paligemma(nn.Module):
         tokens = self.img.project(self.img(images))
         return tokens, jnp.concatenate([tokens, self._words(text)], axis=1)
 
-    def _prefix(self, valid: Array, causal: Array | None) -> tuple[Array, Array]:
-        """Positions i32 [B, P + L] and mask bool [B, P + L, P + L] of image and text."""
+    def _prefix(self, valid: Array, causal: Array | None) -> tuple[Array, Array, Array]:
+        """Positions i32 [B, P + L], mask bool [B, P + L, P + L] and turns i32 [B, P + L] of image and text.
+
+        A token's turn is the number of causal tokens up to it: 0 in the prefix.
+        """
         batch, patches = valid.shape[0], self.config.siglip.tokens
         there = jnp.concatenate([jnp.ones((batch, patches), bool), valid], axis=1)
         turns = jnp.zeros_like(there) if causal is None else jnp.pad(causal, ((0, 0), (patches, 0)))
-        block = jnp.cumsum(turns, axis=1)
-        mask = (block[:, None, :] <= block[:, :, None]) & there[:, None, :]
-        return jnp.cumsum(there, axis=1) - 1, mask
+        turn = jnp.cumsum(turns, axis=1)
+        mask = (turn[:, None, :] <= turn[:, :, None]) & there[:, None, :]
+        return jnp.cumsum(there, axis=1) - 1, mask, turn
 
-    def _run(self, x: Array, positions: Array, mask: Array, keys: Array | None = None, **fields):
+    def _local(self, mask: Array, positions: Array, keys: Array, bound: Array) -> Array | None:
+        """The mask [B, T, S] of layers with a window, which binds some rows [B, T]; None without windows."""
+        if not self.config.window:
+            return None
+        near = positions[:, :, None] - keys[:, None, :] < self.config.window
+        return mask & (near | ~bound[:, :, None])
+
+    def _run(self, x: Array, positions: Array, mask: Array, **fields) -> tuple[Array, gemma.KVCache | None]:
         """Embeddings [B, T, D] -> pre-logits [B, T, D] and the cache or None."""
-        local = None
-        if self.config.window:
-            keys = positions if keys is None else keys
-            local = mask & (jnp.abs(positions[:, :, None] - keys[:, None, :]) < self.config.window)
-        finals, cache = self.llm({"vlm": x}, {"vlm": positions}, mask, local_mask=local, outputs=("vlm",), **fields)
+        finals, cache = self.llm({"vlm": x}, {"vlm": positions}, mask, outputs=("vlm",), **fields)
         return finals["vlm"], cache
 
     def _logits(self, pre_logits: Array) -> Array:
