@@ -88,10 +88,10 @@ def open_weights(form: str, path: str, image_size: int = 0, changes: list[str] |
         given = dict(_change(text) for text in changes)
         heads = {HEADS[field]: given.pop(field) for field in HEADS if field in given and form not in LINEN}
         arguments: dict[str, Any] = heads | ({"about": about} if with_config else {})
-        config = names.config_of(weights.specs, **arguments)
+        config = _config_of(names, path, weights, arguments)
         if image_size and image_size != config.siglip.image_size:
             weights = resample.Resampled(weights, image_size, config.siglip.patch)
-            config = names.config_of(weights.specs, **arguments)
+            config = _config_of(names, path, weights, arguments)
         config = changed(config, given)
         kind, shapes = MODELS[type(config)][0], shapes_of(config)
         table.match(weights.specs, names.rows(config), shapes, names.TITLE, names.clean)
@@ -99,6 +99,17 @@ def open_weights(form: str, path: str, image_size: int = 0, changes: list[str] |
         weights.close()
         raise
     return Opened(form, weights, config, kind, shapes)
+
+
+def _config_of(names: ModuleType, path: str, weights: source.Source, arguments: dict[str, Any]) -> Any:
+    try:
+        return names.config_of(weights.specs, **arguments)
+    except errors.UserError:
+        raise
+    except (ValueError, IndexError) as error:  # an array of another rank than its name promises
+        raise errors.UserError(
+            f"{path}: the shapes are not those of {names.TITLE} ({error}): is it a file of that code base?"
+        ) from error
 
 
 def shapes_of(config: Any) -> Any:

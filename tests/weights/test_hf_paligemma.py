@@ -1,4 +1,4 @@
-"""Hugging Face PaliGemma: all key layouts that transformers has used, tied heads, configs; the library itself if there."""
+"""Hugging Face PaliGemma: all key layouts that transformers has used, tied heads, configs, the library itself."""
 
 import json
 
@@ -97,9 +97,7 @@ def test_grouped_heads_keep_their_order():
     np.testing.assert_array_equal(attention["kv_einsum"]["w"][1, 0, 1], weights[prefix + "k_proj.weight"][8:16].T)
     np.testing.assert_array_equal(attention["kv_einsum"]["w"][1, 1, 1], weights[prefix + "v_proj.weight"][8:16].T)
     np.testing.assert_array_equal(attention["q_einsum"]["w"][1, 3], weights[prefix + "q_proj.weight"][24:].T)
-    np.testing.assert_array_equal(
-        attention["attn_vec_einsum"]["w"][1, 3], weights[prefix + "o_proj.weight"][:, 24:].T
-    )
+    np.testing.assert_array_equal(attention["attn_vec_einsum"]["w"][1, 3], weights[prefix + "o_proj.weight"][:, 24:].T)
 
 
 def test_untied_head_and_other_problems():
@@ -139,7 +137,7 @@ def test_sizes_without_a_config_are_those_of_the_published_models():
     assert (found.heads, found.kv_heads, found.head_dim, found.siglip.heads) == (8, 4, 256, 16)
     assert found.siglip.image_size == 448 and found.query_scale == 0.0 and found.softcap == 50.0
     keys["vision_tower.vision_model.embeddings.patch_embedding.weight"] = (1000, 3, 14, 14)
-    with pytest.raises(errors.UserError, match="how many heads a vision tower of width 1000 has.*config.json"):
+    with pytest.raises(errors.UserError, match=r"how many heads a vision tower of width 1000 has.*config.json"):
         hf_paligemma.config_of({key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in keys.items()})
 
 
@@ -147,7 +145,7 @@ def test_config_of_another_model(tmp_path):
     with pytest.raises(errors.UserError, match="one of a 'llava'"):
         hf_paligemma.config_of(random(1)[0], {"model_type": "llava"})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(errors.UserError, match="config.json is no JSON"):
+    with pytest.raises(errors.UserError, match=r"config.json is no JSON"):
         hf_paligemma.read_about(str(tmp_path))
     assert hf_paligemma.read_about(str(tmp_path / "none" / "model.safetensors")) is None
 

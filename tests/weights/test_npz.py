@@ -75,7 +75,7 @@ def test_no_more_is_read_than_asked_for(tmp_path, monkeypatch):
 def test_objects_are_never_unpickled(tmp_path):
     path = tmp_path / "w.npz"
     np.savez(path, a=np.array([{"x": 1}], dtype=object))
-    with pytest.raises(errors.UserError, match="a.npy holds pickled Python objects"):
+    with pytest.raises(errors.UserError, match=r"a.npy holds pickled Python objects"):
         npz.open_source(str(path))
 
 
@@ -89,7 +89,7 @@ def test_a_header_that_declares_more_than_there_is(tmp_path):
     """8 TB of float32 in a file of a few bytes: refused before an allocation."""
     with zipfile.ZipFile(tmp_path / "w.npz", "w") as file:
         file.writestr("a.npy", header((2**21, 2**20)) + bytes(64))
-    with pytest.raises(errors.UserError, match="declares shape .* 8796093022208 bytes, but holds 64"):
+    with pytest.raises(errors.UserError, match=r"declares shape .* 8796093022208 bytes, but holds 64"):
         npz.open_source(str(tmp_path / "w.npz"))
 
 
@@ -101,7 +101,7 @@ def test_a_directory_that_declares_more_than_deflate_packs(tmp_path):
     at = data.rindex(b"PK\x01\x02")
     struct.pack_into("<I", data, at + 24, 2**31)  # uncompressed size in the central directory
     path.write_bytes(data)
-    with pytest.raises(errors.UserError, match="declares 2147483648 bytes in .*no array packs so small"):
+    with pytest.raises(errors.UserError, match=r"declares 2147483648 bytes in .*no array packs so small"):
         npz.open_source(str(path))
 
 
@@ -127,7 +127,7 @@ def test_overlapping_members(tmp_path):
     while (at := data.find(b"PK\x01\x02", at + 1)) > 0:
         struct.pack_into("<III", data, at + 16, *sizes)
     path.write_bytes(data)
-    with pytest.raises(errors.UserError, match="declares 37152|overlap|no whole .npz"):
+    with pytest.raises(errors.UserError, match=r"declares 37152|overlap|no whole .npz"):
         npz.open_source(str(path))
 
 
@@ -140,7 +140,7 @@ def test_damage_is_found_while_reading(tmp_path, compressed):
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
     weights = npz.open_source(str(path))
-    with pytest.raises(errors.UserError, match="a.npy is damaged"):
+    with pytest.raises(errors.UserError, match=r"a.npy is damaged"):
         list(weights.pieces("a", 100))
 
 
@@ -148,7 +148,7 @@ def test_truncated_and_absent_files(tmp_path):
     path = tmp_path / "w.npz"
     write(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(errors.UserError, match="no whole .npz file"):
+    with pytest.raises(errors.UserError, match=r"no whole .npz file"):
         npz.open_source(str(path))
     with pytest.raises(errors.UserError, match="cannot be opened"):
         npz.open_source(str(tmp_path / "none.npz"))
@@ -159,7 +159,7 @@ def test_truncated_and_absent_files(tmp_path):
 def test_member_that_is_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.npz", "w") as file:
         file.writestr("readme.txt", "x" * 200)
-    with pytest.raises(errors.UserError, match="readme.txt is no array"):
+    with pytest.raises(errors.UserError, match=r"readme.txt is no array"):
         npz.open_source(str(tmp_path / "w.npz"))
 
 

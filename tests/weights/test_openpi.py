@@ -102,7 +102,7 @@ def test_wrong_model(golden):
         load(wrong, other)
     missing = "time_mlp_in/kernel" if name == "pi05" else "action_time_mlp_in/kernel"
     assert f"{missing}: not in the file" in str(caught.value)
-    with pytest.raises(errors.UserError, match=r"no openpi weights: .*action_in_proj/kernel"):
+    with pytest.raises(errors.UserError, match=r"no openpi weights: "):
         openpi.config_of({"params/x": np.zeros(3)})
     lora = weights | {"params/PaliGemma/llm/layers/attn/q_einsum/lora_a": np.zeros(3)}
     with pytest.raises(errors.UserError, match="1 LoRA arrays"):
@@ -111,7 +111,9 @@ def test_wrong_model(golden):
 
 def test_a_checkpoint_of_another_size(golden):
     _, weights, _ = golden
-    config = openpi.config_of(weights, vlm=gemma.ExpertConfig(32, 128), siglip=siglip.SiglipConfig(28, 14, 32, 1, 2, 64))
+    config = openpi.config_of(
+        weights, vlm=gemma.ExpertConfig(32, 128), siglip=siglip.SiglipConfig(28, 14, 32, 1, 2, 64)
+    )
     with pytest.raises(errors.UserError) as caught:
         load(weights, config)
     assert "shape (131, 64), the model needs (131, 32)" in str(caught.value)

@@ -54,7 +54,7 @@ def test_a_chunk_that_is_gone_is_no_zero(tmp_path):
     save(tmp_path / "params", "files")
     (tmp_path / "params" / "params.a.kernel.value" / "0.3").unlink()
     weights = orbax_params.open_source(str(tmp_path))
-    with pytest.raises(errors.UserError, match="params/a/kernel/value cannot be read.*missing"):
+    with pytest.raises(errors.UserError, match=r"params/a/kernel/value cannot be read.*missing"):
         weights.read("params/a/kernel/value")
 
 
@@ -62,7 +62,7 @@ def test_half_a_checkpoint(tmp_path):
     save(tmp_path / "params")
     for file in (tmp_path / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(errors.UserError, match="no whole Orbax checkpoint|cannot be read"):
+    with pytest.raises(errors.UserError, match=r"no whole Orbax checkpoint|cannot be read"):
         weights = orbax_params.open_source(str(tmp_path))
         for key in weights.specs:
             weights.read(key)

@@ -80,7 +80,7 @@ def test_the_library_reads_the_same(tmp_path):
 def test_missing_shard(tmp_path):
     sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(errors.UserError, match="2 shards; 1 are missing: model-00002-of-00002.safetensors"):
+    with pytest.raises(errors.UserError, match=r"2 shards; 1 are missing: model-00002-of-00002.safetensors"):
         safetensors_files.open_source(str(tmp_path))
 
 
@@ -96,14 +96,14 @@ def test_index_that_contradicts_its_shards(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../../etc/passwd"}}'])
 def test_bad_index(tmp_path, text):
     (tmp_path / safetensors_files.INDEX).write_text(text)
-    with pytest.raises(errors.UserError, match="is no index|outside its folder"):
+    with pytest.raises(errors.UserError, match=r"is no index|outside its folder"):
         safetensors_files.open_source(str(tmp_path))
 
 
 def test_one_key_in_two_shards(tmp_path):
     sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(encode(arrays()))
-    with pytest.raises(errors.UserError, match="a.weight is in model-00001.* and in model-00002"):
+    with pytest.raises(errors.UserError, match=r"a.weight is in model-00001.* and in model-00002"):
         safetensors_files.open_source(str(tmp_path))
 
 
@@ -111,7 +111,7 @@ def test_one_key_in_two_shards(tmp_path):
 def test_truncated(tmp_path, cut):
     data = encode(arrays())
     (tmp_path / "model.safetensors").write_bytes(data[:-cut])
-    with pytest.raises(errors.UserError, match="no whole safetensors file.*(truncated|bad header)"):
+    with pytest.raises(errors.UserError, match=r"no whole safetensors file.*(truncated|bad header)"):
         safetensors_files.open_source(str(tmp_path))
 
 
@@ -143,16 +143,18 @@ def test_files_of_another_kind(tmp_path, data):
 
 
 def test_a_name_twice(tmp_path):
-    text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    text = (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(errors.UserError, match="a name stands twice"):
         safetensors_files.open_source(str(tmp_path))
 
 
 def test_folder_without_weights(tmp_path):
-    with pytest.raises(errors.UserError, match="holds 0 .safetensors files"):
+    with pytest.raises(errors.UserError, match=r"holds 0 .safetensors files"):
         safetensors_files.open_source(str(tmp_path))
     (tmp_path / "x.safetensors").write_bytes(encode(arrays()))
     (tmp_path / "y.safetensors").write_bytes(encode(arrays()))
-    with pytest.raises(errors.UserError, match="holds 2 .safetensors files"):
+    with pytest.raises(errors.UserError, match=r"holds 2 .safetensors files"):
         safetensors_files.open_source(str(tmp_path))

@@ -80,7 +80,7 @@ def test_all_problems_in_one_message():
 
 def test_two_keys_of_one_name_and_two_rows_of_one_key():
     weights = dict(table.save(params(), ROWS))
-    with pytest.raises(errors.UserError, match="params/stacked: duplicate of params/stacked|stacked: duplicate of"):
+    with pytest.raises(errors.UserError, match=r"params/stacked: duplicate of params/stacked|stacked: duplicate of"):
         table.load(
             weights | {"params/stacked": weights["stacked"]},
             ROWS,
