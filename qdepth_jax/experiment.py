@@ -64,6 +64,10 @@ def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective
         raise errors.UserError(
             f"augment is set, but a {config.model_kind} reads no images: leave config.augment at its default"
         )
+    if config.model_kind not in MAKE_OBJECTIVE:
+        raise errors.UserError(
+            f"a {config.model_kind} is not trained by itself: start a policy from it with --config.init_from"
+        )
     return MAKE_OBJECTIVE[config.model_kind](model)
 
 
@@ -121,6 +125,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     objective = make_objective(config)
     frozen = policy.frozen_table(model) if config.model_kind == "policy" else ()
 
+    earlier_stages.check_depth_start(config.init_depth_from, model)
     codes, data = None, data_section(config)
     if config.model_kind == "policy" and model.depth_labels == "codes":
         codes = earlier_stages.load_codebook(config.tokenizer, model)
@@ -163,8 +168,8 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         if codes is not None:
             state = earlier_stages.place_codebook(state, codes["codebook"])
         if config.init_from:
-            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree)
-        return state
+            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree, model)
+        return earlier_stages.start_depth_expert(state, config.init_depth_from, config.init_from)
 
     return train_loop.Run(
         objective=objective,
