@@ -88,7 +88,7 @@ def data_section(config: ml_collections.ConfigDict) -> data_config.DataConfig:
             ("views", model.views),
             ("horizon", model.horizon),
             ("max_text_tokens", model.text_length),
-            ("proprio_steps", model.proprio_steps),
+            ("proprio_steps", max(1, model.proprio_steps)),
             ("image_steps", model.image_steps),
             ("missing_views", "mask" if model.missing_views else "error"),
         ):
@@ -234,11 +234,12 @@ def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | No
                 )
     if config.model_kind == "policy":
         action, proprio = batches.sources[0].frames.action, batches.sources[0].frames.proprio
+        used = "action_used" if model.action_used else "action_dim"
         for name, want, got in (
-            ("action_dim", model.action_dim, action.shape[1]),
+            (used, model.robot_action_dim, action.shape[1]),
             ("proprio_dim", model.proprio_dim, proprio.shape[1]),
         ):
-            if want != got:
+            if want != got and (model.proprio_steps or name == used):  # pi0.5 reads no proprio
                 raise errors.UserError(
                     f"model.{name}={want}, but {batches.sources[0].definition.name} has {got}: set it"
                 )
