@@ -63,7 +63,8 @@ class Shapes(dict):
 
     def __missing__(self, key: str):
         raise errors.UserError(
-            f"no {self._title} weights: {key} is not there; found {len(self)} arrays: {', '.join(sorted(self)[:5])}, ..."
+            f"no {self._title} weights: {key} is not there; found {len(self)} arrays: "
+            f"{', '.join(sorted(self)[:5])}, ..."
         )
 
 
