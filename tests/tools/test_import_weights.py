@@ -180,7 +180,7 @@ def test_sizes_that_the_mesh_does_not_divide(tmp_path, command):
         ("norm_ep=1", 'no field norm_ep: did you mean "norm_eps"'),
         ("flow.steps=3", "no section flow"),
         ("layers=two", "model.layers must be int"),
-        ("layers=3", "the model needs"),
+        pytest.param("layers=3", "the model needs", marks=pytest.mark.slow),
     ],
 )
 def test_changes_that_do_not_fit(tmp_path, change, message):
@@ -199,6 +199,7 @@ def call(*flags):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_flags():
     done = call("--help")
     assert done.returncode == 0 and "lerobot_pi0" in done.stdout
