@@ -210,7 +210,7 @@ def test_flags():
 @pytest.mark.slow
 def test_the_command_itself(tmp_path):
     path, output = write_npz(tmp_path), tmp_path / "ckpt"
-    arguments = ("--format=big_vision", f"--input={path}", f"--output={output}", "--image_size=42", "--mesh=1,2,-1")
+    arguments = ("--format=big_vision", f"--input={path}", f"--output={output}", "--image_size=42", "--mesh=1,-1,2")
     done = call(*arguments)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -223,7 +223,7 @@ def test_the_command_itself(tmp_path):
         ((*arguments[:2], f"--output={tmp_path}/b", "--mesh=1,2"), "must be three numbers"),
         (("--format=openpi", f"--input={path}", f"--output={tmp_path}/b"), "is no Orbax checkpoint"),
         (("--format=hf_paligemma", f"--input={tmp_path}", f"--output={tmp_path}/b"), "holds 0 .safetensors files"),
-        ((*arguments[:1], "--input=gs://", f"--output={tmp_path}/b"), "names no bucket"),
+        ((*arguments[:1], "--input=s3://b/x.npz", f"--output={tmp_path}/b"), "only local folders and gs://"),
     ):
         done = call(*flags)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
