@@ -62,10 +62,8 @@ class Shapes(dict):
         self._title = title
 
     def __missing__(self, key: str):
-        raise errors.UserError(
-            f"no {self._title} weights: {key} is not there; found {len(self)} arrays: "
-            f"{', '.join(sorted(self)[:5])}, ..."
-        )
+        there = ", ".join(sorted(self)[:5])
+        raise errors.UserError(f"no {self._title} weights: {key} is not there; found {len(self)} arrays: {there}, ...")
 
 
 def shapes_of(specs: Mapping[str, Any], clean: Callable[[str], str], title: str, needed: tuple[str, ...]) -> Shapes:

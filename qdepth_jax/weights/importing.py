@@ -4,6 +4,7 @@ Used by tools/import_weights.py, which writes the result as a checkpoint.
 """
 
 import ast
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -112,8 +113,9 @@ def _config_of(names: ModuleType, path: str, weights: source.Source, arguments: 
         ) from error
 
 
+@functools.cache
 def shapes_of(config: Any) -> Any:
-    """ShapeDtypeStructs of a model's parameters."""
+    """ShapeDtypeStructs of a model's parameters. Tracing takes a second, so each config is traced once."""
     init = MODELS[type(config)][1]
     return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))["params"]
 

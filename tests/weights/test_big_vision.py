@@ -62,8 +62,9 @@ def test_every_golden_key_there_and_back(golden):
         np.testing.assert_array_equal(array, weights[f"params/{key}"])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("prefix", ["params/", "opt/target/", ""])
+@pytest.mark.parametrize(
+    ("dtype", "prefix"), [(np.float32, ""), (np.float16, "opt/target/"), (ml_dtypes.bfloat16, "params/")]
+)
 def test_files_of_every_type_and_prefix(tmp_path, dtype, prefix):
     weights = random(TINY, dtype)
     np.savez(tmp_path / "w.npz", **{prefix + key.removeprefix("params/"): a for key, a in weights.items()})

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.models import gemma, policy, policy_config, siglip
-from qdepth_jax.weights import lerobot_pi0, openpi, table
+from qdepth_jax.models import gemma, policy_config, siglip
+from qdepth_jax.weights import importing, lerobot_pi0, openpi, table
 
 
 def config(name):
@@ -31,7 +31,7 @@ def config(name):
 
 @functools.cache
 def shapes(name):
-    return jax.eval_shape(lambda: policy.init(config(name), jax.random.key(0)))["params"]
+    return importing.shapes_of(config(name))
 
 
 @functools.cache
@@ -57,8 +57,9 @@ def of_openpi(key):
     return lerobot_pi0.ported(key).removeprefix("model.")
 
 
-@pytest.mark.parametrize("name", ["pi0", "pi05"])
-@pytest.mark.parametrize("layout", [lerobot_pi0.ported, early, of_openpi])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("pi0", lerobot_pi0.ported), ("pi0", early), ("pi05", lerobot_pi0.ported), ("pi05", of_openpi)]
+)
 def test_every_layout(name, layout):
     saved, params = random(name)
     weights = {layout(key): array for key, array in saved.items()}

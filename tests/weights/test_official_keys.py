@@ -196,7 +196,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("paligemma", "pi05")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
 def test_official_keys_fill_our_model_leaf_by_leaf(name):
     module, official, count, total = CASES[name]
     specs = {key: source.Spec(shape, "float32") for key, shape in official().items()}
@@ -218,6 +221,7 @@ def test_official_keys_fill_our_model_leaf_by_leaf(name):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_the_configs_are_the_published_sizes():
     def of(name):
         module, official, _, _ = CASES[name]
@@ -261,6 +265,7 @@ def test_list_of_transformers_is_what_it_builds(version):
     assert state == {hf_paligemma.clean(key): shape for key, shape in hf_keys(version).items()}
 
 
+@pytest.mark.slow
 def test_no_two_rows_name_one_key():
     """Of every table at full size: keys() would hide an overlap."""
     for module, official, _, _ in CASES.values():

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.models import gemma, policy, siglip
-from qdepth_jax.weights import openpi, orbax_params, table
+from qdepth_jax.models import gemma, siglip
+from qdepth_jax.weights import importing, openpi, orbax_params, table
 
 SHARED = pathlib.Path(os.environ.get("QDEPTH_SHARED", pathlib.Path(__file__).parents[3] / "shared"))
 
@@ -31,7 +31,7 @@ def golden(request):
 
 @functools.cache
 def shapes(config):
-    return jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
+    return importing.shapes_of(config)
 
 
 def load(weights, config=None):
@@ -81,6 +81,7 @@ def test_halves_of_the_first_time_layer_change_places(golden):
     np.testing.assert_array_equal(ours, np.concatenate([kernel[half:], kernel[:half]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [False, True])
 def test_orbax_folder(golden, tmp_path, value):
     """As released, and as its training saves it: every array one level deeper."""
@@ -109,6 +110,7 @@ def test_wrong_model(golden):
         openpi.config_of(lora)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_size(golden):
     _, weights, _ = golden
     config = openpi.config_of(

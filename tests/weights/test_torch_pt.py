@@ -76,3 +76,26 @@ def test_files_of_another_kind(torch, tmp_path):
         torch_pt.open_source(str(tmp_path / "none.pt"))
     with pytest.raises(errors.UserError, match="maps local files only"):
         torch_pt.open_source("gs://bucket/x.pt")
+
+
+def test_a_released_checkpoint_through_its_table(torch, tmp_path):
+    """Trainer's file of a compiled model in bfloat16, the shared expert twice."""
+    import jax
+
+    from qdepth_jax.models import policy
+    from qdepth_jax.weights import importing, open_pi_zero, table
+
+    config = policy.sized("tiny", depth=None)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), importing.shapes_of(config))
+    state = {
+        f"_orig_mod.{key}": torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16)
+        for key, array in open_pi_zero.save(params).items()
+    }
+    torch.save({"cnt_update": 1, "model": state}, tmp_path / "step.pt")
+    changes = ["head_dim=8", "siglip.heads=2", "text_length=5", "action.rope_theta=100.0"]
+    opened = importing.open_weights("open_pi_zero", str(tmp_path / "step.pt"), changes=changes)
+    assert opened.config == config
+    found = table.load(opened.weights, open_pi_zero.TABLE, opened.shapes, open_pi_zero.TITLE, open_pi_zero.clean).params
+    rounded = jax.tree.map(lambda x: np.asarray(jax.numpy.asarray(x, jax.numpy.bfloat16), np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, found, rounded)
