@@ -133,6 +133,7 @@ def test_every_field_of_a_policy_is_a_size_or_is_compared():
     assert not {"horizon", "dtype", "remat", "siglip.width", "vlm.width", "flow.steps", "depth"} & compared
 
 
+@pytest.mark.slow
 def test_a_policy_starts_from_paligemma_in_its_own_way(tmp_path, capsys):
     model = stored_runs.BASELINE
     there = paligemma.PaligemmaConfig(
@@ -161,7 +162,7 @@ def test_refusal_comes_before_any_memory_is_given_back(baseline):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("form", ["orbax", "safetensors", "open_pi_zero"])
+@pytest.mark.parametrize("form", [pytest.param("orbax", marks=pytest.mark.slow), "safetensors", "open_pi_zero"])
 def test_a_stage_starts_from_an_export(baseline, form, tmp_path, capsys):
     folder, saved = baseline
     options = export_model.Options(format=form)
@@ -201,6 +202,7 @@ def test_the_depth_expert_starts_as_the_action_expert(baseline):
         stored_runs.shapes("policy", model), 1)["params"]["depth_encoder"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_depth_expert_of_another_size_cannot_start_so():
     other = dataclasses.replace(stored_runs.QDEPTH.depth, expert=gemma.ExpertConfig(width=20, mlp=24))
     state = policy_state(dataclasses.replace(stored_runs.QDEPTH, depth=other))

@@ -47,7 +47,7 @@ def weight_bytes(folder):
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).glob("model*") if p.name != "model.json"}
 
 
-@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+@pytest.mark.parametrize("form", [pytest.param("orbax", marks=pytest.mark.slow), "safetensors"])
 def test_what_is_loaded_is_the_run_s_model(runs, tmp_path, form):
     workdir, state = str(runs[0] / "qdepth" / "policy"), runs[1]["qdepth"]
     result = quiet(workdir, str(tmp_path / "out"), options(format=form))
@@ -137,6 +137,7 @@ def test_open_pi_zero_keys_are_its_own(runs, tmp_path):
     assert weight_bytes(tmp_path / "one") == weight_bytes(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_open_pi_zero_as_torch_saves_it(runs, tmp_path):
     torch = pytest.importorskip("torch")
     state = runs[1]["baseline"]
@@ -171,6 +172,7 @@ def header_of(path):
     return content[8 : 8 + size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_paligemma_goes_out_and_comes_back_by_import(version, tmp_path):
     expert = gemma.ExpertConfig(width=32, mlp=48, post_norms=version == 2)
@@ -237,6 +239,7 @@ def test_the_card_says_what_the_checkpoint_records(safetensors):
     assert "trained from random ones" in (safetensors / "NOTICE.md").read_text()
 
 
+@pytest.mark.slow
 def test_terms_follow_the_weights_through_the_stages(runs, tmp_path):
     source = {"source": {"format": "big_vision", "files": {"pt_224.npz": 5}}}
     stored_runs.write(tmp_path / "imported", "policy", stored_runs.BASELINE, **source)
@@ -263,6 +266,7 @@ def test_an_existing_output_is_never_touched(runs, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
 
 
+@pytest.mark.slow
 def test_what_fails_halfway_leaves_nothing(runs, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
@@ -273,6 +277,7 @@ def test_what_fails_halfway_leaves_nothing(runs, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tokenizers_must_be_those_of_the_run(runs, tmp_path):
     folder = runs[0]
     with pytest.raises(errors.UserError, match=r"no text tokenizer at .*paligemma_tokenizer.model"):
