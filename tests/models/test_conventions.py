@@ -1,4 +1,4 @@
-"""Policies of every convention: they train with a depth expert, full sizes are the published ones, bfloat16 is close."""
+"""Policies of every convention: they train with a depth expert, have the published sizes, and bfloat16 is close."""
 
 import dataclasses
 import functools

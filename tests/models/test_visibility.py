@@ -129,7 +129,7 @@ def test_gradients_are_zero_exactly_where_the_table_is(table, convention):
             streams["action"] = jnp.concatenate([*before, action], axis=1)
             experts = {"vlm": ("image", "text"), "depth": ("depth",), "action": ("proprio", "action")}
             streams = {
-                name: streams[name] + jnp.concatenate([deltas[group] for group in members], axis=1)
+                name: streams[name] + jnp.concatenate([deltas[group] for group in members if group in deltas], axis=1)
                 for name, members in experts.items()
                 if name in streams
             }
