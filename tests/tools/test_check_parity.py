@@ -79,6 +79,7 @@ def test_golden_vectors_of_other_layouts(name, layout, outputs):
     assert max(row.error for row in rows) < 4e-6, rows
 
 
+@pytest.mark.slow
 def test_openpi_with_other_cameras_padding_and_a_word_zero():
     """One camera fewer, another batch, token 0 as a word: the reference is our own f32 run of the whole batch."""
     found = golden("openpi_pi0")
@@ -87,7 +88,8 @@ def test_openpi_with_other_cameras_padding_and_a_word_zero():
     assert not any(row.ok for row in changed), "another word must change every output"
     config, params = parity_openpi.policy_from(found)
     batch = parity_openpi.batch_from(config, found)
-    found["ref/sample_actions"] = np.asarray(policy.sample_actions(config, params, {}, batch, found["ref/noise"]))
+    sample = jax.jit(lambda p: policy.sample_actions(config, p, {}, batch, found["ref/noise"]))
+    found["ref/sample_actions"] = np.asarray(sample(params))
     # An absent camera is as good as none, and an example knows nothing of its batch.
     few = {key: array for key, array in found.items() if "right_wrist" not in key}
     for key in few:
