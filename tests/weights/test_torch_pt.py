@@ -14,7 +14,7 @@ def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(errors.UserError, match=r"install torch to read it \(pip install 'qdepth_jax\[interop\]'\)"):
+    with pytest.raises(errors.UserError, match=r"install torch to read it \(pip install -e '.\[interop\]'\)"):
         torch_pt.open_source(str(tmp_path / "x.pt"))
 
 
