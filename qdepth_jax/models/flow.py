@@ -1,4 +1,4 @@
-"""Conditional flow matching as in open-pi-zero: t = 0 is noise, t = 1 is data.
+"""Conditional flow matching. Which end of the time axis is noise is a field: 0 in open-pi-zero, 1 in openpi's pi0.
 
 Pure functions. Randomness comes from one key per example, so that it depends on no batch size, device or host.
 
@@ -6,11 +6,11 @@ Axis letters: B batch, Z horizon, A action dim.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from qdepth_jax import errors
@@ -23,20 +23,24 @@ class FlowConfig:
     """Conventions of training and sampling; stored with every checkpoint.
 
     Attributes:
-      sigma_min: what is left of the noise at t = 1.
+      noise_at: the flow time that is noise, 0 or 1; the other end is data.
+      sigma_min: what is left of the noise at the data end.
       time: `beta` draws z ~ Beta(beta_a, 1) and t = time_max * (1 - z), most mass at the noisy end (mean 0.40);
-        `uniform` draws t ~ U(0, 1 - 1e-5).
+        `uniform` draws t ~ U(0, 1 - 1e-5). Both are distances from the noise: with noise_at = 1 they are 1 - t, which
+        for `beta` is pi0's t ~ 0.001 + 0.999 Beta(1.5, 1).
         DEVIATION: open-pi-zero stratifies `uniform` over the batch, (u + i/B) mod (1 - 1e-5) with one u for all; that
         would make an example's time depend on the batch it lies in. The marginal distribution is the same.
-      time_period: longest period of the sinusoidal time embedding is 2 pi times this.
+      time_shortest, time_period: shortest period of the sinusoidal time embedding, and the longest as a multiple of it.
       steps: Euler steps of the sampler.
-      clip: final actions are clamped to [-clip, clip].
+      clip: final actions are clamped to [-clip, clip]; 0 = no clamp.
     """
 
+    noise_at: int = 0
     sigma_min: float = 0.001
     time: str = "beta"
     beta_a: float = 1.5
     time_max: float = 0.999
+    time_shortest: float = 2 * math.pi
     time_period: float = 10_000.0
     steps: int = 10
     clip: float = 1.0
@@ -44,6 +48,8 @@ class FlowConfig:
     def __post_init__(self):
         if self.time not in TIME_SAMPLERS:
             raise errors.UserError(f"flow time sampling {self.time!r} is unknown: use one of {TIME_SAMPLERS}")
+        if self.noise_at not in (0, 1):
+            raise errors.UserError(f"flow noise_at={self.noise_at} must be 0 (open-pi-zero) or 1 (pi0)")
         if self.steps < 1:
             raise errors.UserError(f"flow steps must be at least 1, got {self.steps}")
 
@@ -54,12 +60,12 @@ def example_keys(key: Array, position: Array) -> Array:
 
 
 def sample_time(keys: Array, config: FlowConfig) -> Array:
-    """keys [B] -> t f32 [B] in [0, 1)."""
+    """keys [B] -> t f32 [B] in [0, 1), or in (0, 1] where the noise is at 1."""
     u = jax.vmap(jax.random.uniform)(keys)
     if config.time == "uniform":
-        return u * (1.0 - 1e-5)
+        return _turned(u * (1.0 - 1e-5), config)
     # Beta(a, 1) has the distribution function z^a, so its inverse is exact and needs no rejection.
-    return config.time_max * (1.0 - u ** (1.0 / config.beta_a))
+    return _turned(config.time_max * (1.0 - u ** (1.0 / config.beta_a)), config)
 
 
 def sample_noise(keys: Array, shape: tuple[int, ...]) -> Array:
@@ -67,15 +73,18 @@ def sample_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
-def interpolate(noise: Array, action: Array, t: Array, sigma_min: float) -> Array:
-    """x_t = (1 - (1 - sigma) t) noise + t action. noise, action f32 [B, Z, A], t f32 [B] -> f32 [B, Z, A]."""
-    t = t[:, None, None]
-    return (1.0 - (1.0 - sigma_min) * t) * noise + t * action
+def interpolate(noise: Array, action: Array, t: Array, config: FlowConfig) -> Array:
+    """x_t = (1 - (1 - sigma) s) noise + s action, s = |t - noise_at|.
+
+    noise, action f32 [B, Z, A], t f32 [B] -> f32 [B, Z, A].
+    """
+    s = _turned(t, config)[:, None, None]
+    return (1.0 - (1.0 - config.sigma_min) * s) * noise + s * action
 
 
-def target_velocity(noise: Array, action: Array, sigma_min: float) -> Array:
-    """d x_t / dt = action - (1 - sigma) noise. f32 [B, Z, A]."""
-    return action - (1.0 - sigma_min) * noise
+def target_velocity(noise: Array, action: Array, config: FlowConfig) -> Array:
+    """d x_t / dt = action - (1 - sigma) noise, or the negative of it where the noise is at 1. f32 [B, Z, A]."""
+    return _direction(config) * (action - (1.0 - config.sigma_min) * noise)
 
 
 def loss(velocity: Array, target: Array, valid: Array) -> Array:
@@ -95,28 +104,43 @@ def loss(velocity: Array, target: Array, valid: Array) -> Array:
 
 
 def integrate(velocity: Callable[[Array, Array], Array], noise: Array, config: FlowConfig) -> Array:
-    """Forward Euler from t = 0, then the clamp.
+    """Forward Euler from the noise to the data, then the clamp.
 
     Args:
       velocity: (x f32 [B, Z, A], t f32 [B]) -> [B, Z, A].
-      noise: f32 [B, Z, A], x at t = 0.
+      noise: f32 [B, Z, A], x at t = noise_at.
 
     Returns:
       f32 [B, Z, A] in [-clip, clip].
     """
-    dt = 1.0 / config.steps
+    dt = _direction(config) / config.steps
 
-    def step(x: Array, i: Array) -> tuple[Array, None]:
-        t = jnp.full((x.shape[0],), i * dt, jnp.float32)
-        return x + dt * velocity(x, t).astype(jnp.float32), None
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        x, t = carry
+        # The time is a running sum, as in both originals: pi0's time embedding sees the last digit of it.
+        return (x + dt * velocity(x, jnp.full((x.shape[0],), t)).astype(jnp.float32), t + dt), None
 
-    x, _ = jax.lax.scan(step, noise.astype(jnp.float32), jnp.arange(config.steps, dtype=jnp.float32))
-    return jnp.clip(x, -config.clip, config.clip)
+    start = (noise.astype(jnp.float32), jnp.float32(config.noise_at))
+    (x, _), _ = jax.lax.scan(step, start, length=config.steps)
+    return jnp.clip(x, -config.clip, config.clip) if config.clip else x
 
 
-def time_embedding(t: Array, width: int, period: float) -> Array:
-    """[sin(t f), cos(t f)], f_k = period^(-k / (width/2 - 1)), raw t. t f32 [B] -> f32 [B, width]."""
-    half = width // 2
-    frequencies = (period ** (-np.arange(half) / (half - 1))).astype(np.float32)
+def _turned(t: Array, config: FlowConfig) -> Array:
+    """Flow time to distance from the noise and back."""
+    return 1.0 - t if config.noise_at else t
+
+
+def _direction(config: FlowConfig) -> float:
+    return -1.0 if config.noise_at else 1.0
+
+
+def time_embedding(t: Array, width: int, config: FlowConfig) -> Array:
+    """[sin(2 pi t / p), cos(2 pi t / p)], p_k = time_shortest * time_period^(k / (width/2 - 1)). f32 [B] -> [B, width].
+
+    In f32 and in the order of openpi's posemb_sincos: pi0's fastest angle is 1571 t, where the last digit of a period
+    moves the sine by 1e-4.
+    """
+    periods = config.time_shortest * config.time_period ** jnp.linspace(0.0, 1.0, width // 2)
+    frequencies = 1.0 / periods * 2 * math.pi
     angles = t[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
