@@ -222,12 +222,12 @@ def test_the_command_itself(tmp_path):
     done = call(*arguments)
     assert done.returncode == 2 and "exists: choose another folder" in done.stderr
     assert sorted(p.stat().st_mtime_ns for p in output.rglob("*")) == before
-    for flags, message in (
+    for given, message in (
         ((*arguments[:2], f"--output={tmp_path}/b", "--mesh=1,2"), "must be three numbers"),
         (("--format=openpi", f"--input={path}", f"--output={tmp_path}/b"), "is no Orbax checkpoint"),
         (("--format=hf_paligemma", f"--input={tmp_path}", f"--output={tmp_path}/b"), "holds 0 .safetensors files"),
         ((*arguments[:1], "--input=s3://b/x.npz", f"--output={tmp_path}/b"), "only local folders and gs://"),
     ):
-        done = call(*flags)
+        done = call(*given)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "b").exists()
