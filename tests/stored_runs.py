@@ -111,12 +111,29 @@ def write_qdepth(folder, **more):
 @contextlib.contextmanager
 def command(name):
     """A command of tools/: `main(arguments) -> exit code` in this process; its flags go when the block ends."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    tool, before = importlib.util.module_from_spec(spec), set(flags.FLAGS)
-    spec.loader.exec_module(tool)
-    try:
+    with tool_module(name) as tool:
         yield lambda *arguments: tool.main(flags.FLAGS([name, *arguments]))
+
+
+@contextlib.contextmanager
+def tool_module(name):
+    """A command of tools/ as a module. Flags of other commands, which may have the same names, are away meanwhile."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    absl = {flag for flag in flags.FLAGS if (flags.FLAGS.find_module_defining_flag(flag) or "").startswith("absl.")}
+    others = {flag: flags.FLAGS[flag] for flag in flags.FLAGS if flag not in absl}
+    _remove(others)
+    try:
+        spec.loader.exec_module(tool)
+        yield tool
     finally:
         flags.FLAGS.unparse_flags()
-        for flag in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, flag)
+        _remove(set(flags.FLAGS) - absl)
+        for flag, value in others.items():
+            flags.FLAGS[flag] = value
+
+
+def _remove(names):
+    for name in names:
+        if name in flags.FLAGS:  # a short name goes with its long one
+            delattr(flags.FLAGS, name)

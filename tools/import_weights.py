@@ -4,7 +4,7 @@
   python tools/import_weights.py --format=openpi --input=gs://openpi-assets/checkpoints/pi0_base/params --output=gs://B/C
 
   big_vision     PaliGemma 1 and 2, .npz                 hf_paligemma   the same, safetensors (a file, shards, a folder)
-  open_pi_zero   .pt of a trainer or a state dict        openpi         pi0 and pi0.5, Orbax folder
+  open_pi_zero   .pt, a state dict, or safetensors       openpi         pi0 and pi0.5, Orbax folder
   lerobot_pi0    pi0 and pi0.5 of lerobot's PyTorch port, safetensors
 
 Sizes come from the shapes of the weights, conventions from what their code base does; both are stored with the

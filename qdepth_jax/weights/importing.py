@@ -42,10 +42,16 @@ class Format(NamedTuple):
     with_config: bool = False
 
 
+def _state_dict(path: str) -> source.Source:
+    """A torch checkpoint, or the same names in safetensors, as tools/export_checkpoint.py writes them."""
+    torch_file = path.rstrip("/").endswith((".pt", ".pth", ".bin"))
+    return torch_pt.open_source(path) if torch_file else safetensors_files.open_source(path)
+
+
 FORMATS: dict[str, Format] = {
     "big_vision": Format(npz.open_source, big_vision),
     "hf_paligemma": Format(safetensors_files.open_source, hf_paligemma, with_config=True),
-    "open_pi_zero": Format(torch_pt.open_source, open_pi_zero),
+    "open_pi_zero": Format(_state_dict, open_pi_zero),
     "openpi": Format(orbax_params.open_source, openpi),
     "lerobot_pi0": Format(safetensors_files.open_source, lerobot_pi0, with_config=True),
 }

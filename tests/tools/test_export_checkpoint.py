@@ -133,6 +133,9 @@ def test_open_pi_zero_keys_are_its_own(runs, tmp_path):
         np.testing.assert_array_equal(read(key), value)
     loaded = exported.load_export(str(tmp_path / "one"))
     jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"], state.ema)
+    opened = importing.open_weights("open_pi_zero", str(tmp_path / "one"), changes=["head_dim=8", "siglip.heads=2"])
+    np.testing.assert_array_equal(opened.weights.read("action_decoder.weight"), expected["action_decoder.weight"])
+    opened.weights.close()
     quiet(str(tmp_path / "one"), str(tmp_path / "two"), options(format="open_pi_zero"))
     assert weight_bytes(tmp_path / "one") == weight_bytes(tmp_path / "two")
 

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
+import stored_runs
 
 from qdepth_jax import checkpoint, checkpoint_read, errors, sharding
 from qdepth_jax import config as config_lib
@@ -31,15 +31,9 @@ MESH = config_lib.MeshConfig(1, -1, 1)
 
 @pytest.fixture(scope="module")
 def command():
-    """The tool as a module; its flags, three of them required, are not left to the other tests of this process."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("import_weights", ROOT / "tools" / "import_weights.py")
-    module, before = importlib.util.module_from_spec(spec), set(flags.FLAGS)
-    spec.loader.exec_module(module)
-    yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    """The tool as a module."""
+    with stored_runs.tool_module("import_weights") as module:
+        yield module
 
 
 def random(config, seed=0):
