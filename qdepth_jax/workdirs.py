@@ -91,7 +91,10 @@ def only_one(path: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # nobody holds it any more
 
 
 def size_of(abstract: Any) -> int:
