@@ -323,9 +323,10 @@ RULES: Rules = (
     (r"llm/.*/attn/attn_vec_einsum/w$", P("tensor", None, "fsdp")),  # N, H, D
     (r"llm/.*/mlp/gating_einsum$", P(None, "fsdp", "tensor")),  # 2, D, F
     (r"llm/.*/mlp/linear$", P("tensor", "fsdp")),  # F, D
+    (r"llm/.*norm\w*/Dense_0/kernel$", P("fsdp", None)),  # D, 3D: adaptive norms
     # Encoders and decoders around the mixture (models/policy.py).
     (r"(action_encoder/linear_1|proprio_encoder)/kernel$", P(None, "fsdp")),  # A, D
-    (r"action_encoder/linear_[23]/kernel$", P("fsdp", None)),  # D or 2D, D
+    (r"(action_encoder/linear_[23]|time_encoder/linear_[12])/kernel$", P("fsdp", None)),  # D or 2D, D
     (r"action_decoder/kernel$", P("fsdp", None)),  # D, A
     (r"depth_encoder/linear_[12]/kernel$", P("fsdp", None)),  # D, D
     (r"depth_decoder/conv_[12]/kernel$", P(None, None, "fsdp", None)),  # 3, 3, D, channels

@@ -153,7 +153,7 @@ def compare_open_pi_zero(arrays: dict, absolute: float, relative: float) -> list
     noise, t = jnp.asarray(arrays["noise"]), jnp.asarray(arrays["t"])
 
     def forward(p):
-        x_t = flow.interpolate(noise, batch["action"], t, config.flow.sigma_min)
+        x_t = flow.interpolate(noise, batch["action"], t, config.flow)
         images = policy.prepare_images(config, batch)
         return policy.Policy(config).apply({"params": p}, images, batch["text"], batch["proprio"], x_t, t)
 

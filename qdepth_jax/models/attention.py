@@ -18,13 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 NAMES = ("attention_q", "attention_k", "attention_v", "attention_out")
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None, softcap: float = 0.0) -> Array:
-    """softmax(cap(q k / sqrt(H))) v, logits and softmax in f32.
+def attend(q: Array, k: Array, v: Array, mask: Array | None, softcap: float = 0.0, query_scale: float = 0.0) -> Array:
+    """softmax(cap(q k / sqrt(query_scale))) v, logits and softmax in f32.
 
     Args:
       q: [B, T, N, H]. k, v: [B, S, K, H]; head n uses kv head n // (N / K).
       mask: bool [B, T, S], True where visible, or None for full attention. A row without any key averages all values.
       softcap: logits become softcap * tanh(logits / softcap); 0 switches it off.
+      query_scale: 0 = H.
 
     Returns:
       [B, T, N, H] in the dtype of v.
@@ -33,7 +34,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, softcap: float = 0.
     s, kv_heads = k.shape[1:3]
     # Heads join the query axis, so that each kv head is one matrix product (one kv head: [B, N*T, H] x [B, S, H]).
     # Batch and heads are the major parts of their folds: their sharding survives.
-    q = (q * h**-0.5).transpose(0, 2, 1, 3).reshape(b * kv_heads, -1, h)
+    q = (q * (query_scale or h) ** -0.5).transpose(0, 2, 1, 3).reshape(b * kv_heads, -1, h)
     k, v = (x.transpose(0, 2, 1, 3).reshape(b * kv_heads, s, h) for x in (k, v))
     out = _folded(q, k, v, mask, softcap)
     return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)

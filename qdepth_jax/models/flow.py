@@ -1,4 +1,4 @@
-"""Conditional flow matching as in open-pi-zero: t = 0 is noise, t = 1 is data.
+"""Conditional flow matching. Which end of the time axis is noise is a field: 0 in open-pi-zero, 1 in openpi's pi0.
 
 Pure functions. Randomness comes from one key per example, so that it depends on no batch size, device or host.
 
@@ -6,6 +6,7 @@ Axis letters: B batch, Z horizon, A action dim.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,20 +24,24 @@ class FlowConfig:
     """Conventions of training and sampling; stored with every checkpoint.
 
     Attributes:
-      sigma_min: what is left of the noise at t = 1.
+      noise_at: the flow time that is noise, 0 or 1; the other end is data.
+      sigma_min: what is left of the noise at the data end.
       time: `beta` draws z ~ Beta(beta_a, 1) and t = time_max * (1 - z), most mass at the noisy end (mean 0.40);
-        `uniform` draws t ~ U(0, 1 - 1e-5).
+        `uniform` draws t ~ U(0, 1 - 1e-5). Both are distances from the noise: with noise_at = 1 they are 1 - t, which
+        for `beta` is pi0's t ~ 0.001 + 0.999 Beta(1.5, 1).
         DEVIATION: open-pi-zero stratifies `uniform` over the batch, (u + i/B) mod (1 - 1e-5) with one u for all; that
         would make an example's time depend on the batch it lies in. The marginal distribution is the same.
-      time_period: longest period of the sinusoidal time embedding is 2 pi times this.
+      time_shortest, time_period: shortest period of the sinusoidal time embedding, and the longest as a multiple of it.
       steps: Euler steps of the sampler.
-      clip: final actions are clamped to [-clip, clip].
+      clip: final actions are clamped to [-clip, clip]; 0 = no clamp.
     """
 
+    noise_at: int = 0
     sigma_min: float = 0.001
     time: str = "beta"
     beta_a: float = 1.5
     time_max: float = 0.999
+    time_shortest: float = 2 * math.pi
     time_period: float = 10_000.0
     steps: int = 10
     clip: float = 1.0
@@ -44,6 +49,8 @@ class FlowConfig:
     def __post_init__(self):
         if self.time not in TIME_SAMPLERS:
             raise errors.UserError(f"flow time sampling {self.time!r} is unknown: use one of {TIME_SAMPLERS}")
+        if self.noise_at not in (0, 1):
+            raise errors.UserError(f"flow noise_at={self.noise_at} must be 0 (open-pi-zero) or 1 (pi0)")
         if self.steps < 1:
             raise errors.UserError(f"flow steps must be at least 1, got {self.steps}")
 
@@ -54,12 +61,12 @@ def example_keys(key: Array, position: Array) -> Array:
 
 
 def sample_time(keys: Array, config: FlowConfig) -> Array:
-    """keys [B] -> t f32 [B] in [0, 1)."""
+    """keys [B] -> t f32 [B] in [0, 1), or in (0, 1] where the noise is at 1."""
     u = jax.vmap(jax.random.uniform)(keys)
     if config.time == "uniform":
-        return u * (1.0 - 1e-5)
+        return _turned(u * (1.0 - 1e-5), config)
     # Beta(a, 1) has the distribution function z^a, so its inverse is exact and needs no rejection.
-    return config.time_max * (1.0 - u ** (1.0 / config.beta_a))
+    return _turned(config.time_max * (1.0 - u ** (1.0 / config.beta_a)), config)
 
 
 def sample_noise(keys: Array, shape: tuple[int, ...]) -> Array:
@@ -67,15 +74,18 @@ def sample_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
-def interpolate(noise: Array, action: Array, t: Array, sigma_min: float) -> Array:
-    """x_t = (1 - (1 - sigma) t) noise + t action. noise, action f32 [B, Z, A], t f32 [B] -> f32 [B, Z, A]."""
-    t = t[:, None, None]
-    return (1.0 - (1.0 - sigma_min) * t) * noise + t * action
+def interpolate(noise: Array, action: Array, t: Array, config: FlowConfig) -> Array:
+    """x_t = (1 - (1 - sigma) s) noise + s action, s = |t - noise_at|.
+
+    noise, action f32 [B, Z, A], t f32 [B] -> f32 [B, Z, A].
+    """
+    s = _turned(t, config)[:, None, None]
+    return (1.0 - (1.0 - config.sigma_min) * s) * noise + s * action
 
 
-def target_velocity(noise: Array, action: Array, sigma_min: float) -> Array:
-    """d x_t / dt = action - (1 - sigma) noise. f32 [B, Z, A]."""
-    return action - (1.0 - sigma_min) * noise
+def target_velocity(noise: Array, action: Array, config: FlowConfig) -> Array:
+    """d x_t / dt = action - (1 - sigma) noise, or the negative of it where the noise is at 1. f32 [B, Z, A]."""
+    return _direction(config) * (action - (1.0 - config.sigma_min) * noise)
 
 
 def loss(velocity: Array, target: Array, valid: Array) -> Array:
@@ -95,11 +105,11 @@ def loss(velocity: Array, target: Array, valid: Array) -> Array:
 
 
 def integrate(velocity: Callable[[Array, Array], Array], noise: Array, config: FlowConfig) -> Array:
-    """Forward Euler from t = 0, then the clamp.
+    """Forward Euler from the noise to the data, then the clamp.
 
     Args:
       velocity: (x f32 [B, Z, A], t f32 [B]) -> [B, Z, A].
-      noise: f32 [B, Z, A], x at t = 0.
+      noise: f32 [B, Z, A], x at t = noise_at.
 
     Returns:
       f32 [B, Z, A] in [-clip, clip].
@@ -107,16 +117,26 @@ def integrate(velocity: Callable[[Array, Array], Array], noise: Array, config: F
     dt = 1.0 / config.steps
 
     def step(x: Array, i: Array) -> tuple[Array, None]:
-        t = jnp.full((x.shape[0],), i * dt, jnp.float32)
-        return x + dt * velocity(x, t).astype(jnp.float32), None
+        t = jnp.full((x.shape[0],), _turned(i * dt, config), jnp.float32)
+        return x + _direction(config) * dt * velocity(x, t).astype(jnp.float32), None
 
     x, _ = jax.lax.scan(step, noise.astype(jnp.float32), jnp.arange(config.steps, dtype=jnp.float32))
-    return jnp.clip(x, -config.clip, config.clip)
+    return jnp.clip(x, -config.clip, config.clip) if config.clip else x
 
 
-def time_embedding(t: Array, width: int, period: float) -> Array:
-    """[sin(t f), cos(t f)], f_k = period^(-k / (width/2 - 1)), raw t. t f32 [B] -> f32 [B, width]."""
+def _turned(t: Array, config: FlowConfig) -> Array:
+    """Flow time to distance from the noise and back."""
+    return 1.0 - t if config.noise_at else t
+
+
+def _direction(config: FlowConfig) -> float:
+    return -1.0 if config.noise_at else 1.0
+
+
+def time_embedding(t: Array, width: int, config: FlowConfig) -> Array:
+    """[sin(t f), cos(t f)], f_k = 2 pi / time_shortest * time_period^(-k / (width/2 - 1)). f32 [B] -> [B, width]."""
     half = width // 2
-    frequencies = (period ** (-np.arange(half) / (half - 1))).astype(np.float32)
+    highest = 2 * math.pi / config.time_shortest
+    frequencies = (highest * config.time_period ** (-np.arange(half) / (half - 1))).astype(np.float32)
     angles = t[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -1,9 +1,11 @@
 """Gemma mixture: any number of experts run in lock-step and meet in one joint attention per layer.
 
 Each expert has its own norms, projections and MLP (Gemma-1 shape: RMSNorm with (1 + scale), gated tanh-GELU, no biases,
-rotary positions on split halves). Keys and values of all experts are concatenated along the sequence; the mask says who
-sees whom. Two oddities of open-pi-zero are kept: every stream is multiplied by sqrt(width) on entry (by the caller, see
-policy.py), and logits are soft-capped in every layer of every expert.
+rotary positions on split halves; Gemma-2 adds norms behind attention and MLP). Keys and values of all experts are
+concatenated along the sequence; the mask says who sees whom. Two oddities of open-pi-zero are kept where a config asks
+for them: every stream is multiplied by sqrt(width) on entry (by the caller, see policy.py), and logits are soft-capped
+in every layer of every expert. An expert may be adaptive (pi0.5): a condition, the flow time, gives its norms scale and
+shift and gates what its attention and MLP add to the stream.
 
 Parameter tree (full size). Names below `layers/vlm` are those of the official PaliGemma files below `layers`:
   embedder/input_embedding                  [257216, 2048]
@@ -13,7 +15,12 @@ Parameter tree (full size). Names below `layers/vlm` are those of the official P
   layers/EXPERT/attn/attn_vec_einsum/w      [18, 8, 256, D]
   layers/EXPERT/mlp/gating_einsum           [18, 2, D, F]         (0 = gate, 1 = up)
   layers/EXPERT/mlp/linear                  [18, F, D]
-  final_norm_{depth,action}/scale           [1024]           (the vlm has no final norm: nobody reads its output)
+  final_norm_{depth,action}/scale           [1024]           (open-pi-zero's vlm has none: nobody reads its output)
+Where the config asks for it:
+  final_norm_vlm/scale                      [2048]           (PaliGemma; pi0's files hold it too)
+  layers/EXPERT/{post_attention_norm,post_ffw_norm}/scale    [18, D]                          (Gemma-2)
+  layers/EXPERT/{pre_attention_norm,pre_ffw_norm}/Dense_0/{kernel [18, D, 3D], bias [18, 3D]}  (adaptive, no `scale`;
+  final_norm_EXPERT/Dense_0/{kernel [D, 3D], bias [3D]}                           columns are scale, shift and gate)
 with EXPERT, D, F = vlm 2048 16384, depth 1024 4096, action 1024 4096.
 
 Axis letters: B batch, T query, S key, N heads, K kv heads, G heads per kv head, H head dim, D width, F mlp width,
@@ -36,16 +43,23 @@ from qdepth_jax.models import attention, layout, linear, stack
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
-    """One set of weights in the mixture."""
+    """One set of weights in the mixture. post_norms: also normalise what attention and MLP return (Gemma-2)."""
 
     width: int
     mlp: int
     rope_theta: float = 10_000.0
+    post_norms: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """What all experts share, and the experts in the order of their tokens."""
+    """What all experts share, and the experts in the order of their tokens.
+
+    Attributes:
+      softcap: of attention logits; 0 = none. query_scale: logits are divided by its root; 0 = head_dim.
+      vlm_final_norm: the tree has a final norm of the vlm, whoever reads it.
+      adaptive: experts whose norms take a condition.
+    """
 
     experts: tuple[tuple[str, ExpertConfig], ...]
     depth: int = 18
@@ -55,6 +69,9 @@ class MixtureConfig:
     softcap: float = 50.0
     norm_eps: float = 1e-6
     vocabulary: int = 257_216
+    query_scale: float = 0.0
+    vlm_final_norm: bool = False
+    adaptive: tuple[str, ...] = ()
 
 
 @struct.dataclass
@@ -67,27 +84,45 @@ class KVCache:
 
 @struct.dataclass
 class Shared:
-    """What every layer sees. cos, sin f32 [T, H/2]; mask bool [B, T, S]."""
+    """What every layer sees.
+
+    Attributes:
+      cos, sin: f32 [T, H/2] or [B, T, H/2]. mask: bool [B, T, S].
+      local_mask: bool [B, T, S] of the even layers, or None.
+      conditions: adaptive expert -> [B, D].
+    """
 
     cos: Array
     sin: Array
     mask: Array
+    local_mask: Array | None
+    conditions: dict[str, Array]
 
 
-def rope_table(positions: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Angles position * theta^(-2i/H), i < H/2. positions i32 [T] -> cos, sin f32 [T, H/2].
+@struct.dataclass
+class PerLayer:
+    """What one layer sees alone. cache without its layer axis; even: bool scalar, where there is a local mask."""
 
-    Positions are facts of the config, so the table is a NumPy constant. Angles are f32, as in open-pi-zero's f32 path.
+    cache: KVCache | None
+    even: Array | None
+
+
+def rope_table(positions: np.ndarray | Array, head_dim: int, theta: float) -> tuple[np.ndarray | Array, ...]:
+    """Angles position * theta^(-2i/H), i < H/2. positions i32 [T] or [B, T] -> cos, sin f32 [T or B, T, H/2].
+
+    Positions that are facts of the config are NumPy, and the table is a constant; those that depend on an example are
+    traced. Angles are f32, as in open-pi-zero's f32 path.
     """
     frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    angles = positions.astype(np.float32)[:, None] * frequencies[None]
-    return np.cos(angles), np.sin(angles)
+    angles = positions.astype(np.float32)[..., None] * frequencies
+    maths = np if isinstance(positions, np.ndarray) else jnp
+    return maths.cos(angles), maths.sin(angles)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [T, H/2]; f32 inside, dtype of x out."""
+    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [(B,) T, H/2]; f32 inside, dtype of x out."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[None, :, None], sin[None, :, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
@@ -113,9 +148,11 @@ class Mixture(nn.Module):
     def __call__(
         self,
         streams: Mapping[str, Array],
-        positions: Mapping[str, np.ndarray],
+        positions: Mapping[str, np.ndarray | Array],
         mask: Array,
         *,
+        local_mask: Array | None = None,
+        conditions: Mapping[str, Array] | None = None,
         cache: KVCache | None = None,
         return_cache: bool = False,
         outputs: tuple[str, ...] = (),
@@ -124,8 +161,10 @@ class Mixture(nn.Module):
 
         Args:
           streams: expert -> `dtype` [B, T_e, D_e], already scaled. Any subset of the experts.
-          positions: expert -> i32 [T_e].
+          positions: expert -> i32 [T_e], or [B, T_e] for all of them.
           mask: bool [B, T, S]; rows are the streams' tokens in expert order; columns the cached ones, then the rows'.
+          local_mask: the same for layers 0, 2, 4..., where Gemma-2 sees no further than a window; None = `mask`.
+          conditions: [B, D_e] for every adaptive expert with a stream.
           cache: keys and values of earlier tokens.
           return_cache: also return the keys and values of these tokens.
           outputs: experts whose final states are wanted.
@@ -136,25 +175,36 @@ class Mixture(nn.Module):
         config = self.config
         experts = tuple((name, expert) for name, expert in config.experts if name in streams)
         tables = [rope_table(positions[name], config.head_dim, expert.rope_theta) for name, expert in experts]
-        cos, sin = (jnp.asarray(np.concatenate(parts)) for parts in zip(*tables, strict=True))
+        cos, sin = (_joined(parts) for parts in zip(*tables, strict=True))
+        conditions = {name: (conditions or {})[name] for name, _ in experts if name in config.adaptive}
+        even = None if local_mask is None else jnp.arange(config.depth) % 2 == 0
         streams = {name: streams[name].astype(self.dtype) for name, _ in experts}
         streams, kv = stack.run_layers(
             self,
             Layer,
             {"config": config, "experts": experts, "dtype": self.dtype, "return_kv": return_cache, "outputs": outputs},
             streams,
-            cache,
-            Shared(cos, sin, mask),
+            PerLayer(cache, even),
+            Shared(cos, sin, mask, local_mask, conditions),
             name="layers",
             depth=config.depth,
             scan=self.scan,
             remat=self.remat,
         )
-        finals = {
-            name: RMSNorm(config.norm_eps, name=f"final_norm_{name}")(streams[name]).astype(self.dtype)
-            for name in outputs
-        }
-        return finals, kv
+        # Asked for or not: a parameter that the files hold is in the tree, and the compiler drops its use.
+        kept = ("vlm",) if config.vlm_final_norm and "vlm" in streams and "vlm" not in outputs else ()
+        finals = {}
+        for name in (*outputs, *kept):
+            norm = _norm(config, self.dtype, name in config.adaptive, name=f"final_norm_{name}")
+            finals[name], _ = _normed(norm, streams[name], conditions.get(name), self.dtype)
+        return {name: finals[name] for name in outputs}, kv
+
+
+def _joined(parts: tuple[np.ndarray | Array, ...]) -> Array:
+    """Tables of all experts along the tokens; of NumPy tables a constant."""
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return jnp.asarray(np.concatenate(parts))
+    return jnp.concatenate(parts, axis=-2)
 
 
 class Embedder(nn.Module):
@@ -187,13 +237,17 @@ class Layer(nn.Module):
     last: bool
 
     @nn.compact
-    def __call__(self, streams: dict[str, Array], cache: KVCache | None, shared: Shared):
-        config = self.config
+    def __call__(self, streams: dict[str, Array], own: PerLayer, shared: Shared):
+        config, cache = self.config, own.cache
         streams = {name: layout.pin(x) for name, x in streams.items()}
-        blocks = {name: Block(config, expert.width, expert.mlp, self.dtype, name=name) for name, expert in self.experts}
+        blocks = {name: Block(config, expert, self.dtype, name in config.adaptive, name=name)
+                  for name, expert in self.experts}  # fmt: skip
         wanted = [name for name in blocks if not self.last or name in self.outputs]
 
-        normed = {name: block.norm_in(streams[name]) for name, block in blocks.items()}
+        conditions = {name: shared.conditions.get(name) for name in blocks}
+        normed, gates = {}, {}
+        for name, block in blocks.items():
+            normed[name], gates[name] = block.norm_in(streams[name], conditions[name])
         keys, values = zip(*(block.key_value(normed[name]) for name, block in blocks.items()), strict=True)
         k = apply_rope(jnp.concatenate(keys, axis=1), shared.cos, shared.sin)
         v = jnp.concatenate(values, axis=1)
@@ -207,14 +261,16 @@ class Layer(nn.Module):
         # By the order of `blocks`: a dict that went through a scan comes back with its keys sorted.
         ends = dict(zip(blocks, itertools.accumulate(streams[name].shape[1] for name in blocks), strict=True))
         rows = [slice(ends[name] - streams[name].shape[1], ends[name]) for name in wanted]
-        cos, sin = (jnp.concatenate([table[row] for row in rows]) for table in (shared.cos, shared.sin))
-        mask = jnp.concatenate([shared.mask[:, row] for row in rows], axis=1)
-        attended = attention.attend(apply_rope(q, cos, sin), k, v, mask, config.softcap)
+        cos, sin = (jnp.concatenate([t[..., row, :] for row in rows], axis=-2) for t in (shared.cos, shared.sin))
+        mask = shared.mask if own.even is None else jnp.where(own.even, shared.local_mask, shared.mask)
+        mask = jnp.concatenate([mask[:, row] for row in rows], axis=1)
+        attended = attention.attend(apply_rope(q, cos, sin), k, v, mask, config.softcap, config.query_scale)
 
         out, start = dict(streams), 0
         for name in wanted:
             size = streams[name].shape[1]
-            out[name] = blocks[name].finish(streams[name], attended[:, start : start + size])
+            mine = attended[:, start : start + size]
+            out[name] = blocks[name].finish(streams[name], mine, gates[name], conditions[name])
             start += size
         return out, kv
 
@@ -223,19 +279,22 @@ class Block(nn.Module):
     """One expert's part of one layer."""
 
     config: MixtureConfig
-    width: int
-    mlp_width: int
+    expert: ExpertConfig
     dtype: jnp.dtype
+    adaptive: bool
 
     def setup(self):
-        self.pre_attention_norm = RMSNorm(self.config.norm_eps)
-        self.attn = Attention(self.config, self.width, self.dtype)
-        self.pre_ffw_norm = RMSNorm(self.config.norm_eps)
-        self.mlp = GatedMlp(self.mlp_width, self.dtype)
+        self.pre_attention_norm = _norm(self.config, self.dtype, self.adaptive)
+        self.attn = Attention(self.config, self.expert.width, self.dtype)
+        self.pre_ffw_norm = _norm(self.config, self.dtype, self.adaptive)
+        self.mlp = GatedMlp(self.expert.mlp, self.dtype)
+        if self.expert.post_norms:
+            self.post_attention_norm = RMSNorm(self.config.norm_eps)
+            self.post_ffw_norm = RMSNorm(self.config.norm_eps)
 
-    def norm_in(self, x: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
-        return self.pre_attention_norm(x).astype(self.dtype)
+    def norm_in(self, x: Array, condition: Array | None) -> tuple[Array, Array | None]:
+        """[B, T, D] -> normed [B, T, D] and the gate of what attention returns, [B, 1, D] or None."""
+        return _normed(self.pre_attention_norm, x, condition, self.dtype)
 
     def query(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, N, H]."""
@@ -245,10 +304,17 @@ class Block(nn.Module):
         """[B, T, D] -> key and value, each [B, T, K, H]."""
         return self.attn.key_value(x)
 
-    def finish(self, x: Array, attended: Array) -> Array:
+    def finish(self, x: Array, attended: Array, gate: Array | None, condition: Array | None) -> Array:
         """Stream [B, T, D] and attention [B, T, N, H] -> next stream [B, T, D]."""
-        x = x + self.attn.out(attended)
-        return x + self.mlp(self.pre_ffw_norm(x).astype(self.dtype))
+        y = self.attn.out(attended)
+        if self.expert.post_norms:
+            y = self.post_attention_norm(y).astype(self.dtype)
+        x = x + (y if gate is None else y * gate)
+        h, gate = _normed(self.pre_ffw_norm, x, condition, self.dtype)
+        y = self.mlp(h)
+        if self.expert.post_norms:
+            y = self.post_ffw_norm(y).astype(self.dtype)
+        return x + (y if gate is None else y * gate)
 
 
 class Attention(nn.Module):
@@ -324,3 +390,36 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return x * (1.0 + scale).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class AdaptiveNorm(nn.Module):
+    """(normed x) * (1 + scale) + shift, with scale, shift and a gate from the condition by one dense layer.
+
+    The dense layer starts at zero, so that a fresh expert adds nothing to its stream (pi0.5, after DiT's adaLN-Zero).
+    """
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, condition: Array) -> tuple[Array, Array]:
+        """[B, T, D], condition [B, D] -> f32 [B, T, D] and the gate `dtype` [B, 1, D]."""
+        width, zeros = x.shape[-1], nn.initializers.zeros
+        dot = layout.gathered_dot(layout.FSDP, None)
+        dense = nn.Dense(3 * width, dtype=self.dtype, kernel_init=zeros, dot_general=dot, name="Dense_0")
+        scale, shift, gate = jnp.split(dense(condition)[:, None], 3, axis=-1)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * (1.0 + scale.astype(jnp.float32)) + shift.astype(jnp.float32), gate
+
+
+def _norm(config: MixtureConfig, dtype: jnp.dtype, adaptive: bool, name: str | None = None) -> nn.Module:
+    return AdaptiveNorm(config.norm_eps, dtype, name=name) if adaptive else RMSNorm(config.norm_eps, name=name)
+
+
+def _normed(norm: nn.Module, x: Array, condition: Array | None, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    """Normed x [B, T, D] in `dtype`, and the gate of an adaptive norm [B, 1, D] or None."""
+    if condition is None:
+        return norm(x).astype(dtype), None
+    normed, gate = norm(x, condition)
+    return normed.astype(dtype), gate

@@ -1,4 +1,4 @@
-"""The policy: SigLIP + Gemma mixture + flow matching (open-pi-zero), with an optional depth expert (QDepth-VLA).
+"""The policy: SigLIP + Gemma mixture + flow matching (open-pi-zero, pi0), with an optional depth expert (QDepth-VLA).
 
 Token order in the joint attention, by visibility group and by expert:
 
@@ -10,9 +10,12 @@ Parameters: img/... (siglip.py), llm/... (gemma.py), and around them, with D = 1
   action_encoder/linear_1/{kernel [A,D], bias}  linear_2/{kernel [2D,D], bias}  linear_3/{kernel [D,D], bias}
   depth_encoder/linear_1/{kernel [1152,D], bias}  linear_2/{kernel [D,D], bias}
   depth_decoder/conv_1/{kernel [3,3,D,384], bias}  conv_2/{kernel [3,3,384,160], bias}
+Where the flow time enters by adaptive norms (pi0.5), action_encoder has linear_1 alone, and beside it is
+  time_encoder/linear_1/{kernel [D,D], bias}    linear_2/{kernel [D,D], bias}
 State: codebook f32 [C, E] of the frozen tokenizer, if the loss needs it; else empty.
 
-Every stream is multiplied by the square root of its width on entry, the depth stream too (the rule is open-pi-zero's).
+Conventions are fields of the config (policy_config.CONVENTIONS). In open-pi-zero's every stream is multiplied by the
+square root of its width on entry, the depth stream too; in pi0's only the text is.
 
 Axis letters: B batch, T query, S key, D width, L text tokens, P patches of one view, Z horizon, A action dim, C codes.
 """
@@ -48,9 +51,9 @@ frozen_table = policy_config.frozen_table
 # Parts whose gradient norms are reported; every parameter is in one. `depth` only where there is a depth expert.
 GROUPS = (
     ("vision", "img/.*"),
-    ("vlm", "llm/(embedder|layers/vlm)/.*"),
+    ("vlm", "llm/(embedder|layers/vlm|final_norm_vlm)/.*"),
     ("depth", "llm/(layers/depth|final_norm_depth)/.*|depth_(encoder|decoder)/.*"),
-    ("action", "llm/(layers/action|final_norm_action)/.*|(proprio_encoder|action_encoder|action_decoder)/.*"),
+    ("action", "llm/(layers/action|final_norm_action)/.*|(proprio|action|time)_encoder/.*|action_decoder/.*"),
 )
 
 PREFIX = ("image", "text", "depth", "proprio")
@@ -72,20 +75,37 @@ class Output:
 
 
 class ActionEncoder(nn.Module):
-    """Noisy actions and time -> tokens: linear (no activation), time concatenated first, linear, SiLU, linear."""
+    """Noisy actions and time -> tokens: linear (no activation), time concatenated first, linear, SiLU, linear.
+
+    Without time (it enters elsewhere), the first linear layer is all.
+    """
 
     width: int
-    time_period: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_t: Array, t: Array) -> Array:
-        """x_t f32 [B, Z, A], t f32 [B] -> `dtype` [B, Z, D]."""
+    def __call__(self, x_t: Array, time: Array | None) -> Array:
+        """x_t f32 [B, Z, A], time embedding f32 [B, D] -> `dtype` [B, Z, D]."""
         u = linear.Linear(self.width, self.dtype, name="linear_1")(x_t)
-        time = flow.time_embedding(t, self.width, self.time_period).astype(self.dtype)
+        if time is None:
+            return u
+        time = time.astype(self.dtype)
         time = jnp.broadcast_to(time[:, None], u.shape)
         h = jax.nn.silu(linear.Linear(self.width, self.dtype, name="linear_2")(jnp.concatenate([time, u], axis=-1)))
         return linear.Linear(self.width, self.dtype, name="linear_3")(h)
+
+
+class TimeEncoder(nn.Module):
+    """Time embedding -> condition of the adaptive norms: linear, SiLU, linear, SiLU."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, time: Array) -> Array:
+        """f32 [B, D] -> `dtype` [B, D]."""
+        h = jax.nn.silu(linear.Linear(self.width, self.dtype, name="linear_1")(time))
+        return jax.nn.silu(linear.Linear(self.width, self.dtype, name="linear_2")(h))
 
 
 class Policy(nn.Module):
@@ -98,38 +118,44 @@ class Policy(nn.Module):
         dtype = jnp.dtype(c.dtype)
         self.img = siglip.Siglip(c.siglip, c.vlm.width, dtype, c.scan, c.remat)
         self.llm = gemma.Mixture(c.mixture, dtype, c.scan, c.remat)
-        self.proprio_encoder = linear.Linear(c.action.width, dtype)
-        self.action_encoder = ActionEncoder(c.action.width, c.flow.time_period, dtype)
+        if c.proprio_steps:
+            self.proprio_encoder = linear.Linear(c.action.width, dtype)
+        self.action_encoder = ActionEncoder(c.action.width, dtype)
+        if c.action_time == "adaptive":
+            self.time_encoder = TimeEncoder(c.action.width, dtype)
         self.action_decoder = linear.Linear(c.action_dim, dtype)
         if c.depth is not None:
             self.depth_encoder = depth_expert.DepthEncoder(c.depth.expert.width, dtype)
             self.depth_decoder = depth_expert.DepthDecoder(c.depth, dtype)
 
     def __call__(
-        self, images: Array, text: Array, proprio: Array, x_t: Array, t: Array, view_mask: Array | None = None
+        self, images: Array, text: Array, proprio: Array | None, x_t: Array, t: Array, view_mask: Array | None = None
     ) -> Output:
         """Velocity and depth prediction for one flow time.
 
         Args:
           images: f32 [B, pictures, H, W, 3] in [-1, 1], at SigLIP's size, see `prepare_images`.
-          text: i32 [B, L], right-padded with 0. proprio: f32 [B, steps, Dp].
+          text: i32 [B, L], right-padded with 0. proprio: f32 [B, steps, Dp], or None for a policy without.
           x_t: f32 [B, Z, A]. t: f32 [B].
           view_mask: bool [B, views]; tokens of a view that an example lacks are seen by nobody. None = all are there.
         """
         streams, features = self._prefix(images, text, proprio)
-        action = self._scale(self.action_encoder(x_t, t))
-        streams["action"] = jnp.concatenate([streams["action"], action], axis=1)
+        action, conditions = self._action(x_t, t)
+        streams["action"] = jnp.concatenate([streams["action"], action], axis=1) if "action" in streams else action
         finals, _ = self.llm(
             streams,
-            self._positions(visibility.GROUPS),
+            self._positions(visibility.GROUPS, text, view_mask),
             self._mask(text, visibility.GROUPS, visibility.GROUPS, view_mask),
+            conditions=conditions,
             outputs=tuple(name for name in streams if name != "vlm"),
         )
-        velocity = self.action_decoder(finals["action"][:, proprio.shape[1] :])
+        velocity = self.action_decoder(finals["action"][:, self.config.proprio_steps :])
         depth = self.depth_decoder(finals["depth"]) if self.config.depth is not None else None
         return Output(velocity.astype(jnp.float32), depth, features)
 
-    def prefill(self, images: Array, text: Array, proprio: Array, depth: bool = False, view_mask: Array | None = None):
+    def prefill(
+        self, images: Array, text: Array, proprio: Array | None, depth: bool = False, view_mask: Array | None = None
+    ):
         """Everything that does not depend on the flow time.
 
         Args:
@@ -141,7 +167,7 @@ class Policy(nn.Module):
         streams, _ = self._prefix(images, text, proprio)
         finals, cache = self.llm(
             streams,
-            self._positions(PREFIX),
+            self._positions(PREFIX, text, view_mask),
             self._mask(text, PREFIX, PREFIX, view_mask),
             return_cache=True,
             outputs=("depth",) if depth else (),
@@ -150,16 +176,25 @@ class Policy(nn.Module):
 
     def denoise(self, cache: gemma.KVCache, text: Array, x_t: Array, t: Array, view_mask: Array | None = None) -> Array:
         """One velocity f32 [B, Z, A] with the action stream alone against the cache."""
+        action, conditions = self._action(x_t, t)
         finals, _ = self.llm(
-            {"action": self._scale(self.action_encoder(x_t, t))},
-            self._positions(("action",)),
+            {"action": action},
+            self._positions(("action",), text, view_mask),
             self._mask(text, ("action",), visibility.GROUPS, view_mask),
+            conditions=conditions,
             cache=cache,
             outputs=("action",),
         )
         return self.action_decoder(finals["action"]).astype(jnp.float32)
 
-    def _prefix(self, images: Array, text: Array, proprio: Array) -> tuple[dict[str, Array], Array]:
+    def _action(self, x_t: Array, t: Array) -> tuple[Array, dict[str, Array]]:
+        """The stream of the noisy actions, and the conditions of adaptive experts."""
+        time = flow.time_embedding(t, self.config.action.width, self.config.flow)
+        if self.config.action_time == "adaptive":
+            return self._scale_expert(self.action_encoder(x_t, None)), {"action": self.time_encoder(time)}
+        return self._scale_expert(self.action_encoder(x_t, time)), {}
+
+    def _prefix(self, images: Array, text: Array, proprio: Array | None) -> tuple[dict[str, Array], Array]:
         """Streams of all groups but action, and the main view's vision features."""
         config = self.config
         if images.shape[1] != config.pictures or text.shape[1] != config.text_length:
@@ -178,26 +213,41 @@ class Policy(nn.Module):
         streams = {"vlm": self._scale(jnp.concatenate([tokens, words], axis=1))}
         main = features.reshape(b, views, *features.shape[1:])[:, 0]
         if config.depth is not None:
-            streams["depth"] = self._scale(self.depth_encoder(main))
-        streams["action"] = self._scale(self.proprio_encoder(proprio))
+            streams["depth"] = self._scale_expert(self.depth_encoder(main))
+        if config.proprio_steps:
+            streams["action"] = self._scale_expert(self.proprio_encoder(proprio))
         return streams, main
 
     def _scale(self, x: Array) -> Array:
         """Times sqrt(width), the factor rounded to the activation dtype first."""
         return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
 
-    def _positions(self, groups: tuple[str, ...]) -> dict[str, np.ndarray]:
-        ids = policy_config.position_ids(self.config)
+    def _scale_expert(self, x: Array) -> Array:
+        return self._scale(x) if self.config.scale_experts else x
+
+    def _positions(
+        self, groups: tuple[str, ...], text: Array, view_mask: Array | None
+    ) -> dict[str, np.ndarray] | dict[str, Array]:
+        """Expert -> position ids [T] (NumPy: the same for every example) or [B, T]."""
+        config, concatenate = self.config, np.concatenate
+        if config.positions.count == "slots":
+            ids = policy_config.position_ids(config)
+        else:
+            there = jnp.ones((text.shape[0], config.sizes["image"]), bool)
+            there = there if view_mask is None else self._image_valid(view_mask)
+            ids, concatenate = policy_config.valid_position_ids(config, there, text != 0), jnp.concatenate
         parts = {"vlm": ("image", "text"), "depth": ("depth",), "action": ("proprio", "action")}
         out = {expert: [ids[group] for group in members if group in groups] for expert, members in parts.items()}
-        return {expert: np.concatenate(rows) for expert, rows in out.items() if rows}
+        return {expert: concatenate(rows, axis=-1) for expert, rows in out.items() if rows}
+
+    def _image_valid(self, view_mask: Array) -> Array:
+        return jnp.repeat(view_mask, self.config.image_steps * self.config.siglip.tokens, axis=1)
 
     def _mask(
         self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...], view_mask: Array | None = None
     ) -> Array:
-        config, image_valid = self.config, None
-        if view_mask is not None:
-            image_valid = jnp.repeat(view_mask, config.image_steps * config.siglip.tokens, axis=1)
+        config = self.config
+        image_valid = None if view_mask is None else self._image_valid(view_mask)
         table = visibility.resolve(config.visibility)
         return visibility.mask(table, config.sizes, text != 0, queries, keys, image_valid)
 
@@ -221,6 +271,8 @@ def prepare_images(config: PolicyConfig, batch: objective.Batch) -> Array:
 def features(config: PolicyConfig) -> tuple[str, ...]:
     """Batch keys the loss reads."""
     keys = [f"image_{view}" for view in config.views] + ["text", "proprio", "action", "position"]
+    if not config.proprio_steps:
+        keys.remove("proprio")
     if not config.faithful:
         keys.append("action_mask")
     if config.missing_views:
@@ -230,6 +282,18 @@ def features(config: PolicyConfig) -> tuple[str, ...]:
     if config.depth_labels == "pixels":
         keys += ["depth", "depth_scale", "depth_offset"]
     return tuple(keys)
+
+
+def _padded_action(config: PolicyConfig, action: Array) -> Array:
+    """Actions of the data f32 [B, Z, robot_action_dim] -> [B, Z, A], zeros behind."""
+    if action.shape[-1] != config.robot_action_dim:
+        raise errors.UserError(
+            f"the policy takes actions of {config.robot_action_dim} numbers, the batch has {action.shape[-1]}: set "
+            + ("model.action_used" if config.action_used else "model.action_dim (or model.action_used to pad)")
+        )
+    if not config.action_used:
+        return action
+    return jnp.pad(action, ((0, 0), (0, 0), (0, config.action_dim - config.action_used)))
 
 
 def _view_mask(config: PolicyConfig, batch: objective.Batch) -> Array | None:
@@ -247,7 +311,7 @@ def init(config: PolicyConfig, key: Array) -> dict[str, objective.Tree]:
         key_params,
         jnp.zeros((1, config.pictures, size, size, 3)),
         jnp.zeros((1, config.text_length), jnp.int32),
-        jnp.zeros((1, config.proprio_steps, config.proprio_dim)),
+        jnp.zeros((1, config.proprio_steps, config.proprio_dim)) if config.proprio_steps else None,
         jnp.zeros((1, config.horizon, config.action_dim)),
         jnp.zeros((1,)),
     )
@@ -263,28 +327,27 @@ def loss(config: PolicyConfig, params, state, batch, key: Array, step: Array) ->
     Metrics: loss, flow_loss; with depth labels also depth_loss and lambda; with codes also depth_accuracy.
     """
     keys = jax.vmap(jax.random.split)(flow.example_keys(key, batch["position"]))
-    action = batch["action"]
     t = flow.sample_time(keys[:, 0], config.flow)
-    noise = flow.sample_noise(keys[:, 1], action.shape[1:])
+    noise = flow.sample_noise(keys[:, 1], (config.horizon, config.action_dim))
     return loss_at(config, params, state, batch, noise, t, step)
 
 
 def loss_at(config: PolicyConfig, params, state, batch, noise: Array, t: Array, step: Array) -> objective.LossOutput:
     """The same at given noise f32 [B, Z, A] and time f32 [B]."""
-    action, sigma = batch["action"], config.flow.sigma_min
-    x_t = flow.interpolate(noise, action, t, sigma)
+    action = _padded_action(config, batch["action"])
+    x_t = flow.interpolate(noise, action, t, config.flow)
     out = Policy(config).apply(
         {"params": params},
         prepare_images(config, batch),
         batch["text"],
-        batch["proprio"],
+        batch.get("proprio"),
         x_t,
         t,
         _view_mask(config, batch),
     )
     # Actions past the end of an episode repeat the last one; open-pi-zero trains on them, we do not.
     valid = jnp.ones(action.shape[:2], bool) if config.faithful else batch["action_mask"]
-    flow_loss = flow.loss(out.velocity, flow.target_velocity(noise, action, sigma), valid)
+    flow_loss = flow.loss(out.velocity, flow.target_velocity(noise, action, config.flow), valid)
     metrics = {"flow_loss": flow_loss}
     total = flow_loss
     if config.depth_labels is not None:
@@ -336,25 +399,25 @@ def sample_actions(
 
     Args:
       batch: images, text, proprio.
-      noise: f32 [B, Z, A], x at t = 0.
+      noise: f32 [B, Z, A], x at the flow time of noise.
       cached: compute everything but the action stream once; False runs the whole network at every step.
 
     Returns:
-      f32 [B, Z, A], normalised actions.
+      f32 [B, Z, config.robot_action_dim], normalised actions.
     """
     del state  # Actions need no codebook; the argument keeps the signature of all predictions equal.
     policy, variables = Policy(config), {"params": params}
-    views, text, proprio = prepare_images(config, batch), batch["text"], batch["proprio"]
+    views, text, proprio = prepare_images(config, batch), batch["text"], batch.get("proprio")
     there = _view_mask(config, batch)
     if not cached:
         return flow.integrate(
             lambda x, t: policy.apply(variables, views, text, proprio, x, t, there).velocity, noise, config.flow
-        )
+        )[..., : config.robot_action_dim]
     visibility.check_cacheable(visibility.resolve(config.visibility))
     cache, _ = policy.apply(variables, views, text, proprio, view_mask=there, method=Policy.prefill)
     return flow.integrate(
         lambda x, t: policy.apply(variables, cache, text, x, t, there, method=Policy.denoise), noise, config.flow
-    )
+    )[..., : config.robot_action_dim]
 
 
 def predict_depth(config: PolicyConfig, params, state, batch: objective.Batch) -> Array:
@@ -369,7 +432,7 @@ def predict_depth(config: PolicyConfig, params, state, batch: objective.Batch) -
         {"params": params},
         prepare_images(config, batch),
         batch["text"],
-        batch["proprio"],
+        batch.get("proprio"),
         depth=True,
         view_mask=_view_mask(config, batch),
         method=Policy.prefill,

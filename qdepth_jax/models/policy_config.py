@@ -6,7 +6,9 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from qdepth_jax import errors
 from qdepth_jax.models import stack, visibility
@@ -18,24 +20,34 @@ from qdepth_jax.models.visibility import Table
 
 DTYPES = ("float32", "bfloat16")
 DEPTH_POSITIONS = ("image", "after_text")
+COUNTS = ("slots", "valid")
+ACTION_TIMES = ("concat", "adaptive")
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
-    """Position ids. Each expert counts on its own, and padding counts: a token's id is its slot.
+    """Position ids.
 
     Attributes:
-      first: id of the first token of the vlm and of the action expert (open-pi-zero: 1).
+      count: `slots`: each expert counts on its own, and padding counts: a token's id is its slot (open-pi-zero).
+        `valid`: image, text, proprio and action are one sequence, and an id is the number of valid tokens before it:
+        padding and views that an example lacks take no ids (pi0).
+      first: id of the first token (open-pi-zero: 1, pi0: 0).
       depth: `image` gives depth token i the id of image token i of the main view: the same place in the picture has
-        the same angle (our choice, the paper is silent). `after_text` counts on behind the vlm's last slot.
+        the same angle (our choice, the paper is silent). `after_text` counts on behind the vlm's last slot or, with
+        `valid`, its last valid token. Depth tokens never shift the ids of others: a trained action expert meets the
+        ids that it knows.
     """
 
+    count: str = "slots"
     first: int = 1
     depth: str = "image"
 
     def __post_init__(self):
         if self.depth not in DEPTH_POSITIONS:
             raise errors.UserError(f"depth positions {self.depth!r} are unknown: use one of {DEPTH_POSITIONS}")
+        if self.count not in COUNTS:
+            raise errors.UserError(f"counting positions by {self.count!r} is unknown: use one of {COUNTS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +62,17 @@ class PolicyConfig:
       missing_views: examples may lack a view (batch key `view_mask`); its tokens are then seen by nobody.
       text_length: L, text tokens with padding.
       vocabulary: rows of the text embedding (Hugging Face's PaliGemma 257,216; official files 257,152).
-      proprio_dim, proprio_steps: size and number of proprio tokens. action_dim, horizon: A, Z.
+      proprio_dim, proprio_steps: size and number of proprio tokens; without any (proprio_steps=0: pi0.5, whose state is
+        text) there is no proprio encoder and no proprio in a batch. action_dim, horizon: A, Z.
+      action_used: numbers of a robot's action; the rest up to action_dim is filled with zeros, as pi0's 32 are, and
+        sampled actions are cut to it. The loss is over all A, because the sampler starts all A from noise. 0 = all.
+      action_time: how the flow time enters the action expert: `concat` with each action token before an MLP
+        (open-pi-zero, pi0), or `adaptive`, by the scale, shift and gate of its norms (pi0.5).
+      scale_experts: depth, proprio and action streams are multiplied by sqrt(width), as the vlm's is (open-pi-zero).
       visibility: name or table, see visibility.py.
       softcap: of attention logits in every layer of every expert, the vlm's too; 0 switches it off.
+      query_scale: attention logits are divided by its root; 0 = head_dim.
+      vlm_final_norm: the tree holds the vlm's final norm, which nobody reads (pi0; never trained).
       dtype: of activations. Parameters, norms, softmax and losses are f32.
       scan: False unrolls the layers (small models on a CPU). remat: a name of stack.REMAT.
       freeze_embedding: no gradient for the text embedding (open-pi-zero, always).
@@ -76,10 +96,15 @@ class PolicyConfig:
     proprio_steps: int = 1
     action_dim: int = 7
     horizon: int = 4
+    action_used: int = 0
+    action_time: str = "concat"
+    scale_experts: bool = True
     flow: FlowConfig = FlowConfig()
     positions: PositionConfig = PositionConfig()
     visibility: str | Table = "r1"
     softcap: float = 50.0
+    query_scale: float = 0.0
+    vlm_final_norm: bool = False
     norm_eps: float = 1e-6
     dtype: str = "float32"
     scan: bool = True
@@ -102,6 +127,16 @@ class PolicyConfig:
             raise errors.UserError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
         if self.action.width % 2 or self.action.width < 4:
             raise errors.UserError(f"action width {self.action.width} must be even and >= 4 for the time embedding")
+        if self.action_time not in ACTION_TIMES:
+            raise errors.UserError(f"action_time {self.action_time!r} is unknown: use one of {ACTION_TIMES}")
+        if self.action_time == "adaptive" and self.proprio_steps:
+            raise errors.UserError(
+                f"proprio_steps={self.proprio_steps} with action_time='adaptive': the action expert's norms depend on "
+                "the flow time, so proprio tokens in it would change at every step of the sampler; pi0.5 writes the "
+                "state into the text: set proprio_steps=0, or action_time='concat'"
+            )
+        if not 0 <= self.action_used <= self.action_dim:
+            raise errors.UserError(f"action_used={self.action_used} must be 0 (all) to action_dim={self.action_dim}")
         if self.depth is not None and self.depth.tokens != self.siglip.tokens:
             raise errors.UserError(
                 f"depth grid {self.depth.grid}x{self.depth.grid} = {self.depth.tokens} tokens, but the main view has "
@@ -125,6 +160,9 @@ class PolicyConfig:
             softcap=self.softcap,
             norm_eps=self.norm_eps,
             vocabulary=self.vocabulary,
+            query_scale=self.query_scale,
+            vlm_final_norm=self.vlm_final_norm,
+            adaptive=("action",) if self.action_time == "adaptive" else (),
         )
 
     @property
@@ -144,6 +182,11 @@ class PolicyConfig:
         }
 
     @property
+    def robot_action_dim(self) -> int:
+        """Numbers of an action of the data and of a sampled one."""
+        return self.action_used or self.action_dim
+
+    @property
     def depth_labels(self) -> str | None:
         """What the loss compares the depth prediction with: `codes`, `pixels` or None."""
         if self.depth is None or self.depth.loss_weight == 0:
@@ -152,7 +195,7 @@ class PolicyConfig:
 
 
 def position_ids(config: PolicyConfig) -> dict[str, np.ndarray]:
-    """Position ids i32 [tokens] of each group: vlm 1..image+text, depth 1..P, proprio 1..n, action n+1.."""
+    """Position ids i32 [tokens] of each group counted by slots: vlm 1.., depth 1..P, proprio 1..n, action n+1.."""
     sizes, first = config.sizes, config.positions.first
     vlm = np.arange(first, first + sizes["image"] + sizes["text"], dtype=np.int32)
     start = first if config.positions.depth == "image" else first + len(vlm)
@@ -164,6 +207,26 @@ def position_ids(config: PolicyConfig) -> dict[str, np.ndarray]:
         "depth": depth,
         "proprio": own[: sizes["proprio"]],
         "action": own[sizes["proprio"] :],
+    }
+
+
+def valid_position_ids(config: PolicyConfig, image_valid: Array, text_valid: Array) -> dict[str, Array]:
+    """Position ids i32 [B, tokens] of each group counted by valid tokens.
+
+    image_valid bool [B, image tokens], text_valid bool [B, L].
+    """
+    sizes, first = config.sizes, config.positions.first
+    valid = jnp.concatenate([image_valid, text_valid], axis=1).astype(jnp.int32)
+    vlm = jnp.cumsum(valid, axis=1) + (first - 1)
+    behind = vlm[:, -1:] + 1
+    own = behind + jnp.arange(sizes["proprio"] + sizes["action"], dtype=jnp.int32)[None]
+    after = behind + jnp.arange(sizes["depth"], dtype=jnp.int32)[None]
+    return {
+        "image": vlm[:, : sizes["image"]],
+        "text": vlm[:, sizes["image"] :],
+        "depth": vlm[:, : sizes["depth"]] if config.positions.depth == "image" else after,
+        "proprio": own[:, : sizes["proprio"]],
+        "action": own[:, sizes["proprio"] :],
     }
 
 
@@ -185,10 +248,30 @@ def frozen_table(config: PolicyConfig) -> tuple[tuple[str, str], ...]:
         rows.append((layer + "attn/kv_einsum/w", "last_layer_value"))
     else:
         rows.append((layer + "attn/q_einsum/w", "last_layer"))
+    if config.vlm_final_norm:
+        rows.append(("llm/final_norm_vlm/scale", "all"))
+    if config.vlm.post_norms:
+        rows.append((layer + "(post_attention_norm|post_ffw_norm)/scale", "last_layer"))
     if config.freeze_embedding:
         rows.insert(0, ("llm/embedder/input_embedding", "all"))
     return tuple(rows)
 
+
+# Conventions as data: keyword arguments of PolicyConfig, no sizes but the number of proprio tokens. open-pi-zero's are
+# the defaults. pi0's and pi0.5's: github.com/Physical-Intelligence/openpi, src/openpi/models/{pi0,gemma}.py.
+_PI0: dict[str, Any] = {
+    "flow": FlowConfig(noise_at=1, sigma_min=0.0, time_shortest=4e-3, time_period=1000.0, clip=0.0),
+    "positions": PositionConfig(count="valid", first=0),
+    "scale_experts": False,
+    "softcap": 0.0,
+    "vlm_final_norm": True,
+    "freeze_embedding": False,
+}
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "open_pi_zero": {},
+    "pi0": _PI0,
+    "pi05": {**_PI0, "action_time": "adaptive", "proprio_steps": 0},
+}
 
 # Sizes as data: keyword arguments of PolicyConfig. `full` is the published model.
 _SIZES: dict[str, dict[str, Any]] = {

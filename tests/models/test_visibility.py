@@ -106,9 +106,9 @@ def test_gradients_are_zero_exactly_where_the_table_is(table):
     def values(deltas):
         def run(module):
             images = policy.prepare_images(config, batch)
-            streams, _ = module._prefix(images, batch["text"], batch["proprio"])
-            action = module._scale(module.action_encoder(batch["action"], jnp.array([0.3])))
-            streams["action"] = jnp.concatenate([streams["action"], action], axis=1)
+            streams, _ = module._prefix(images, batch["text"], batch.get("proprio"))
+            action, conditions = module._action(batch["action"], jnp.array([0.3]))
+            streams["action"] = jnp.concatenate([*(streams.get(name) for name in streams if name == "action"), action], 1)
             experts = {"vlm": ("image", "text"), "depth": ("depth",), "action": ("proprio", "action")}
             streams = {
                 name: streams[name] + jnp.concatenate([deltas[group] for group in members], axis=1)
@@ -117,7 +117,8 @@ def test_gradients_are_zero_exactly_where_the_table_is(table):
             }
             everything = visibility.GROUPS
             mask = module._mask(batch["text"], everything, everything)
-            _, cache = module.llm(streams, module._positions(everything), mask, return_cache=True)
+            positions = module._positions(everything, batch["text"], None)
+            _, cache = module.llm(streams, positions, mask, conditions=conditions, return_cache=True)
             # One number for each layer and token; a random direction cannot be orthogonal to a dependence.
             direction = jax.random.normal(jax.random.key(1), cache.v.shape[-1:])
             return jnp.einsum("LBSKH,H->LS", cache.v, direction)[1:]

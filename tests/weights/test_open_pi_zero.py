@@ -8,7 +8,7 @@ import pytest
 
 from qdepth_jax import errors
 from qdepth_jax.models import policy
-from qdepth_jax.weights import open_pi_zero
+from qdepth_jax.weights import open_pi_zero, table
 
 CONFIG = policy.sized("tiny")
 
@@ -29,22 +29,16 @@ def test_there_and_back():
     source, params = state_dict()
     loaded = open_pi_zero.load(source, shapes())
     assert set(loaded.read) == set(source)
-    theirs = dict(open_pi_zero._flatten(params))
-    ours = dict(open_pi_zero._flatten(loaded.params))
+    theirs, ours = table.flatten(params), table.flatten(loaded.params)
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[path])
-    assert {"/".join(path) for path in set(theirs) - set(ours)} == set(loaded.missing)
+    assert set(theirs) - set(ours) == set(loaded.missing)
     assert all("depth" in path for path in loaded.missing)
 
 
 def test_full_size_has_the_published_938_keys():
     full = policy.sized("full", depth=None)
-    leaves = dict(open_pi_zero._flatten(shapes(full)))
-    keys = set()
-    for row in open_pi_zero.TABLE:
-        layers = leaves[tuple(row.target.split("/"))].shape[0] if "{i}" in row.source else 1
-        for copy in ("action", "proprio") if "{expert}" in row.source else ("",):
-            keys |= {open_pi_zero._source_key(row, (i,) if "{i}" in row.source else (), copy) for i in range(layers)}
+    keys = table.keys(open_pi_zero.TABLE, shapes(full), open_pi_zero.copies_of())
     assert len(keys) == 938
 
 
