@@ -108,7 +108,9 @@ def test_gradients_are_zero_exactly_where_the_table_is(table):
             images = policy.prepare_images(config, batch)
             streams, _ = module._prefix(images, batch["text"], batch.get("proprio"))
             action, conditions = module._action(batch["action"], jnp.array([0.3]))
-            streams["action"] = jnp.concatenate([*(streams.get(name) for name in streams if name == "action"), action], 1)
+            streams["action"] = jnp.concatenate(
+                [*(streams.get(name) for name in streams if name == "action"), action], 1
+            )
             experts = {"vlm": ("image", "text"), "depth": ("depth",), "action": ("proprio", "action")}
             streams = {
                 name: streams[name] + jnp.concatenate([deltas[group] for group in members], axis=1)
