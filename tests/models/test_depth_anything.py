@@ -54,6 +54,7 @@ def test_tokens_and_depth_of_a_window(golden):
     assert np.abs(turned - arrays["ref/depth"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_whole_video_by_the_published_procedure(golden):
     arrays, _, params, config = golden
     video = arrays["ref/video_uint8"]
@@ -71,6 +72,7 @@ def test_the_frame_positions_are_those_of_the_file(golden):
         np.testing.assert_allclose(dpt.frame_positions(*pe.shape), pe, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_trunks_agree(golden):
     arrays, _, params, _ = golden
     frames, flat = jnp.asarray(arrays["ref/frames"][:, :2]), dataclasses.replace(TINY, scan=False)
