@@ -63,7 +63,9 @@ test-gate: $(VENV)/.test
 	QDEPTH_KILLS=3 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_bridge.py tests/test_experiments.py \
 	  tests/test_train_step.py tests/test_resume.py tests/test_elastic.py tests/test_multihost.py \
 	  tests/test_distributed.py tests/test_checkpoint.py tests/test_sharding.py tests/test_optim.py tests/test_benchmarks.py \
-	  tests/test_data_changes.py tests/data tests/convert tests/models/test_augment.py
+	  tests/test_data_changes.py tests/data tests/convert tests/models/test_augment.py tests/weights \
+	  tests/test_earlier_stages.py tests/tools/test_import_weights.py tests/tools/test_export_checkpoint.py \
+	  tests/tools/test_inspect_checkpoint.py tests/tools/test_check_parity.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -51,8 +51,8 @@ EXTRAS = {
         "pyarrow>=21",
         "av>=15",  # decodes the videos; images in parquet need no decoder
     ],
-    # Foreign checkpoints that only torch can open.
-    "interop": ["torch>=2.5", "safetensors>=0.4.5"],
+    # Foreign checkpoints that only torch can open (.pt, .pth).
+    "interop": ["torch>=2.5"],
     # Policy server.
     "serve": ["websockets>=13", "msgpack>=1.1"],
     "test": [
@@ -61,6 +61,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",  # a hung process test fails instead of blocking
         "hypothesis>=6.115",  # property tests of the parsers
         "ruff>=0.8",
+        "safetensors>=0.4.5",  # reads what we write and writes what we read: our own code streams, it cannot
         "grain>=0.2.16",
         # The sample data must open with plain TFDS: proven with TFDS, not with our own reader.
         "tensorflow-datasets>=4.9.9",

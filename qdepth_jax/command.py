@@ -52,14 +52,14 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)  # only --help and its kin end here; absl would say that they failed
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         # config_flags raises whatever the experiment file or the override raised; its text already says what.
-        message = _unknown_field(argv) if isinstance(error, KeyError | AttributeError) else ""
+        message = unknown_field(argv) if isinstance(error, KeyError | AttributeError) else ""
         message = message or str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         # ... and wraps it in a traceback; of our own messages only the message is for the user.
         print("error: " + message.rpartition("errors.UserError: ")[2].strip().replace("\\n", " "), file=sys.stderr)
         sys.exit(2)
 
 
-def _unknown_field(argv: list[str]) -> str:
+def unknown_field(argv: list[str]) -> str:
     """A message if an override --config.a.b names a field that the experiment does not have."""
     from ml_collections import config_flags
 

@@ -148,7 +148,8 @@ def default() -> ml_collections.ConfigDict:
     config.seed = 0
     config.model_kind = "policy"  # module of qdepth_jax.models that offers Config and make_objective
     config.tokenizer = ""  # workdir of a trained depth tokenizer: the policy takes its codebook
-    config.init_from = ""  # workdir of an earlier stage: parameters are taken from its last checkpoint
+    config.init_from = ""  # workdir of an earlier stage, imported weights or an export: parameters are taken from there
+    config.init_depth_from = "fresh"  # a new depth expert starts at random, or as a copy of the "action" expert
     config.eval_split = ""  # split of the held-out episodes; empty = data.held_out_every decides
     config.train = section(TrainConfig())
     config.optim = section(OptimConfig())

@@ -81,6 +81,7 @@ def start(
     if num_processes > 1:
         arguments = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
         _initialise(arguments | {"cluster_detection_method": "deactivate"}, timeout)
+        same_everywhere("--num_processes", num_processes)
     return _started("as given")
 
 

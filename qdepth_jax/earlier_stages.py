@@ -1,6 +1,7 @@
 """What a run takes from earlier ones: a trained model, a tokenizer's codebook and tokens, parameters to start from."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,28 +9,33 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from qdepth_jax import checkpoint, checkpoint_read, errors, model_kinds, train_step
+from qdepth_jax import checkpoint, checkpoint_read, errors, model_kinds, same_conventions, stored_model, train_step
 from qdepth_jax.data import data_config
 from qdepth_jax.models import policy, tokenizer
+
+DEPTH_STARTS = ("fresh", "action")
+_DEPTH = re.compile(r"llm/layers/depth/|llm/final_norm_depth/")
+_ACTION_OWN = re.compile(r"llm/layers/action/|llm/final_norm_action/")
+_DEPTH_NAME = re.compile(r"(?<=llm/layers/)depth|(?<=llm/final_norm_)depth")
 
 
 def load_model(workdir: str, average: bool = True) -> tuple[str, Any, dict[str, Any], dict[str, Any]]:
     """A trained model on this process's first device.
 
     Args:
-      workdir: of its training run.
+      workdir: of its training run; imported weights or an export serve too.
       average: take averaged parameters where kept.
 
     Returns:
       (model_kind, model config, {"params", "state"}, meta).
     """
-    meta = checkpoint.read_meta(workdir)
+    meta = stored_model.find(workdir).meta
     saved = ml_collections.ConfigDict(meta["config"])
     model = model_kinds.model_config(saved)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(model_kinds.MAKE_OBJECTIVE[saved.model_kind](model).init, jax.random.key(0))
+    shapes = stored_model.shapes(saved.model_kind, model)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    variables, meta = checkpoint.restore_model(workdir, target, average)
+    variables, meta = stored_model.restore_model(workdir, target, average)
     return saved.model_kind, model, variables, meta
 
 
@@ -97,7 +103,10 @@ def with_tokens(data: data_config.DataConfig, workdir: str) -> data_config.DataC
 
 
 def take_parameters(
-    state: train_step.TrainState, workdir: str, agree: Callable[[bool], bool] = lambda ok: ok
+    state: train_step.TrainState,
+    workdir: str,
+    agree: Callable[[bool], bool] = lambda ok: ok,
+    model: Any = None,
 ) -> train_step.TrainState:
     """Parameters of an earlier stage into a fresh state, leaf by leaf where path and shape agree; the rest stays fresh.
 
@@ -106,12 +115,15 @@ def take_parameters(
 
     Args:
       state: fresh, on its mesh.
-      workdir: of the earlier run; its averaged parameters are taken where it kept them.
+      workdir: of the earlier run, imported weights or an export; averaged parameters are taken where it kept them.
       agree: see checkpoint.restore_latest.
+      model: this experiment's model config; its conventions are compared with those there. None compares nothing.
 
     Raises:
-      UserError: no leaf agrees.
+      UserError: no leaf agrees, or the parameters there follow other conventions (same_conventions.py).
     """
+    if model is not None:
+        check_conventions(workdir, model)
     here, average = checkpoint_read.by_path(state.params), checkpoint_read.by_path(state.ema)
     taken: dict[str, jax.ShapeDtypeStruct] = {}
     report: dict[str, list[str]] = {}
@@ -137,7 +149,7 @@ def take_parameters(
                 _free(average[path])
         return chosen
 
-    found, meta = checkpoint.restore_leaves(workdir, choose, agree=agree)
+    found, meta = stored_model.restore_leaves(workdir, choose, agree=agree)
     for path in list(found):
         if found[path].dtype != here[path].dtype:
             found[path] = found[path].astype(here[path].dtype)
@@ -152,6 +164,102 @@ def take_parameters(
         return state.replace(params=params)
     copies = [found[path].copy() if path in found else leaf for path, leaf in average.items()]
     return state.replace(params=params, ema=jax.tree_util.tree_unflatten(jax.tree.structure(state.ema), copies))
+
+
+def check_conventions(workdir: str, model: Any) -> None:
+    """Refuses parameters of other conventions than the model's; says what differs by design. Reads no array.
+
+    Raises:
+      UserError: what differs.
+    """
+    for line in same_conventions.check(workdir, stored_model.find(workdir).meta["config"], model):
+        checkpoint.say(f"{workdir} and this model differ by design: {line}")
+
+
+def check_depth_start(start: str, model: Any) -> None:
+    """Refuses config.init_depth_from before anything is loaded.
+
+    Raises:
+      UserError: an unknown way, or a model without a depth expert that could be a copy.
+    """
+    if start not in DEPTH_STARTS:
+        raise errors.UserError(f"init_depth_from={start!r} is unknown: use one of {', '.join(DEPTH_STARTS)}")
+    if start == "action" and getattr(model, "depth", None) is None:
+        raise errors.UserError('init_depth_from="action", but the model has no depth expert: set it to "fresh"')
+
+
+def start_depth_expert(state: train_step.TrainState, start: str, workdir: str = "") -> train_step.TrainState:
+    """The state with the depth expert as config.init_depth_from says; `workdir` is where parameters came from.
+
+    Raises:
+      UserError: the parameters from there have a trained depth expert already, or the experts differ in shape.
+    """
+    if start == "fresh":
+        return state
+    if workdir and any(_DEPTH.match(path) for path in stored_model.find(workdir).leaves["params"]):
+        raise errors.UserError(
+            f"init_depth_from={start!r} would overwrite the depth expert that init_from={workdir!r} holds: set it to "
+            '"fresh", which keeps what was loaded'
+        )
+    return copy_action_expert(state)
+
+
+def copy_action_expert(state: train_step.TrainState) -> train_step.TrainState:
+    """The depth expert starts as a copy of the action expert: of the one that `take_parameters` brought, usually.
+
+    Raises:
+      UserError: there is no depth expert, or its leaves have other paths or sizes than the action expert's.
+    """
+
+    def copied(tree: Any) -> Any:
+        leaves = checkpoint_read.by_path(tree)
+        pairs = {p: _DEPTH_NAME.sub("action", p) for p in leaves if _DEPTH.match(p)}
+        others = {p for p in leaves if _ACTION_OWN.match(p)} - set(pairs.values())
+        wrong = [f"{p} {leaves[p].shape}: the action expert has " + (f"{leaves[q].shape}" if q in leaves else f"no {q}")
+                 for p, q in pairs.items() if q not in leaves or leaves[q].shape != leaves[p].shape]  # fmt: skip
+        wrong += [f"{p}: the depth expert has no such leaf" for p in sorted(others)]
+        if not pairs:
+            raise errors.UserError('init_depth_from="action", but the model has no depth expert: set it to "fresh"')
+        if wrong:
+            raise errors.UserError(
+                'init_depth_from="action" needs a depth expert of the shape of the action expert (model.depth.expert = '
+                'model.action, both without adaptive norms); set it so, or use "fresh":\n  ' + "\n  ".join(wrong)
+            )
+        for path, source in pairs.items():
+            placed = leaves[path].sharding
+            _free(leaves[path])
+            leaves[path] = jax.device_put(leaves[source].copy(), placed)
+        return jax.tree_util.tree_unflatten(jax.tree.structure(tree), list(leaves.values()))
+
+    state = state.replace(params=copied(state.params))
+    return state if state.ema is None else state.replace(ema=copied(state.ema))
+
+
+def origin(meta: dict[str, Any]) -> list[str]:
+    """Formats of the foreign weights that a checkpoint descends from, nearest first; "unknown" ends a lost trail.
+
+    Args:
+      meta: of the checkpoint; `init_from` in its config leads on to the one before.
+    """
+    found, seen = [], set()
+    while True:
+        if "origin" in meta:  # of an export, or recorded at the start of a run
+            return found + list(meta["origin"])
+        if isinstance(meta.get("source"), dict) and "format" in meta["source"]:
+            return [*found, meta["source"]["format"]]
+        before = meta.get("config", {}).get("init_from", "")
+        if not before:
+            return found
+        if before in seen:
+            return [*found, "unknown"]
+        seen.add(before)
+        try:
+            stored = stored_model.find(before)
+        except errors.UserError:
+            return [*found, "unknown"]
+        if stored.manifest:
+            return found + list(stored.manifest["origin"])
+        meta = stored.meta
 
 
 def _free(leaf: jax.Array) -> None:

@@ -64,6 +64,10 @@ def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective
         raise errors.UserError(
             f"augment is set, but a {config.model_kind} reads no images: leave config.augment at its default"
         )
+    if config.model_kind not in MAKE_OBJECTIVE:
+        raise errors.UserError(
+            f"a {config.model_kind} is not trained by itself: start a policy from it with --config.init_from"
+        )
     return MAKE_OBJECTIVE[config.model_kind](model)
 
 
@@ -84,7 +88,7 @@ def data_section(config: ml_collections.ConfigDict) -> data_config.DataConfig:
             ("views", model.views),
             ("horizon", model.horizon),
             ("max_text_tokens", model.text_length),
-            ("proprio_steps", model.proprio_steps),
+            ("proprio_steps", max(1, model.proprio_steps)),
             ("image_steps", model.image_steps),
             ("missing_views", "mask" if model.missing_views else "error"),
         ):
@@ -121,6 +125,7 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     objective = make_objective(config)
     frozen = policy.frozen_table(model) if config.model_kind == "policy" else ()
 
+    earlier_stages.check_depth_start(config.init_depth_from, model)
     codes, data = None, data_section(config)
     if config.model_kind == "policy" and model.depth_labels == "codes":
         codes = earlier_stages.load_codebook(config.tokenizer, model)
@@ -163,8 +168,8 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         if codes is not None:
             state = earlier_stages.place_codebook(state, codes["codebook"])
         if config.init_from:
-            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree)
-        return state
+            state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree, model)
+        return earlier_stages.start_depth_expert(state, config.init_depth_from, config.init_from)
 
     return train_loop.Run(
         objective=objective,
@@ -229,11 +234,12 @@ def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | No
                 )
     if config.model_kind == "policy":
         action, proprio = batches.sources[0].frames.action, batches.sources[0].frames.proprio
+        used = "action_used" if model.action_used else "action_dim"
         for name, want, got in (
-            ("action_dim", model.action_dim, action.shape[1]),
+            (used, model.robot_action_dim, action.shape[1]),
             ("proprio_dim", model.proprio_dim, proprio.shape[1]),
         ):
-            if want != got:
+            if want != got and (model.proprio_steps or name == used):  # pi0.5 reads no proprio
                 raise errors.UserError(
                     f"model.{name}={want}, but {batches.sources[0].definition.name} has {got}: set it"
                 )

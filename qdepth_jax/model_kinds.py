@@ -6,9 +6,13 @@ import ml_collections
 
 from qdepth_jax import config as config_lib
 from qdepth_jax import errors
-from qdepth_jax.models import policy, tokenizer
+from qdepth_jax.models import paligemma, policy, tokenizer
 
-KINDS = {"policy": policy.PolicyConfig, "tokenizer": tokenizer.TokenizerConfig}
+KINDS = {
+    "policy": policy.PolicyConfig,
+    "tokenizer": tokenizer.TokenizerConfig,
+    "paligemma": paligemma.PaligemmaConfig,  # imported, inspected, exported, started from; not trained by itself
+}
 MAKE_OBJECTIVE = {"policy": policy.make_objective, "tokenizer": tokenizer.make_objective}
 
 

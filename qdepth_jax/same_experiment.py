@@ -35,8 +35,11 @@ def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
       UserError: listing the keys that differ.
     """
     before = read_config(workdir)
-    if before is None:
-        return
+    if before is not None:
+        _check_config(before, config, workdir)
+
+
+def _check_config(before: dict[str, Any], config: dict[str, Any], workdir: str) -> None:
     found = [d for d in config_lib.differences(before, config) if not _may_change(d.partition(":")[0], config)]
     if found:
         raise errors.UserError(
@@ -73,6 +76,18 @@ def say_changed_length(workdir: str, total_steps: int, say: Callable[[str], None
             f"train.total_steps changed from {before} to {total_steps}: a cosine schedule without optim.cycle_steps "
             "changes with it"
         )
+
+
+def check_checkpoint(
+    saved: dict[str, Any], config: dict[str, Any], meta: dict[str, Any], workdir: str, batch_size: int
+) -> None:
+    """Refuses to go on from a checkpoint of another experiment (its config.json may be gone) or with other data.
+
+    Args:
+      saved: what stands beside the checkpoint. config: the experiment of this start; `meta`: see `check_data`.
+    """
+    _check_config(saved["config"], config, workdir)
+    check_data(saved, meta, workdir, saved["step"] * batch_size)
 
 
 def check_data(saved: dict[str, Any], meta: dict[str, Any], workdir: str, position: int) -> None:

@@ -26,7 +26,9 @@ from qdepth_jax import errors
 AXES = ("replica", "fsdp", "tensor")
 BATCH = P(("replica", "fsdp"))
 SHOWN = 3  # layouts that a message proposes
-WIDEST = 128  # largest fsdp that a message proposes before it has seen the leaves: SigLIP's 1152 is 128 * 9
+# What a message proposes before it has seen the leaves: splits of the full model's narrowest dimensions (RULES), which
+# are SigLIP's 1152 = 128 * 9 and the 8 heads of the mixture.
+WIDEST = {"fsdp": 128, "tensor": 8}
 
 Rules = tuple[tuple[str, P], ...]
 
@@ -67,7 +69,7 @@ def mesh_sizes(config: config_lib.MeshConfig, devices: int, slices: int = 1) -> 
     if devices % slices:
         raise errors.UserError(f"{devices} devices are not {slices} slices of equal size")
     known = math.prod(s for s in sizes.values() if s != -1)
-    among = [found for found in layouts(devices, slices) if found["fsdp"] <= WIDEST]
+    among = [found for found in layouts(devices, slices) if all(most % found[a] == 0 for a, most in WIDEST.items())]
     if devices % known:
         near = nearest({axis: max(size, 1) for axis, size in sizes.items()}, among)
         raise errors.UserError(
@@ -279,14 +281,16 @@ def place(sizes: Mapping[str, int], abstract: Any, rules: Rules = (), slices: in
     return rows
 
 
-def state_shardings(mesh: Mesh, abstract: Any, rules: Rules = ()) -> Any:
+def state_shardings(mesh: Mesh, abstract: Any, rules: Rules = (), slices: int = 0) -> Any:
     """A NamedSharding for every leaf of `eval_shape(train state)`, or of any tree whose paths contain parameter paths.
+
+    `slices` (config.mesh.slices; 0 = what TPU devices say) only bounds the layouts that an error proposes.
 
     Raises:
       UserError: as `place`.
     """
-    slices = {getattr(d, "slice_index", None) for d in mesh.devices.flat if d.platform == "tpu"}
-    rows = place(mesh.shape, abstract, rules, max(1, len(slices)))
+    found = {getattr(d, "slice_index", None) for d in mesh.devices.flat if d.platform == "tpu"}
+    rows = place(mesh.shape, abstract, rules, slices or max(1, len(found)))
     return jax.tree.unflatten(jax.tree.structure(abstract), [NamedSharding(mesh, row.spec) for row in rows])
 
 

@@ -92,7 +92,7 @@ class Extras(NamedTuple):
 def abstract_state(run: Run) -> tuple[train_step.TrainState, train_step.TrainState]:
     """(ShapeDtypeStructs with shardings, the shardings alone) of the run's train state; nothing is allocated."""
     shapes = train_step.abstract_state(run.objective, run.tx, run.ema_decay > 0)
-    placed = sharding.state_shardings(run.mesh, shapes)
+    placed = sharding.state_shardings(run.mesh, shapes, slices=run.config.get("mesh", {}).get("slices", 0))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
     return target, placed
 
@@ -155,7 +155,7 @@ def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.Trai
         agree=distributed.all_agree,
         barrier=distributed.barrier,
         is_main=distributed.is_main(),
-        check=lambda meta: same_experiment.check_data(meta, run.meta, workdir, meta["step"] * c.batch_size),
+        check=lambda meta: same_experiment.check_checkpoint(meta, run.config, run.meta, workdir, c.batch_size),
     )
     return state, start, checkpoint.random_key_of(meta)
 

@@ -71,7 +71,13 @@ def only_one(path: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
     if is_remote(path):
         yield
         return
-    with open(path / "lock", "a+", encoding="utf-8") as file:
+    try:
+        file = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise errors.UserError(f"--workdir={path} cannot be written ({error}): choose another") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -56,12 +56,15 @@ def read(folder, count, name="run"):
 
 
 def assert_same(folder, expected, rtol=1e-5):
-    found = rows(folder)
+    found, largest = rows(folder), {}
     assert found.keys() == expected.keys()
     for key, row in expected.items():
         assert found[key].keys() == row.keys()
         for name, value in row.items():
+            if isinstance(value, float) and value:
+                largest[name] = max(largest.get(name, 0.0), abs(found[key][name] / value - 1))
             np.testing.assert_allclose(found[key][name], value, rtol=rtol, atol=1e-6, err_msg=f"{key} {name}")
+    print("largest relative difference:", {name: f"{value:.1e}" for name, value in largest.items() if value})
     # What another order or another gradient would do: neighbouring steps differ by far more than the tolerance.
     losses = np.asarray([row["loss"] for (_, kind), row in expected.items() if kind == "train"])
     assert np.median(np.abs(np.diff(losses))) > 20 * rtol * np.median(losses)

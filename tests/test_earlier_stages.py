@@ -1,12 +1,17 @@
 """Parameters and codes of earlier runs: straight into the shardings of the state that takes them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stored_runs
 from checkpoint_states import flip_in_array, make_state, mesh_of, on_devices, write
 
-from qdepth_jax import checkpoint, earlier_stages, errors
+from qdepth_jax import checkpoint, checkpoint_read, earlier_stages, errors, export_model, same_conventions
+from qdepth_jax import config as config_lib
+from qdepth_jax.models import flow, gemma, paligemma, policy_config
 
 
 def fresh_state(mesh, **params):
@@ -77,3 +82,147 @@ def test_a_host_that_cannot_read_stops_all(tmp_path):
     with pytest.raises(errors.UserError, match="another process says why"):
         earlier_stages.take_parameters(fresh_state(mesh_of(1, 1, 1)), str(tmp_path), agree=lambda ok: False)
     assert checkpoint.read_meta(str(tmp_path))["step"] == 4
+
+
+# ---- conventions, vocabularies, the depth expert's start, exports as a start ----
+
+
+def policy_state(model, seed=0):
+    variables = stored_runs.random_like(stored_runs.shapes("policy", model), seed)
+    state = make_state().replace(params=variables["params"], state=variables["state"], ema=None)
+    return jax.device_put(state, jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baseline")
+    return str(folder), stored_runs.write(folder, "policy", stored_runs.BASELINE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"softcap": 0.0}, "softcap: 50.0 there, 0.0 here"),
+        ({"vlm": gemma.ExpertConfig(32, 48, rope_theta=500.0)}, "vlm.rope_theta: 10000.0 there, 500.0 here"),
+        ({"flow": flow.FlowConfig(time_period=100.0)}, "flow.time_period: 10000.0 there, 100.0 here"),
+        ({"positions": policy_config.PositionConfig(first=0)}, "positions.first: 1 there, 0 here"),
+        ({"heads": 2, "head_dim": 16}, "head_dim: 8 there, 16 here\n  heads: 4 there, 2 here"),
+        ({"norm_eps": 1e-5}, "norm_eps: 1e-06 there, 1e-05 here"),
+        ({"vocabulary": 700}, r"vocabulary: 640 rows .* there, 700 here \(ids 640 to 699 only here\)"),
+    ],
+)
+def test_other_conventions_are_refused(baseline, fields, line):
+    model = dataclasses.replace(stored_runs.BASELINE, **fields)
+    with pytest.raises(errors.UserError, match=line):
+        earlier_stages.check_conventions(baseline[0], model)
+
+
+def test_sizes_and_choices_of_training_are_no_conventions(baseline):
+    model = dataclasses.replace(
+        stored_runs.QDEPTH, horizon=9, proprio_dim=8, views=("main", "wrist"), dtype="bfloat16", remat="full",
+        faithful=True, flow=flow.FlowConfig(time="uniform", steps=5),
+    )  # fmt: skip
+    earlier_stages.check_conventions(baseline[0], model)
+
+
+def test_every_field_of_a_policy_is_a_size_or_is_compared():
+    """A field that is added later is compared unless same_conventions.py says what it is."""
+    compared = same_conventions.conventions(stored_runs.BASELINE).keys()
+    assert {"softcap", "heads", "kv_heads", "head_dim", "norm_eps", "vlm.rope_theta", "action.rope_theta",
+            "positions.first", "flow.sigma_min", "flow.time_period"} <= compared  # fmt: skip
+    assert not {"horizon", "dtype", "remat", "siglip.width", "vlm.width", "flow.steps", "depth"} & compared
+
+
+@pytest.mark.slow
+def test_a_policy_starts_from_paligemma_in_its_own_way(tmp_path, capsys):
+    model = stored_runs.BASELINE
+    there = paligemma.PaligemmaConfig(
+        siglip=model.siglip, vlm=model.vlm, layers=3, heads=4, head_dim=8, vocabulary=model.vocabulary
+    )
+    params = stored_runs.random_like(stored_runs.shapes("paligemma", there)["params"], 3)
+    config = config_lib.to_json(stored_runs.experiment("paligemma", there))
+    checkpoint.save_params(str(tmp_path), jax.device_put(params, jax.devices()[0]), {"config": config})
+    taken = earlier_stages.take_parameters(policy_state(model), str(tmp_path), model=model)
+    jax.tree.map(np.testing.assert_array_equal, taken.params["llm"]["layers"]["vlm"], params["llm"]["layers"]["vlm"])
+    err = capsys.readouterr().err
+    assert "differ by design: softcap: 0.0 there, 50.0 here" in err and "unused: ['llm/final_norm_vlm/scale']" in err
+    for fields, line in (
+        ({"vlm": gemma.ExpertConfig(32, 48, post_norms=True)}, "vlm.post_norms: False there, True here"),
+        ({"vocabulary": 704}, r"vocabulary: 640 rows .* set model.vocabulary=640"),
+    ):
+        with pytest.raises(errors.UserError, match=line):
+            earlier_stages.check_conventions(str(tmp_path), dataclasses.replace(model, **fields))
+
+
+def test_refusal_comes_before_any_memory_is_given_back(baseline):
+    model = dataclasses.replace(stored_runs.BASELINE, softcap=0.0)
+    state = policy_state(model)
+    with pytest.raises(errors.UserError, match="softcap"):
+        earlier_stages.take_parameters(state, baseline[0], model=model)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("form", [pytest.param("orbax", marks=pytest.mark.slow), "safetensors", "open_pi_zero"])
+def test_a_stage_starts_from_an_export(baseline, form, tmp_path, capsys):
+    folder, saved = baseline
+    options = export_model.Options(format=form)
+    export_model.write_export(folder, str(tmp_path / "out"), options, lambda line: None)
+    state = policy_state(stored_runs.QDEPTH, seed=1)
+    codebook = np.asarray(state.state["codebook"])
+    taken = earlier_stages.take_parameters(state, str(tmp_path / "out"), model=stored_runs.QDEPTH)
+    there, here = checkpoint_read.by_path(saved.ema), checkpoint_read.by_path(taken.params)
+    for path, leaf in there.items():
+        np.testing.assert_array_equal(here[path], leaf)
+    assert all("depth" in path for path in here.keys() - there.keys())
+    np.testing.assert_array_equal(taken.state["codebook"], codebook)
+    assert "unused: none" in capsys.readouterr().err
+
+
+def test_the_depth_expert_starts_as_the_action_expert(baseline):
+    model = stored_runs.QDEPTH
+    state = policy_state(model, seed=1)
+    state = state.replace(ema=jax.tree.map(lambda x: x.copy(), state.params))
+    taken = earlier_stages.take_parameters(state, baseline[0], model=model)
+    copied = earlier_stages.copy_action_expert(taken)
+    for tree in (copied.params, copied.ema):
+        layers = tree["llm"]["layers"]
+        jax.tree.map(np.testing.assert_array_equal, layers["depth"], layers["action"])
+        np.testing.assert_array_equal(
+            tree["llm"]["final_norm_depth"]["scale"], tree["llm"]["final_norm_action"]["scale"]
+        )
+        np.testing.assert_array_equal(
+            layers["action"]["mlp"]["linear"], baseline[1].ema["llm"]["layers"]["action"]["mlp"]["linear"]
+        )
+        assert (
+            layers["depth"]["mlp"]["linear"].unsafe_buffer_pointer()
+            != layers["action"]["mlp"]["linear"].unsafe_buffer_pointer()
+        )
+    encoder = copied.params["depth_encoder"]
+    jax.tree.map(np.testing.assert_array_equal, encoder, stored_runs.random_like(
+        stored_runs.shapes("policy", model), 1)["params"]["depth_encoder"])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_depth_expert_of_another_size_cannot_start_so():
+    other = dataclasses.replace(stored_runs.QDEPTH.depth, expert=gemma.ExpertConfig(width=20, mlp=24))
+    state = policy_state(dataclasses.replace(stored_runs.QDEPTH, depth=other))
+    with pytest.raises(errors.UserError, match=r"llm/final_norm_depth/scale \(20,\): the action expert has \(16,\)"):
+        earlier_stages.copy_action_expert(state)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    with pytest.raises(errors.UserError, match="no depth expert"):
+        earlier_stages.copy_action_expert(policy_state(stored_runs.BASELINE))
+
+
+def test_the_start_of_the_depth_expert_is_checked(baseline, tmp_path):
+    with pytest.raises(errors.UserError, match="init_depth_from='vlm' is unknown: use one of fresh, action"):
+        earlier_stages.check_depth_start("vlm", stored_runs.QDEPTH)
+    with pytest.raises(errors.UserError, match="no depth expert"):
+        earlier_stages.check_depth_start("action", stored_runs.BASELINE)
+    earlier_stages.check_depth_start("action", stored_runs.QDEPTH)
+    stored_runs.write(tmp_path, "policy", stored_runs.QDEPTH, ema=False)
+    state = policy_state(stored_runs.QDEPTH)
+    assert earlier_stages.start_depth_expert(state, "fresh", str(tmp_path)) is state
+    with pytest.raises(errors.UserError, match="would overwrite the depth expert that init_from="):
+        earlier_stages.start_depth_expert(state, "action", str(tmp_path))
+    depth = earlier_stages.start_depth_expert(state, "action", baseline[0]).params["llm"]["layers"]["depth"]
+    np.testing.assert_array_equal(depth["mlp"]["linear"], state.params["llm"]["layers"]["action"]["mlp"]["linear"])

@@ -40,3 +40,11 @@ def test_micro_batches_are_part_of_a_tokenizers_experiment(tmp_path):
                 same_experiment.check_same_experiment(str(workdir), after)
         else:
             same_experiment.check_same_experiment(str(workdir), after)
+
+
+def test_the_checkpoints_own_config_counts_where_config_json_is_gone():
+    data = {"datasets": [], "weights": []}
+    saved = {"config": CONFIG, "data": data | {"position": 16}, "step": 2}
+    same_experiment.check_checkpoint(saved, CONFIG, {"data": data}, "runs/a", batch_size=8)
+    with pytest.raises(errors.UserError, match=r"another experiment(.|\n)*seed: 0 there, 1 here"):
+        same_experiment.check_checkpoint(saved, CONFIG | {"seed": 1}, {"data": {}}, "runs/a", batch_size=8)

@@ -42,10 +42,12 @@ def states():
     """A full-size state of every kind of model."""
     baseline = policy.sized("full", depth=None)
     full = policy.sized("full")
+    adaptive = policy.sized("pi05")
     pixels = dataclasses.replace(full, depth=dataclasses.replace(full.depth, head="pixels"))
     return {
         "qdepth": qdepth_state(),
         "baseline": full_state(policy.make_objective(baseline), policy.frozen_table(baseline)),
+        "pi05": full_state(policy.make_objective(adaptive), policy.frozen_table(adaptive)),
         "pixels": full_state(policy.make_objective(pixels), policy.frozen_table(pixels)),
     } | {kind: full_state(tokenizer.make_objective(tokenizer.TokenizerConfig(quantiser=kind))) for kind in QUANTISERS}
 

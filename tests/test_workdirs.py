@@ -37,7 +37,7 @@ def test_a_url_stays_a_url_and_a_local_folder_becomes_absolute(tmp_path, monkeyp
 
 LOCAL_ONLY = [
     "return epath.Path(os.path.abspath(os.path.expanduser(workdir)))",
-    'with open(path / "lock", "a+", encoding="utf-8") as file:',
+    'file = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115',
     'file.write(f"process {os.getpid()} on {socket.gethostname()}\\n")',
 ]
 
@@ -111,6 +111,13 @@ def test_a_second_start_on_a_workdir_is_refused_until_the_first_is_gone(tmp_path
     for _ in range(2):  # released by the kill, and by leaving
         with workdirs.only_one(path, print):
             pass
+
+
+def test_a_workdir_that_cannot_be_written_is_a_message(tmp_path):
+    (tmp_path / "lock").mkdir()  # as for a read-only disk, the lock cannot be opened; root may write anywhere
+    path = workdirs.folder(str(tmp_path))
+    with pytest.raises(errors.UserError, match=r"cannot be written .*choose another"), workdirs.only_one(path, print):
+        raise AssertionError("not locked")
 
 
 def test_a_disk_without_locks_is_said_and_a_bucket_has_none(tmp_path, monkeypatch):

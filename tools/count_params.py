@@ -15,6 +15,10 @@ from absl import app
 # reference -> number. The first two were counted on open-pi-zero's own modules; the paper gives four digits.
 BASELINE_TOTAL = 3_238_100_727
 BASELINE_TRAINED = 2_605_938_423
+# Counted on openpi's own modules, and in the official PaliGemma files (3B, 224 pixels).
+PI0_TOTAL = 3_238_048_528
+PI05_TOTAL = 3_353_433_872
+PALIGEMMA_TOTAL = 2_923_335_408
 PAPER_BASELINE_BILLIONS = 2.606
 PAPER_QDEPTH_BILLIONS = 2.924
 
@@ -24,8 +28,9 @@ PARTS = (
     ("SigLIP", "img/(?!head/).*"),
     ("projector", "img/head/.*"),
     ("vlm layers", "llm/layers/vlm/.*"),
+    ("vlm final norm", "llm/final_norm_vlm/.*"),
     ("action expert", "llm/(layers/action/.*|final_norm_action/.*)"),
-    ("action and proprio encoders, decoder", "(action_encoder|action_decoder|proprio_encoder)/.*"),
+    ("action and proprio encoders, decoder", "(action_encoder|action_decoder|proprio_encoder|time_encoder)/.*"),
     ("depth expert", "llm/(layers/depth/.*|final_norm_depth/.*)"),
     ("depth encoder MLP", "depth_encoder/.*"),
     ("depth decoder CNN", "depth_decoder/.*"),
@@ -34,7 +39,9 @@ PARTS = (
 
 def main(argv: list[str]) -> int:
     """Prints the table; the exit code."""
-    from qdepth_jax.models import policy
+    import jax
+
+    from qdepth_jax.models import paligemma, policy
 
     if len(argv) > 1:
         print(f"count_params.py takes no arguments, got {argv[1:]}", file=sys.stderr)
@@ -48,6 +55,10 @@ def main(argv: list[str]) -> int:
         added = "" if name in faithful["parts"] else "  added by QDepth-VLA"
         print(f"{name:<40} {total:>15,} {trained:>15,}{added}")
     added = qdepth["trained"] - faithful["trained"]
+    others = {name: count(policy.sized(name))["total"] for name in ("pi0", "pi05")}
+    shapes = jax.eval_shape(lambda: paligemma.init(paligemma.sized("paligemma_3b"), jax.random.key(0)))["params"]
+    others["paligemma"] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    published = {"pi0": PI0_TOTAL, "pi05": PI05_TOTAL, "paligemma": PALIGEMMA_TOTAL}
     lines = (
         ("baseline, all", faithful["total"], f"open-pi-zero {BASELINE_TOTAL:,}"),
         ("baseline, trained (faithful)", faithful["trained"], f"open-pi-zero {BASELINE_TRAINED:,}"),
@@ -55,6 +66,9 @@ def main(argv: list[str]) -> int:
         ("QDepth-VLA, added", added, "paper 0.318 B"),
         ("QDepth-VLA, all", qdepth["total"], ""),
         ("QDepth-VLA, trained (faithful)", qdepth["trained"], f"paper {PAPER_QDEPTH_BILLIONS} B"),
+        ("pi0, all", others["pi0"], f"openpi {PI0_TOTAL:,}"),
+        ("pi0.5, all", others["pi05"], f"openpi {PI05_TOTAL:,}"),
+        ("PaliGemma 3B, all", others["paligemma"], f"official files {PALIGEMMA_TOTAL:,}"),
     )
     for name, number, reference in lines:
         print(f"{name:<40} {number:>15,}   {reference}")
@@ -63,6 +77,7 @@ def main(argv: list[str]) -> int:
         and faithful["trained"] == BASELINE_TRAINED
         and round(faithful["trained"] / 1e9, 3) == PAPER_BASELINE_BILLIONS
         and round(qdepth["trained"] / 1e9, 3) == PAPER_QDEPTH_BILLIONS
+        and others == published
     )
     result = {
         "ok": ok,
@@ -72,6 +87,7 @@ def main(argv: list[str]) -> int:
         "qdepth_total": qdepth["total"],
         "qdepth_trained": qdepth["trained"],
         "qdepth_added": added,
+        "other_totals": others,
         "qdepth_added_parts": {
             name: total for name, (total, _) in qdepth["parts"].items() if name not in faithful["parts"]
         },

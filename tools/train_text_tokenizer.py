@@ -9,9 +9,10 @@ Bytes are pieces too, so no text is ever unknown. The newline is one piece. The 
 import io
 import json
 import os
-import sys
 
-from absl import app, flags
+from absl import flags
+
+from qdepth_jax import command
 
 _OUTPUT = flags.DEFINE_string("output", None, "model file to write", required=True)
 _TEXTS = flags.DEFINE_string("texts", "", "a text file with further instructions, one per line")
@@ -22,19 +23,13 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing model")
 
 
 def main(argv: list[str]) -> int:
-    # Heavy imports only now: --help answers at once.
-    from qdepth_jax import errors
-
-    try:
-        print(json.dumps(train(argv[1:])))
-    except (errors.UserError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(json.dumps(train(argv[1:])))
     return 0
 
 
 def train(directories: list[str]) -> dict:
     """Trains and writes the model; returns the summary."""
+    # Heavy imports only now: --help answers at once.
     import sentencepiece
 
     from qdepth_jax import errors
@@ -79,6 +74,7 @@ def train(directories: list[str]) -> dict:
     return {
         "model": _OUTPUT.value,
         "bytes": len(model.getvalue()),
+        "identity": tokenizer.identity,
         "vocabulary": tokenizer.vocabulary,
         "instructions": len(instructions),
         "longest_tokens": lengths[longest],
@@ -108,4 +104,4 @@ def collect(directories: list[str]) -> set[str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

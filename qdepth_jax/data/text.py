@@ -1,38 +1,63 @@
-"""Instructions to token ids, by PaliGemma's rules: bos, the text as it is, a newline; padded on the right with 0.
+"""Instructions to token ids, by PaliGemma's rules: bos, the text, a newline; padded on the right with 0.
 
-The instruction is used raw (no lower-casing, no prompt template) and the newline is tokenised together with it. An
-instruction that does not fit the budget is an error, not a cut: a cut loses the newline that the model was trained on.
+Two code bases write the text differently (RULES): open-pi-zero takes it raw and tokenises the newline together with it;
+openpi (pi0) strips it, turns underscores and newlines inside into spaces, and adds the newline as a token of its own.
+Neither lower-cases or uses a template; for a plain instruction both give the same ids. An instruction that does not fit
+the budget is an error, not a cut: a cut loses the newline that the model was trained on.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 from qdepth_jax import errors
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
+RULES = ("raw", "openpi")
+
+# A missing file is the first thing that a new user meets.
+WHERE = (
+    "PaliGemma's own is public: download gs://big_vision/paligemma_tokenizer.model (4 MB, also at "
+    "storage.googleapis.com/big_vision/paligemma_tokenizer.model; the tokenizer.model of google/paligemma-3b-pt-224 on "
+    "Hugging Face serves too) and set data.text_tokenizer to its path. The demo's small one is "
+    "data/text_tokenizer/libero.model; tools/train_text_tokenizer.py makes another"
+)
+
+
+def file_identity(path: str) -> str:
+    """16 hex digits of a tokenizer file's SHA-256: recorded with every checkpoint, compared on resume and export."""
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()[:16]
+
+
+def prompt_with_state(instruction: str, state: np.ndarray) -> str:
+    """pi0.5's prompt: the state, f32 [D] normalised to [-1, 1], as 256 bins in the text (openpi, tokenizer.py)."""
+    bins = np.digitize(np.asarray(state), np.linspace(-1, 1, 257)[:-1]) - 1
+    return f"Task: {_cleaned(instruction)}, State: {' '.join(map(str, bins.tolist()))};\nAction: "
+
+
+def _cleaned(instruction: str) -> str:
+    return instruction.strip().replace("_", " ").replace("\n", " ")
 
 
 class TextTokenizer:
     """A SentencePiece model with PaliGemma's special ids (pad 0, eos 1, bos 2, unk 3)."""
 
     def __init__(self, model_path: str):
-        if not os.path.isfile(model_path):
-            raise errors.UserError(
-                f"no text tokenizer at {model_path!r}: give a SentencePiece model (data.text_tokenizer), for instance "
-                "data/text_tokenizer/libero.model or PaliGemma's paligemma_tokenizer.model"
-            )
+        try:
+            content = epath.Path(model_path).read_bytes() if model_path else None
+        except (FileNotFoundError, IsADirectoryError):
+            content = None
+        if content is None:
+            raise errors.UserError(f"no text tokenizer at {model_path!r}, a SentencePiece model is needed. {WHERE}")
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.Load(model_path)
-        except (RuntimeError, OSError) as error:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
             raise errors.UserError(f"{model_path} is not a SentencePiece model ({error}); copy it again") from error
-        self.path = model_path
-        with open(model_path, "rb") as file:
-            self.identity = hashlib.sha256(file.read()).hexdigest()[:16]
+        self.path, self.identity = model_path, hashlib.sha256(content).hexdigest()[:16]
         ids = (self._model.pad_id(), self._model.eos_id(), self._model.bos_id(), self._model.unk_id())
         if ids != (PAD, EOS, BOS, UNK):
             raise errors.UserError(
@@ -45,15 +70,29 @@ class TextTokenizer:
         """Number of ids; the text embedding must have at least as many rows."""
         return self._model.GetPieceSize()
 
-    def encode(self, instruction: str) -> list[int]:
-        """bos + ids of instruction and newline, not padded."""
-        return [BOS, *self._model.EncodeAsIds(instruction + "\n")]
+    def encode(self, instruction: str, rule: str = "raw") -> list[int]:
+        """bos + ids of instruction and newline, not padded; `rule` is one of RULES.
+
+        Raises:
+          UserError: an unknown rule.
+        """
+        if rule == "raw":
+            return [BOS, *self._model.EncodeAsIds(instruction + "\n")]
+        if rule == "openpi":
+            return [BOS, *self._model.EncodeAsIds(_cleaned(instruction)), *self._model.EncodeAsIds("\n")]
+        raise errors.UserError(f"text rule {rule!r} is unknown: use one of {RULES}")
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """bos + ids of a whole prompt that says itself how it ends (`prompt_with_state`)."""
+        return [BOS, *self._model.EncodeAsIds(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; padding and bos left out."""
         return self._model.DecodeIds([int(i) for i in ids if i not in (PAD, BOS)])
 
-    def encode_table(self, instructions: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode_table(
+        self, instructions: Sequence[str], max_tokens: int, rule: str = "raw"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokenises a table of distinct instructions once.
 
         Returns:
@@ -62,7 +101,7 @@ class TextTokenizer:
         Raises:
           UserError: an instruction needs more than `max_tokens` ids.
         """
-        rows = [self.encode(text) for text in instructions]
+        rows = [self.encode(text, rule) for text in instructions]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
         if longest is not None and len(rows[longest]) > max_tokens:
             over = sum(len(row) > max_tokens for row in rows)

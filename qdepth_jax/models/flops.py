@@ -104,7 +104,10 @@ def policy(config: policy_config.PolicyConfig) -> dict[str, Part]:
         _first(2 * sizes["proprio"] * config.proprio_dim * width),
         _first(2 * config.horizon * config.action_dim * width),
         # The time's half of the second layer's input needs no gradient, but it is one product with the other half's.
-        _trained(2 * config.horizon * (2 * width * width + width * width)),
+        # Adaptive norms take the time once for each example: its MLP, and a dense layer to 3 D for each norm.
+        _trained(2 * config.horizon * (2 * width * width + width * width))
+        if config.action_time == "concat"
+        else _trained(2 * (2 + 3 * (2 * config.layers + 1)) * width * width),
         _trained(2 * config.horizon * width * config.action_dim),
     ]
     parts["action heads, projector"] = _add(heads)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from qdepth_jax import errors
@@ -114,13 +113,15 @@ def integrate(velocity: Callable[[Array, Array], Array], noise: Array, config: F
     Returns:
       f32 [B, Z, A] in [-clip, clip].
     """
-    dt = 1.0 / config.steps
+    dt = _direction(config) / config.steps
 
-    def step(x: Array, i: Array) -> tuple[Array, None]:
-        t = jnp.full((x.shape[0],), _turned(i * dt, config), jnp.float32)
-        return x + _direction(config) * dt * velocity(x, t).astype(jnp.float32), None
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        x, t = carry
+        # The time is a running sum, as in both originals: pi0's time embedding sees the last digit of it.
+        return (x + dt * velocity(x, jnp.full((x.shape[0],), t)).astype(jnp.float32), t + dt), None
 
-    x, _ = jax.lax.scan(step, noise.astype(jnp.float32), jnp.arange(config.steps, dtype=jnp.float32))
+    start = (noise.astype(jnp.float32), jnp.float32(config.noise_at))
+    (x, _), _ = jax.lax.scan(step, start, length=config.steps)
     return jnp.clip(x, -config.clip, config.clip) if config.clip else x
 
 
@@ -134,9 +135,12 @@ def _direction(config: FlowConfig) -> float:
 
 
 def time_embedding(t: Array, width: int, config: FlowConfig) -> Array:
-    """[sin(t f), cos(t f)], f_k = 2 pi / time_shortest * time_period^(-k / (width/2 - 1)). f32 [B] -> [B, width]."""
-    half = width // 2
-    highest = 2 * math.pi / config.time_shortest
-    frequencies = (highest * config.time_period ** (-np.arange(half) / (half - 1))).astype(np.float32)
+    """[sin(2 pi t / p), cos(2 pi t / p)], p_k = time_shortest * time_period^(k / (width/2 - 1)). f32 [B] -> [B, width].
+
+    In f32 and in the order of openpi's posemb_sincos: pi0's fastest angle is 1571 t, where the last digit of a period
+    moves the sine by 1e-4.
+    """
+    periods = config.time_shortest * config.time_period ** jnp.linspace(0.0, 1.0, width // 2)
+    frequencies = 1.0 / periods * 2 * math.pi
     angles = t[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -87,7 +87,7 @@ class Shared:
     """What every layer sees.
 
     Attributes:
-      cos, sin: f32 [T, H/2] or [B, T, H/2]. mask: bool [B, T, S].
+      cos, sin: f32 [1 or B, T, H/2]. mask: bool [B, T, S].
       local_mask: bool [B, T, S] of the even layers, or None.
       conditions: adaptive expert -> [B, D].
     """
@@ -108,21 +108,22 @@ class PerLayer:
 
 
 def rope_table(positions: np.ndarray | Array, head_dim: int, theta: float) -> tuple[np.ndarray | Array, ...]:
-    """Angles position * theta^(-2i/H), i < H/2. positions i32 [T] or [B, T] -> cos, sin f32 [T or B, T, H/2].
+    """Angles position * theta^(-2i/H), i < H/2. positions i32 [T] or [B, T] -> cos, sin f32 [1 or B, T, H/2].
 
     Positions that are facts of the config are NumPy, and the table is a constant; those that depend on an example are
     traced. Angles are f32, as in open-pi-zero's f32 path.
     """
     frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    angles = positions.astype(np.float32)[..., None] * frequencies
+    positions = positions[None] if positions.ndim == 1 else positions
+    angles = positions.astype(np.float32)[..., None] * frequencies[None, None]
     maths = np if isinstance(positions, np.ndarray) else jnp
     return maths.cos(angles), maths.sin(angles)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [(B,) T, H/2]; f32 inside, dtype of x out."""
+    """Rotates (first half, second half) pairs. x [B, T, N, H], tables [1 or B, T, H/2]; f32 inside, dtype of x out."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    cos, sin = cos[:, :, None], sin[:, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
@@ -143,6 +144,11 @@ class Mixture(nn.Module):
         """i32 [B, L] -> `dtype` [B, L, D] of the vlm; unscaled."""
         table = self.embedder()
         return jnp.take(table if trainable else jax.lax.stop_gradient(table), ids, axis=0).astype(self.dtype)
+
+    def read(self, x: Array) -> Array:
+        """[B, T, D] of the vlm -> f32 logits [B, T, V]: the embedding table read backwards."""
+        table = layout.gather(self.embedder().astype(self.dtype), layout.TENSOR, layout.FSDP)
+        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
 
     @nn.compact
     def __call__(
@@ -203,8 +209,8 @@ class Mixture(nn.Module):
 def _joined(parts: tuple[np.ndarray | Array, ...]) -> Array:
     """Tables of all experts along the tokens; of NumPy tables a constant."""
     if all(isinstance(part, np.ndarray) for part in parts):
-        return jnp.asarray(np.concatenate(parts))
-    return jnp.concatenate(parts, axis=-2)
+        return jnp.asarray(np.concatenate(parts, axis=1))
+    return jnp.concatenate(parts, axis=1)
 
 
 class Embedder(nn.Module):
@@ -261,7 +267,7 @@ class Layer(nn.Module):
         # By the order of `blocks`: a dict that went through a scan comes back with its keys sorted.
         ends = dict(zip(blocks, itertools.accumulate(streams[name].shape[1] for name in blocks), strict=True))
         rows = [slice(ends[name] - streams[name].shape[1], ends[name]) for name in wanted]
-        cos, sin = (jnp.concatenate([t[..., row, :] for row in rows], axis=-2) for t in (shared.cos, shared.sin))
+        cos, sin = (jnp.concatenate([table[:, row] for row in rows], axis=1) for table in (shared.cos, shared.sin))
         mask = shared.mask if own.even is None else jnp.where(own.even, shared.local_mask, shared.mask)
         mask = jnp.concatenate([mask[:, row] for row in rows], axis=1)
         attended = attention.attend(apply_rope(q, cos, sin), k, v, mask, config.softcap, config.query_scale)

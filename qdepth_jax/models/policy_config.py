@@ -273,9 +273,20 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "pi05": {**_PI0, "action_time": "adaptive", "proprio_steps": 0},
 }
 
+_OPENPI: dict[str, Any] = {
+    "depth": None,
+    "views": ("main", "left_wrist", "right_wrist"),
+    "vocabulary": 257_152,
+    "action_dim": 32,
+    "horizon": 50,
+}
+
 # Sizes as data: keyword arguments of PolicyConfig. `full` is the published model.
 _SIZES: dict[str, dict[str, Any]] = {
     "full": {},
+    # The published pi0 and pi0.5 of openpi (models/pi0_config.py): three cameras, actions and state padded to 32.
+    "pi0": {**_OPENPI, **CONVENTIONS["pi0"], "text_length": 48, "proprio_dim": 32},
+    "pi05": {**_OPENPI, **CONVENTIONS["pi05"], "text_length": 200},
     # Seconds on a CPU; trains to something useful in minutes.
     "demo": {
         "siglip": SiglipConfig(image_size=112, patch=14, width=192, depth=4, heads=4, mlp=512),
@@ -307,7 +318,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 def sized(name: str, **changes: Any) -> PolicyConfig:
-    """A PolicyConfig of one of the sizes `full`, `demo`, `tiny`, with fields replaced."""
+    """A PolicyConfig of one of the sizes `full`, `pi0`, `pi05`, `demo`, `tiny`, with fields replaced."""
     if name not in _SIZES:
         raise errors.UserError(f"policy size {name!r} is unknown: use one of {sorted(_SIZES)}")
     return PolicyConfig(**{**_SIZES[name], **changes})

@@ -94,8 +94,8 @@ def _batch(
         steps = () if model.image_steps == 1 else (model.image_steps,)
         shapes |= {
             "text": ((model.text_length,), np.int32),
-            "proprio": ((model.proprio_steps, model.proprio_dim), np.float32),
-            "action": ((model.horizon, model.action_dim), np.float32),
+            "proprio": ((model.proprio_steps, model.proprio_dim), np.float32),  # read where there are proprio tokens
+            "action": ((model.horizon, model.robot_action_dim), np.float32),
             "action_mask": ((model.horizon,), np.bool_),
             "view_mask": ((len(model.views),), np.bool_),
             **{f"image_{view}": ((*steps, *raw, 3), np.uint8) for view in model.views},

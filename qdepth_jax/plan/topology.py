@@ -108,7 +108,7 @@ def compiler_missing() -> str:
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
-        return "libtpu is not installed (pip install 'qdepth_jax[plan]'; it needs no TPU)"
+        return "libtpu is not installed (pip install -e '.[plan]'; it needs no TPU)"
     return ""
 
 

@@ -62,7 +62,7 @@ def _import_libero():
             from libero.libero.envs import env_wrapper
     except ImportError as error:
         raise errors.UserError(
-            f"LIBERO cannot be imported ({error}): pip install 'qdepth_jax[sim]' (it carries every asset)"
+            f"LIBERO cannot be imported ({error}): pip install -e '.[sim]' (it carries every asset)"
         ) from error
     return benchmark, get_libero_path, env_wrapper
 

@@ -28,7 +28,7 @@ def _import_metaworld():
             warnings.simplefilter("ignore")
             from metaworld import env_dict, policies
     except ImportError as error:
-        raise errors.UserError(f"Meta-World cannot be imported ({error}): pip install 'qdepth_jax[sim]'") from error
+        raise errors.UserError(f"Meta-World cannot be imported ({error}): pip install -e '.[sim]'") from error
     return env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE, policies.ENV_POLICY_MAP
 
 

@@ -40,7 +40,7 @@ def import_mujoco():
         mujoco.GLContext  # noqa: B018  absent when the backend's library could not be loaded
     except ModuleNotFoundError as error:
         raise errors.UserError(
-            f"the simulator needs the Python package {error.name!r}: pip install 'qdepth_jax[sim]'"
+            f"the simulator needs the Python package {error.name!r}: pip install -e '.[sim]'"
         ) from error
     except (ImportError, AttributeError, OSError) as error:
         raise errors.UserError(

@@ -190,7 +190,7 @@ class VideoWriter:
             import imageio
             import imageio_ffmpeg  # noqa: F401
         except ImportError as error:
-            raise errors.UserError(f"videos need {error.name!r}: pip install 'qdepth_jax[sim]'") from error
+            raise errors.UserError(f"videos need {error.name!r}: pip install -e '.[sim]'") from error
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = imageio.get_writer(self._partial, fps=frames_per_second, macro_block_size=2, quality=8)
 

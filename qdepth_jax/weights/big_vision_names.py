@@ -54,16 +54,25 @@ def image_side(tokens: int) -> int:
     return side
 
 
-def shapes_of(
-    specs: Mapping[str, Any], clean: Callable[[str], str], title: str, needed: tuple[str, ...]
-) -> dict[str, tuple[int, ...]]:
+class Shapes(dict):
+    """Key -> shape; one that is asked for and not there is a message. title: of the weights."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], title: str):
+        super().__init__(shapes)
+        self._title = title
+
+    def __missing__(self, key: str):
+        there = ", ".join(sorted(self)[:5])
+        raise errors.UserError(f"no {self._title} weights: {key} is not there; found {len(self)} arrays: {there}, ...")
+
+
+def shapes_of(specs: Mapping[str, Any], clean: Callable[[str], str], title: str, needed: tuple[str, ...]) -> Shapes:
     """Key as in the table -> shape.
 
     Raises:
       UserError: one of the needed keys is not there.
     """
-    shapes = {clean(key): spec.shape for key, spec in source.specs_of(specs).items()}
-    if absent := [key for key in needed if key not in shapes]:
-        there = ", ".join(sorted(specs)[:5]) or "nothing"
-        raise errors.UserError(f"no {title} weights: {absent} not there; found {len(specs)} arrays: {there}, ...")
+    shapes = Shapes({clean(key): spec.shape for key, spec in source.specs_of(specs).items()}, title)
+    for key in needed:
+        shapes[key]  # raises
     return shapes

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qdepth_jax.weights import source, table, transformers_names
+from qdepth_jax.models import gemma, policy_config
+from qdepth_jax.weights import big_vision_names, source, table, transformers_names
 from qdepth_jax.weights.table import Loaded, Row, dense
 
 TITLE = "open-pi-zero"
@@ -33,6 +34,52 @@ TABLE: tuple[Row, ...] = (
 )
 
 
+def rows(config: policy_config.PolicyConfig) -> tuple[Row, ...]:
+    """The table; the same for every config."""
+    del config
+    return TABLE
+
+
+def config_of(
+    specs: Mapping[str, Any], head_dim: int = 0, vision_heads: int = 0, **changes: Any
+) -> policy_config.PolicyConfig:
+    """The PolicyConfig of a checkpoint, with the conventions of open-pi-zero's released models.
+
+    Those have theta and time period 10,000 (config/eval/*.yaml); models trained with its present training configs have
+    100 in both (config/train/*.yaml). No file of weights says which.
+
+    Args:
+      specs: key -> anything with a shape.
+      head_dim, vision_heads: 0 = those of PaliGemma, the only ones it was trained with.
+      changes: fields that replace what is found or assumed: horizon (4), text_length (20), flow, rope_theta of the
+        experts are not in the weights.
+
+    Raises:
+      UserError: the file lacks the arrays that tell its sizes.
+    """
+    vlm, action = "joint_model.mixtures.vlm.layers.", "joint_model.mixtures.action.layers."
+    tower = "vision_tower.vision_model."
+    needed = (vlm + "0.self_attn.q_proj.weight", tower + "embeddings.patch_embedding.weight", "embed_tokens.weight")
+
+    def one_name(key: str) -> str:
+        return clean(key).replace("mixtures.proprio.", "mixtures.action.")
+
+    shapes = big_vision_names.shapes_of(specs, one_name, TITLE, (*needed, action + "0.self_attn.q_proj.weight"))
+    found = transformers_names.trunk_sizes(shapes, vlm, head_dim)
+    expert = transformers_names.trunk_sizes(shapes, action, head_dim)
+    sizes = {
+        "siglip": transformers_names.vision_config(shapes, tower, vision_heads),
+        "vlm": gemma.ExpertConfig(found.pop("width"), found.pop("mlp")),
+        "action": gemma.ExpertConfig(expert["width"], expert["mlp"]),
+        **found,
+        "vocabulary": shapes["embed_tokens.weight"][0],
+        "action_dim": shapes["action_encoder.linear_1.weight"][1],
+        "proprio_dim": shapes["proprio_encoder.weight"][1],
+    }
+    convention = policy_config.CONVENTIONS["open_pi_zero"]
+    return policy_config.PolicyConfig(**{"depth": None, **convention, **sizes, **changes})
+
+
 def clean(key: str) -> str:
     """A key without what torch.compile puts before it (open-pi-zero: before the whole name)."""
     return key.replace("_orig_mod.", "")
@@ -41,7 +88,7 @@ def clean(key: str) -> str:
 def load(
     weights: source.Source | Mapping[str, np.ndarray],
     shapes: Any,
-    on_leaf: Callable[[str, int], None] = lambda path, size: None,
+    on_read: Callable[[str, int], None] = lambda path, size: None,
 ) -> Loaded:
     """A state dict as our parameters, see table.load.
 
@@ -55,7 +102,7 @@ def load(
     Raises:
       UserError: unknown or duplicate keys, unequal copies, wrong shapes, gaps in a leaf.
     """
-    return table.load(weights, TABLE, shapes, TITLE, clean, on_leaf)
+    return table.load(weights, TABLE, shapes, TITLE, clean, on_read)
 
 
 def save(params: Any, copies: tuple[str, ...] = SHARED) -> dict[str, np.ndarray]:

@@ -31,7 +31,8 @@ class Row:
     """One kind of weight.
 
     Attributes:
-      source: key with `{i}` for the layer number and `{copy}` for one of `copies`.
+      source: key with `{i}` for the layer number, `{copy}` for one of `copies` and, without target, `{rest}` for all
+        that may follow.
       target: our path; empty: the source may hold this and we have no use for it.
       part: index after the layer axis, for leaves that hold two matrices. A source with `{i}` is one slice of a leaf
         with a leading layer axis.
@@ -54,6 +55,7 @@ class Row:
     def pattern(self) -> re.Pattern:
         """Matches whole source keys; group `i` is the layer."""
         text = re.escape(self.source).replace(re.escape("{i}"), r"(?P<i>0|[1-9]\d*)")
+        text = text.replace(re.escape("{rest}"), ".*")
         copies = "|".join(re.escape(copy) for copy in self.copies)
         return re.compile(text.replace(re.escape("{copy}"), f"(?P<copy>{copies})"))
 
@@ -172,7 +174,7 @@ def match(
                 f"{original}: shape {tuple(spec.shape)}, the model needs {expected[row, wanted]} for {row.target}"
             )
             continue
-        if str(spec.dtype) not in DTYPES:
+        if np.dtype(spec.dtype).name not in DTYPES:
             problems.append(f"{original}: dtype {spec.dtype}, weights are {', '.join(DTYPES)}")
             continue
         held = leaves.setdefault(row.target, {}).setdefault(index, (row, []))[1]
@@ -217,7 +219,7 @@ def load(
     target: Any,
     title: str,
     clean: Callable[[str], str] = lambda key: key,
-    on_leaf: Callable[[str, int], None] = lambda path, size: None,
+    on_read: Callable[[str, int], None] = lambda path, size: None,
 ) -> Loaded:
     """Reads a source into our tree, leaf after leaf.
 
@@ -227,7 +229,7 @@ def load(
       target: our parameter tree of ShapeDtypeStructs (or arrays, for their shape). The dtype is the one wanted. Leaves
         with a sharding come as jax.Array there; no device ever holds more than its shard and one piece of a leaf, the
         host no more than a few pieces. Leaves without one come as NumPy arrays.
-      on_leaf: called with path and bytes read of every leaf that is finished.
+      on_read: called with our path and the bytes of each block that was read for it.
 
     Raises:
       UserError: what `match` finds; copies of one weight that differ; what the reader finds.
@@ -240,22 +242,24 @@ def load(
         if path not in placed.leaves:
             continue
         parts = placed.leaves[path]
-        leaves[path] = placing.assemble(leaf, _pieces(weights, parts, leaf.shape))
+        report = functools.partial(on_read, path)
+        leaves[path] = placing.assemble(leaf, _pieces(weights, parts, leaf.shape, report))
         read += [key for _, held in parts.values() for key in held]
-        on_leaf(path, sum(weights.specs[held[0]].nbytes for _, held in parts.values()))
     return Loaded(nest(leaves), read, placed.missing, placed.unused)
 
 
-def _pieces(weights: source.Source, parts, shape: tuple[int, ...]) -> Iterator[placing.Piece]:
+def _pieces(weights: source.Source, parts, shape: tuple[int, ...], report) -> Iterator[placing.Piece]:
     """All blocks of one leaf: (start, array), both with the leaf's number of axes."""
     for index, (row, held) in sorted(parts.items()):
         wanted, ones = shape[len(index) :], (1,) * len(index)
         if row.load is None:
             for start, block in weights.pieces(held[0], source.ELEMENTS):
                 yield index + start, block.reshape(ones + block.shape)
+                report(block.nbytes)
         else:
             block = np.asarray(row.load(weights.read(held[0]), wanted))
             yield index + (0,) * len(wanted), block.reshape(ones + block.shape)
+            report(block.nbytes)
 
 
 def save(

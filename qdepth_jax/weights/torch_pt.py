@@ -30,7 +30,7 @@ def open_source(path: str, item: str = "model") -> source.Source:
         import torch
     except ImportError as error:
         raise errors.UserError(
-            f"{path} is a torch checkpoint: install torch to read it (pip install 'qdepth_jax[interop]')"
+            f"{path} is a torch checkpoint: install torch to read it (pip install -e '.[interop]')"
         ) from error
     import pickle
 

@@ -4,6 +4,12 @@ Torch layout: linears [out, in], convolutions [out, in, kh, kw], one key for eac
 modeling_siglip.py, modeling_gemma.py and modeling_gemma2.py (4.41 to 5).
 """
 
+import re
+from collections.abc import Mapping
+
+from qdepth_jax import errors
+from qdepth_jax.models import siglip
+from qdepth_jax.weights import big_vision_names
 from qdepth_jax.weights.table import CONV, HEADS_IN, LINEAR, OUT, POSITIONS, VISION_IN, VISION_IN_BIAS, Row, dense
 
 
@@ -68,3 +74,55 @@ def gemma(
         else:
             rows.append(Row(f"{source}{theirs}.weight", f"{target}{ours}/scale", copies=copies))
     return rows
+
+
+# SigLIP width -> heads, where no config tells them (big_vision models/vit.py, decode_variant). Gemma's head size is 256
+# in all trunks but the 27B one.
+VISION_HEADS = {768: 12, 1024: 16, 1152: 16}
+HEAD_DIM = 256
+
+
+def stacked(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """How many layers there are below `prefix`."""
+    numbers = [int(m[1]) for key in shapes if (m := re.match(re.escape(prefix) + r"(\d+)\.", key))]
+    return 1 + max(numbers, default=-1)
+
+
+def vision_config(shapes: Mapping[str, tuple[int, ...]], tower: str, heads: int = 0) -> siglip.SiglipConfig:
+    """SigLIP's sizes from the shapes below `tower`; heads 0 = those of the known tower of this width.
+
+    Raises:
+      UserError: no known tower has this width.
+    """
+    width, _, patch, _ = shapes[tower + "embeddings.patch_embedding.weight"]
+    tokens = shapes[tower + "embeddings.position_embedding.weight"][0]
+    heads = heads or VISION_HEADS.get(width, 0)
+    if not heads:
+        raise errors.UserError(
+            f"the weights do not tell how many heads a vision tower of width {width} has, and none of the known ones "
+            f"({VISION_HEADS}) is this wide: keep the config.json of the weights beside them"
+        )
+    return siglip.SiglipConfig(
+        image_size=big_vision_names.image_side(tokens) * patch,
+        patch=patch,
+        width=width,
+        depth=stacked(shapes, tower + "encoder.layers."),
+        heads=heads,
+        mlp=shapes[tower + "encoder.layers.0.mlp.fc1.weight"][0],
+    )
+
+
+def trunk_sizes(shapes: Mapping[str, tuple[int, ...]], layers: str, head_dim: int = 0) -> dict[str, int]:
+    """layers, heads, kv_heads, head_dim, width and mlp of the Gemma layers below `layers`; head_dim 0 = 256."""
+    head_dim = head_dim or HEAD_DIM
+    q, k = (shapes[f"{layers}0.self_attn.{name}_proj.weight"] for name in "qk")
+    if q[0] % head_dim or k[0] % head_dim:
+        raise errors.UserError(f"q_proj {q} and k_proj {k} hold no whole heads of size {head_dim}: another model?")
+    return {
+        "layers": stacked(shapes, layers),
+        "heads": q[0] // head_dim,
+        "kv_heads": k[0] // head_dim,
+        "head_dim": head_dim,
+        "width": q[1],
+        "mlp": shapes[f"{layers}0.mlp.up_proj.weight"][0],
+    }

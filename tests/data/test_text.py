@@ -41,12 +41,45 @@ def test_too_long_names_instruction_count_and_fix(tokenizer):
     assert tokenizer.encode_table([long], 21)[0].all()
 
 
+def test_rules_of_both_code_bases(tokenizer):
+    for plain in ("pick up the black bowl", "open the top drawer"):
+        assert tokenizer.encode(plain, "openpi") == tokenizer.encode(plain, "raw")
+    odd = " put_the cup\nhere "
+    # openpi's PaligemmaTokenizer: strip, "_" and newline to spaces, then "\n" as a token of its own.
+    assert tokenizer.decode(tokenizer.encode(odd, "openpi")) == "put the cup here\n"
+    assert tokenizer.decode(tokenizer.encode(odd)) == odd + "\n"
+    ids, _ = tokenizer.encode_table([odd], 24, "openpi")
+    assert ids[0, 0] == text.BOS and ids[0, len(tokenizer.encode(odd, "openpi")) - 1] == tokenizer.encode("")[1]
+    with pytest.raises(errors.UserError, match="'lower' is unknown: use one of"):
+        tokenizer.encode("x", "lower")
+
+
+def test_state_in_the_prompt_is_pi05_s():
+    # Bins of np.digitize over 256 edges from -1: -1 is bin 0, 0 is 128, 1 is 255; outside they end.
+    prompt = text.prompt_with_state("pick_up the cup\n", np.asarray([-1.0, 0.0, 1.0, -1.5, 0.5], np.float32))
+    assert prompt == "Task: pick up the cup, State: 0 128 255 -1 192;\nAction: "
+
+
+def test_a_prompt_ends_as_it_says(tokenizer):
+    prompt = text.prompt_with_state("open the drawer", np.zeros(2))
+    assert tokenizer.encode_prompt(prompt)[0] == text.BOS
+    assert tokenizer.decode(tokenizer.encode_prompt(prompt)) == prompt
+
+
+def test_identity_is_of_the_file_s_content(tokenizer, tmp_path):
+    copy = tmp_path / "other_name.model"
+    copy.write_bytes((ROOT / "libero.model").read_bytes())
+    assert tokenizer.identity == text.file_identity(str(copy)) == text.TextTokenizer(str(copy)).identity
+    assert len(tokenizer.identity) == 16
+
+
 def test_wrong_files_are_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(errors.UserError, match="not a SentencePiece model"):
         text.TextTokenizer(str(tmp_path / "x.model"))
-    with pytest.raises(errors.UserError, match="no text tokenizer"):
-        text.TextTokenizer(str(tmp_path / "y.model"))
+    for missing in (str(tmp_path / "y.model"), str(tmp_path), ""):
+        with pytest.raises(errors.UserError, match=r"no text tokenizer at .*gs://big_vision/paligemma_tokenizer.model"):
+            text.TextTokenizer(missing)
 
 
 @pytest.mark.parametrize("name", ["libero_object", "libero_spatial"])

@@ -247,7 +247,7 @@ def test_micro_batches_do_not_matter_and_validation_sees_the_plain_images():
     )
     state = types.SimpleNamespace(params={"w": jnp.zeros(())}, ema=None, state={}, step=jnp.int32(0))
     with jax.set_mesh(mesh):
-        held_out = train_loop.make_evaluate(stub)(state, KEY)["val/seen"]
+        held_out = train_loop.make_evaluate(stub, state, values, KEY)(state, KEY)["val/seen"]
     assert abs(held_out - plain) < 1e-4 * abs(plain)
 
 

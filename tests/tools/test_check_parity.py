@@ -10,15 +10,16 @@ import jax
 import numpy as np
 import pytest
 
+from qdepth_jax import errors
 from qdepth_jax.models import policy
-from qdepth_jax.weights import open_pi_zero
+from qdepth_jax.weights import open_pi_zero, parity, parity_open_pi_zero, parity_openpi
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "models"))
 import policy_by_hand  # noqa: E402
 
 SHARED = pathlib.Path(os.environ.get("QDEPTH_SHARED", ROOT.parent / "shared"))
-GOLDEN = SHARED / "fixtures" / "open_pi_zero_tiny.npz"
+FIXTURES = SHARED / "fixtures"
 
 
 def tool(name):
@@ -31,48 +32,113 @@ def tool(name):
 check_parity = tool("check_parity")
 
 
+def golden(name):
+    path = FIXTURES / f"{name}_tiny.npz"
+    if not path.is_file():
+        pytest.skip(f"no golden vector at {path}; QDEPTH_SHARED names the folder that holds fixtures/")
+    return check_parity.read(path)
+
+
 @pytest.fixture(scope="module")
 def arrays():
-    if not GOLDEN.is_file():
-        pytest.skip(f"no golden vector at {GOLDEN}; QDEPTH_SHARED names the folder that holds fixtures/")
-    return check_parity.read(GOLDEN)
+    return golden("open_pi_zero")
 
 
 @pytest.fixture(scope="module")
 def rows(arrays):
-    return check_parity.compare_open_pi_zero(arrays, 2e-5, 1e-4)
+    return check_parity.compare("open_pi_zero", arrays, 2e-5, 1e-4)
 
 
 def test_golden_vector(rows, capsys):
-    assert check_parity.report(rows) == 0
+    assert check_parity.report("open_pi_zero", rows) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["ok"] and result["compared"] > 100
     assert max(result[name] for name in ("vision_features", "velocity", "infer_actions")) < 2e-6
-    names = {row["name"] for row in rows}
+    names = {row.name for row in rows}
     assert "grad_norm/joint_model.mixtures.vlm.layers.2.self_attn.q_proj.weight" in names
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "outputs"),
+    [
+        ("openpi_pi0", "openpi", {"velocity", "loss", "sample_actions", "sample_actions_uncached"}),
+        ("openpi_pi05", "openpi", {"velocity", "loss", "sample_actions", "sample_actions_uncached"}),
+        (
+            "big_vision_paligemma",
+            "paligemma",
+            {"image_tokens", "prefix_embeddings", "pre_logits", "logits", "text_logits_no_padding_mask"},
+        ),
+    ],
+)
+def test_golden_vectors_of_other_layouts(name, layout, outputs):
+    found = golden(name)
+    assert check_parity.recognise(pathlib.Path(name), found) == layout
+    rows = check_parity.compare(layout, found, 2e-5, 1e-4)
+    assert {row.name for row in rows} == outputs and all(row.ok for row in rows), rows
+    # Far inside the tolerance: what is left is rounding.
+    assert max(row.error for row in rows) < 4e-6, rows
+
+
+@pytest.mark.slow
+def test_openpi_with_other_cameras_padding_and_a_word_zero():
+    """One camera fewer, another batch, token 0 as a word: the reference is our own f32 run of the whole batch."""
+    found = golden("openpi_pi0")
+    found["ref/tokens"][0, 2] = 0
+    changed = check_parity.compare("openpi", found, 2e-5, 1e-4)
+    assert not any(row.ok for row in changed), "another word must change every output"
+    config, params = parity_openpi.policy_from(found)
+    batch = parity_openpi.batch_from(config, found)
+    sample = jax.jit(lambda p: policy.sample_actions(config, p, {}, batch, found["ref/noise"]))
+    found["ref/sample_actions"] = np.asarray(sample(params))
+    # An absent camera is as good as none, and an example knows nothing of its batch.
+    few = {key: array for key, array in found.items() if "right_wrist" not in key}
+    for key in few:
+        if key.startswith("ref/") and key != "ref/config":
+            few[key] = few[key][1:2]
+    # What stands behind the mask does not matter.
+    few["ref/tokens"] = np.where(few["ref/token_mask"], few["ref/tokens"], 7)
+    rows = {row.name: row for row in check_parity.compare("openpi", few, 2e-5, 1e-4)}
+    assert rows["sample_actions"].error < 2e-6 and rows["sample_actions_uncached"].error < 2e-6
+
+
+def test_depth_tools_have_their_own_golden_vector(tmp_path, capsys):
+    check_parity.flags.FLAGS.mark_as_parsed()
+    np.savez(tmp_path / "depth.npz", **{"w/pretrained.cls_token": np.zeros(2), "ref/frames": np.zeros(2)})
+    assert _main(tmp_path / "depth.npz") == 2
+    assert "belongs to the depth tools" in capsys.readouterr().err
+
+
+def test_rows():
+    row = parity.absolute("x", np.array([[1.0], [5.0]]), np.array([[1.5], [0.0]]), 1.0, np.array([True, False]))
+    assert row.error == 0.5 and row.ok
+    assert not parity.relative("x", float("nan"), 1.0, 1.0).ok
+    with pytest.raises(errors.UserError, match="nothing valid"):
+        parity.absolute("x", np.zeros((1, 2)), np.zeros((1, 2)), 1.0, np.array([False]))
+    with pytest.raises(errors.UserError, match="must be a JSON object, not list"):
+        parity.description({"c": np.array("[1]")}, "c")
+
+
 def test_a_wrong_reference_is_red(arrays, rows, capsys):
-    damaged = [dict(row) for row in rows]
-    damaged[1]["error"] = 3e-5
-    assert check_parity.report(damaged) == 1
-    damaged[1]["error"] = float("nan")
-    assert check_parity.report(damaged) == 1
+    damaged = list(rows)
+    damaged[1] = rows[1]._replace(error=3e-5)
+    assert check_parity.report("open_pi_zero", damaged) == 1
+    damaged[1] = rows[1]._replace(error=float("nan"))
+    assert check_parity.report("open_pi_zero", damaged) == 1
     capsys.readouterr()
 
 
 def test_gradient_rules(arrays):
     """A key the reference lacks needs an exactly zero gradient of ours, except for the frozen set."""
-    config, _ = check_parity.policy_from(arrays)
-    value = check_parity.gradient_rows
+    config, _ = parity_open_pi_zero.policy_from(arrays)
+    value = parity_open_pi_zero.gradient_rows
     zero, one = np.zeros(2, np.float32), np.ones(2, np.float32)
     absent = "joint_model.mixtures.vlm.layers.2.self_attn.o_proj.weight"
-    assert [r["error"] for r in value(config, {}, {absent: zero}, 1e-4)] == [0.0]
-    assert [r["error"] > r["tolerance"] for r in value(config, {}, {absent: one}, 1e-4)] == [True]
+    assert [r.error for r in value(config, {}, {absent: zero}, 1e-4)] == [0.0]
+    assert [r.ok for r in value(config, {}, {absent: one}, 1e-4)] == [False]
     frozen = "joint_model.mixtures.vlm.layers.2.self_attn.v_proj.weight"
     assert value(config, {}, {frozen: one}, 1e-4) == []
     unknown = value(config, {"grad_norm/new.weight": np.float32(1)}, {}, 1e-4)
-    assert unknown[0]["error"] == float("inf")
+    assert unknown[0].error == float("inf")
 
 
 def test_another_model_from_an_independent_implementation(tmp_path, capsys):
@@ -99,7 +165,7 @@ def test_another_model_from_an_independent_implementation(tmp_path, capsys):
         "noise": rng.normal(size=(4, 3, 5)),
         "infer_noise": rng.normal(size=(4, 3, 5)),
     }
-    config, _ = check_parity.policy_from(arrays)
+    config, _ = parity_open_pi_zero.policy_from(arrays)
     shapes = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))["params"]
     weights = open_pi_zero.save(jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape), shapes), copies=("action",))
 

@@ -21,3 +21,4 @@ def test_published_counts(capsys):
         "depth decoder CNN": 4_092_448,
     }
     assert round(result["qdepth_trained"] / 1e9, 3) == 2.924
+    assert result["other_totals"] == {"pi0": 3_238_048_528, "pi05": 3_353_433_872, "paligemma": 2_923_335_408}

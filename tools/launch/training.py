@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 
-from qdepth_jax import errors
+from qdepth_jax import command, errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -79,7 +79,8 @@ def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Non
         values(argv, known_only=True)
         config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        raise errors.UserError(f"the config cannot be loaded: {error.args[0] if error.args else error}") from error
+        message = f"the config cannot be loaded: {error.args[0] if error.args else error}"
+        raise errors.UserError(command.unknown_field(argv) or message) from error
     experiment.check_keys(config)
     mesh = config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
     sizes = sharding.mesh_sizes(mesh, devices, mesh.slices or slices)
