@@ -7,7 +7,7 @@ layout is recognised by the names of its arrays:
   open_pi_zero   `w/<state-dict key>` and `input_ids`      (qdepth_jax/weights/parity_open_pi_zero.py)
   openpi         `params/PaliGemma/...`, pi0 and pi0.5     (qdepth_jax/weights/parity_openpi.py)
   paligemma      `params/img/...` and `params/llm/...`     (qdepth_jax/weights/parity_paligemma.py)
-Golden vectors of Video-Depth-Anything belong to the depth tools and are not supported yet.
+  video_depth_anything  `w/<state-dict key>`, `ref/frames` (qdepth_jax/weights/parity_video_depth_anything.py)
 Exit code 0: within tolerance; 1: not; 2: the file cannot be used. The last line of stdout is JSON.
 """
 
@@ -59,7 +59,7 @@ def read(path: pathlib.Path) -> dict:
 
 
 def recognise(path: pathlib.Path, arrays: dict) -> str:
-    """The layout: `open_pi_zero`, `openpi` or `paligemma`.
+    """The layout: `open_pi_zero`, `openpi`, `paligemma` or `video_depth_anything`.
 
     Raises:
       UserError: none of them, or arrays that it needs are missing.
@@ -69,12 +69,9 @@ def recognise(path: pathlib.Path, arrays: dict) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in arrays)
 
-    if has("w/") and "ref/frames" in arrays:
-        raise errors.UserError(
-            f"{path} is a golden vector of Video-Depth-Anything: it belongs to the depth tools, and this command does "
-            "not support it yet"
-        )
-    if has("params/PaliGemma/"):
+    if has("w/pretrained.") and "ref/frames" in arrays:
+        layout = "video_depth_anything"
+    elif has("params/PaliGemma/"):
         layout = "openpi"
     elif has("params/llm/") and has("params/img/"):
         layout = "paligemma"
@@ -83,8 +80,8 @@ def recognise(path: pathlib.Path, arrays: dict) -> str:
     else:
         raise errors.UserError(
             f"{path} has an unknown layout: this tool reads open-pi-zero (`config`, `w/...`), openpi "
-            f"(`params/PaliGemma/...`) and PaliGemma (`params/img/...`, `params/llm/...`); found "
-            f"{sorted(arrays)[:4]}..."
+            f"(`params/PaliGemma/...`), PaliGemma (`params/img/...`, `params/llm/...`) and Video-Depth-Anything "
+            f"(`w/pretrained...`, `ref/frames`); found {sorted(arrays)[:4]}..."
         )
     if missing := [name for name in _module(layout).NEEDED if name not in arrays]:
         raise errors.UserError(f"{path} lacks {missing}")

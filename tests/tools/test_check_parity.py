@@ -101,11 +101,21 @@ def test_openpi_with_other_cameras_padding_and_a_word_zero():
     assert rows["sample_actions"].error < 2e-6 and rows["sample_actions_uncached"].error < 2e-6
 
 
-def test_depth_tools_have_their_own_golden_vector(tmp_path, capsys):
+@pytest.mark.slow
+def test_golden_vector_of_video_depth_anything():
+    found = golden("video_depth_anything")
+    assert check_parity.recognise(pathlib.Path("x"), found) == "video_depth_anything"
+    rows = check_parity.compare("video_depth_anything", found, 2e-5, 1e-4)
+    assert [row.name for row in rows] == ["patch_tokens_last", "depth", "video_depth"] and all(row.ok for row in rows)
+    found["ref/frames"] = found["ref/frames"][:, ::-1]
+    assert not any(row.ok for row in check_parity.compare("video_depth_anything", found, 2e-5, 1e-4)[:2])
+
+
+def test_what_a_file_lacks_is_named(tmp_path, capsys):
     check_parity.flags.FLAGS.mark_as_parsed()
     np.savez(tmp_path / "depth.npz", **{"w/pretrained.cls_token": np.zeros(2), "ref/frames": np.zeros(2)})
     assert _main(tmp_path / "depth.npz") == 2
-    assert "belongs to the depth tools" in capsys.readouterr().err
+    assert "ref/video_depth" in capsys.readouterr().err
 
 
 def test_rows():
