@@ -1,12 +1,13 @@
 """QDepth-VLA from openpi's weights, on LIBERO: `experiments/openpi.py:pi0` or `:pi05`, all four suites, two cameras.
 
-  python tools/import_weights.py --format=openpi --input=gs://openpi-assets/checkpoints/pi0_base/params --output=weights/pi0
+  python tools/import_weights.py --format=openpi --output=weights/pi0 \
+      --input=gs://openpi-assets/checkpoints/pi0_base/params
   python -m qdepth_jax.train --config=experiments/openpi.py:pi0 --workdir=runs/pi0 --config.init_from=weights/pi0 \
       --config.tokenizer=runs/libero_tokenizer
   python -m qdepth_jax.train --config=experiments/baseline.py:openpi,pi0 --workdir=runs/pi0_baseline \
       --config.init_from=weights/pi0
 
-The conventions of the weights (time direction, positions, adaptive norms, 32 action numbers of which LIBERO uses 7) come
+The conventions of the weights (time direction, positions, adaptive norms, 32 action numbers, 7 of them used) come
 with the model; what the data must do for them is set here. Sources: [openpi] its training configs; DEVIATION: ours.
 """
 

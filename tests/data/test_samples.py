@@ -250,7 +250,7 @@ def test_the_state_stands_in_the_text_where_the_rule_says_so(libero_dir):
     assert len(seen) > 1
     assert batches.identity()["text_rule"] == "openpi_state"
     # That the longest would not fit is known before the first batch.
-    with pytest.raises(errors.UserError, match="exceed data.max_text_tokens=20"):
+    with pytest.raises(errors.UserError, match=r"exceed data\.max_text_tokens=20"):
         loader.Loader(_config(libero_dir, text_rule="openpi_state", max_text_tokens=20), ("text",), 8)
     with pytest.raises(errors.UserError, match="text_rule='pi0' is unknown"):
         _config(libero_dir, text_rule="pi0")
