@@ -8,7 +8,7 @@ import numpy as np
 
 from qdepth_jax import errors, exported
 from qdepth_jax.data import normalise, text
-from qdepth_jax.models import flow, policy
+from qdepth_jax.models import flow, sampling
 
 Observation = dict[str, np.ndarray | str]
 
@@ -47,7 +47,7 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
     @jax.jit
     def predict(variables, batch, key):
         noise = flow.sample_noise(jax.random.split(key, 1), (config.horizon, config.action_dim))
-        return policy.sample_actions(config, variables["params"], variables["state"], batch, noise)
+        return sampling.sample_actions(config, variables["params"], variables["state"], batch, noise)
 
     calls = iter(range(2**31))
 
@@ -59,7 +59,7 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
         batch |= {"text": ids, "proprio": filled[:, None]}
         key = jax.random.fold_in(jax.random.key(seed), next(calls))
         chunk = np.asarray(predict(variables, batch, key))[0]
-        return to_libero(normalise.unnormalise(chunk[:, : config.robot_action_dim], action))
+        return to_libero(normalise.unnormalise(chunk, action))
 
     return act
 

@@ -17,7 +17,7 @@ from qdepth_jax import checkpoint, earlier_stages, errors, export_model, exporte
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import normalise
 from qdepth_jax.eval import robot
-from qdepth_jax.models import gemma, paligemma, policy
+from qdepth_jax.models import gemma, paligemma, policy, sampling
 from qdepth_jax.weights import hf_paligemma, importing, open_pi_zero, table
 
 quiet = functools.partial(export_model.write_export, say=lambda line: None)
@@ -84,8 +84,8 @@ def test_predictions_are_those_of_the_workdir_to_the_bit(runs, safetensors):
 
     @jax.jit
     def predict(v):
-        depth = policy.predict_depth(model, v["params"], v["state"], batch)
-        return policy.sample_actions(model, v["params"], v["state"], batch, noise), depth
+        depth = sampling.predict_depth(model, v["params"], v["state"], batch)
+        return sampling.sample_actions(model, v["params"], v["state"], batch, noise), depth
 
     for ours, theirs in zip(predict(loaded.variables), predict(variables)):
         np.testing.assert_array_equal(ours, theirs)
