@@ -1,0 +1,250 @@
+"""A trained policy that plans for robots: observations in their own units -> chunks of actions in their own units.
+
+Closed-loop evaluation (eval/robot.py) and the policy server (serve/) are the two users; what a number means on the
+robot's side is decided here once. A batch has one of a few fixed sizes, so that nothing compiles while robots wait.
+
+Noise of a plan depends on (seed, call) of its observation alone, never on its place in a batch.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdepth_jax import depth as depth_values
+from qdepth_jax import errors, exported
+from qdepth_jax.data import normalise, text
+from qdepth_jax.models import flow, images, policy, real_time, sampling, tokenizer
+
+# Programs that resize are kept for so many sizes of pictures; a robot has one or two.
+KEPT_SIZES = 16
+
+
+class Planner(NamedTuple):
+    """Attributes:
+    config, variables: of the policy. found: where it came from (exported.load).
+    dataset: whose statistics are used. action, proprio: these.
+    words: the text tokenizer.
+    decoder: config and variables of the depth tokenizer, None = predicted depth is not decoded.
+    """
+
+    config: policy.PolicyConfig
+    variables: dict[str, Any]
+    found: exported.Exported
+    dataset: str
+    action: normalise.Normaliser
+    proprio: normalise.Normaliser
+    words: text.TextTokenizer
+    decoder: tuple[tokenizer.TokenizerConfig, dict[str, Any]] | None
+
+
+class Row(NamedTuple):
+    """One observation as the network takes it.
+
+    Attributes:
+      batch: image_{view} u8 [S, S, 3], text i32 [L], proprio f32 [1, Dp], view_mask bool [views]; as the config asks.
+      noise: seed and call, u32 [2].
+      previous, weights: f32 [Z, robot_action_dim] normalised, f32 [Z], see real_time.py; None = a chunk of its own.
+    """
+
+    batch: dict[str, np.ndarray]
+    noise: np.ndarray
+    previous: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+
+def load(path: str, dataset: str = "", decode_depth: bool = False) -> Planner:
+    """The policy of a run or an export, with the statistics of one data set.
+
+    Args:
+      dataset: name of one it was trained on, or a variant of that (libero_object_swap); "" where there is only one.
+      decode_depth: also load the depth tokenizer that turns predicted codes into depth.
+
+    Raises:
+      UserError: no policy there, one that needs a history, or none that was trained on this data set.
+    """
+    found = exported.load(path)
+    config, stored = found.model, found.statistics
+    if found.kind != "policy":
+        raise errors.UserError(f"{path!r} holds a {found.kind}, not a policy")
+    if config.proprio_steps > 1 or config.image_steps > 1:
+        raise errors.UserError(
+            f"the policy in {path!r} observes {config.proprio_steps} steps of proprioception and "
+            f"{config.image_steps} images; closed loop keeps no history yet: train with one of each"
+        )
+    if not dataset and len(stored) > 1:
+        raise errors.UserError(f"the policy in {path!r} was trained on {sorted(stored)}: say whose robot it drives")
+    base = next((name for name in stored if not dataset or re.fullmatch(f"{name}(_.*)?", dataset)), None)
+    if base is None:
+        raise errors.UserError(f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}")
+    return Planner(
+        config,
+        found.variables,
+        found,
+        base,
+        stored[base]["action"],
+        stored[base]["proprio"],
+        text.TextTokenizer(found.text_tokenizer),
+        _decoder(path, found) if decode_depth else None,
+    )
+
+
+def _decoder(path: str, found: exported.Exported) -> tuple[tokenizer.TokenizerConfig, dict[str, Any]] | None:
+    """Of predicted codes; None for a head that predicts pixels."""
+    if found.model.depth is None:
+        raise errors.UserError(f"the policy in {path!r} has no depth expert: it cannot say depth")
+    if found.model.depth_labels is None:
+        raise errors.UserError(f"the depth expert of the policy in {path!r} was never trained to say depth")
+    if found.model.depth.head == "pixels":
+        return None
+    if not found.depth_tokenizer:
+        raise errors.UserError(f"{path!r} carries no depth tokenizer: export it again with one (--tokenizer=...)")
+    loaded = exported.load(found.depth_tokenizer)
+    return loaded.model, loaded.variables
+
+
+def identity(planner: Planner) -> str:
+    """16 hex digits of the weights and statistics: what the answers depend on besides the observation."""
+    digest = hashlib.sha256(repr((planner.config, planner.action, planner.proprio)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(planner.variables):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def make_row(
+    planner: Planner,
+    pictures: dict[str, np.ndarray],
+    state: np.ndarray,
+    instruction: str,
+    seed: int,
+    call: int,
+    previous: np.ndarray | None = None,
+    frozen: int = 0,
+) -> Row:
+    """One observation, checked only where the model cannot take it.
+
+    Args:
+      pictures: view -> u8 [H, W, 3], resized on the device as in training.
+      state: f32 [proprio dims of the data set], the robot's units.
+      seed, call: of the noise, each in [0, 2^32).
+      previous: standardised actions f32 [k <= Z, A] left of the chunk being executed, of which `frozen` will have been
+        executed when the new one arrives.
+
+    Raises:
+      UserError: an instruction that is too long; `frozen` and `previous` that do not fit.
+    """
+    config = planner.config
+    state = normalise.normalise(np.asarray(state, np.float32)[None], planner.proprio)
+    ids, _ = planner.words.encode_table([instruction], planner.found.max_text_tokens, planner.found.text_rule, state)
+    batch = {"text": ids[0]}
+    if config.proprio_steps:
+        fill = max(0, planner.found.proprio_dim - state.shape[1])
+        batch["proprio"] = np.pad(state, ((0, 0), (0, fill)))
+    side = config.siglip.image_size
+    for view in config.views:
+        batch[f"image_{view}"] = (
+            _resized(pictures[view], side) if view in pictures else np.zeros((side, side, 3), np.uint8)
+        )
+    if config.missing_views:
+        batch["view_mask"] = np.asarray([view in pictures for view in config.views])
+    row = Row(batch, np.asarray([seed, call], np.uint32))
+    if previous is None:
+        return row
+    weights = real_time.soft_weights(frozen, len(previous), config.horizon)
+    old = np.zeros((config.horizon, config.robot_action_dim), np.float32)
+    old[: len(previous)] = normalise.normalise(previous, planner.action)
+    return row._replace(previous=old, weights=weights)
+
+
+def _resized(picture: np.ndarray, side: int) -> np.ndarray:
+    """u8 [H, W, 3] -> u8 [S, S, 3]: what images.prepare makes of it, which rounds to whole grey values."""
+    if picture.shape[:2] == (side, side):
+        return np.asarray(picture)
+    return np.asarray(_resize_program(picture.shape[0], picture.shape[1], side)(np.asarray(picture)))
+
+
+@functools.lru_cache(maxsize=KEPT_SIZES)
+def _resize_program(height: int, width: int, side: int) -> Callable[[np.ndarray], jax.Array]:
+    """Compiled, and dropped again with the cache: clients that vary their size must not fill the memory."""
+    shape = jax.ShapeDtypeStruct((height, width, 3), jnp.uint8)
+    program = jax.jit(lambda x: images.resize(x[None], side)[0].astype(jnp.uint8)).lower(shape).compile()
+    images.lanczos_weights.cache_clear()  # they are constants of the program now
+    return program
+
+
+def plan(planner: Planner, rows: Sequence[Row], size: int = 0, variant: str = "inpaint") -> np.ndarray:
+    """Standardised actions of each row, in the robot's units: f32 [rows, Z, robot_action_dim]. Waits for the device.
+
+    Args:
+      size: rows of the program, 0 = as many as there are; the first row fills up what is missing.
+      variant: of real-time chunking, for rows that have an old chunk.
+    """
+    batch = _stack(rows, size)
+    noise = np.stack([row.noise for row in _filled(rows, size)])
+    if any(row.previous is not None for row in rows):
+        previous, weights = (np.stack(x) for x in zip(*(_old(planner.config, row) for row in _filled(rows, size))))
+        chunk = _continue(planner.config, variant, planner.variables, batch, noise, previous, weights)
+    else:
+        chunk = _sample(planner.config, planner.variables, batch, noise)
+    return normalise.unnormalise(np.asarray(chunk)[: len(rows)], planner.action)
+
+
+def predict_depth(planner: Planner, rows: Sequence[Row], size: int = 0) -> np.ndarray:
+    """Depth of the main view that the policy believes in: f32 [rows, R, R], metres or relative inverse depth."""
+    config = planner.config
+    if config.depth is None:
+        raise errors.UserError("this policy has no depth expert")
+    if config.depth.head == "codes" and planner.decoder is None:
+        raise errors.UserError("predicted depth codes need the depth tokenizer: load with decode_depth=True")
+    coder, variables = planner.decoder or (None, None)
+    batch = _stack(rows, size)
+    return np.asarray(_depth(config, coder, planner.variables, variables, batch))[: len(rows)]
+
+
+def _filled(rows: Sequence[Row], size: int) -> list[Row]:
+    return [*rows, *[rows[0]] * (size - len(rows))] if size else list(rows)
+
+
+def _stack(rows: Sequence[Row], size: int) -> dict[str, np.ndarray]:
+    return {key: np.stack([row.batch[key] for row in _filled(rows, size)]) for key in rows[0].batch}
+
+
+def _old(config: policy.PolicyConfig, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    if row.previous is not None:
+        return row.previous, row.weights
+    return np.zeros((config.horizon, config.robot_action_dim), np.float32), np.zeros(config.horizon, np.float32)
+
+
+def _noise(config: policy.PolicyConfig, noise: jax.Array) -> jax.Array:
+    """u32 [B, 2] -> f32 [B, Z, A]."""
+    keys = jax.vmap(lambda pair: jax.random.split(jax.random.fold_in(jax.random.key(pair[0]), pair[1]), 1)[0])(noise)
+    return flow.sample_noise(keys, (config.horizon, config.action_dim))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(config, variables, batch, noise):
+    return sampling.sample_actions(config, variables["params"], variables["state"], batch, _noise(config, noise))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _continue(config, variant, variables, batch, noise, previous, weights):
+    params, state = variables["params"], variables["state"]
+    return real_time.sample_actions(config, params, state, batch, _noise(config, noise), previous, weights, variant)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _depth(config, coder, variables, coder_variables, batch):
+    found = sampling.predict_depth(config, variables["params"], variables["state"], batch)
+    if config.depth.head == "pixels":
+        b, g, r = found.shape[0], config.depth.grid, config.depth.pixels_per_token
+        x = found.reshape(b, g, g, r, r).transpose(0, 1, 3, 2, 4).reshape(b, g * r, g * r)
+        return depth_values.denormalise(jnp.clip(x, -1.0, 1.0), config.depth.range)
+    codes = jnp.argmax(found, axis=-1)
+    x = tokenizer.decode(coder, coder_variables["params"], coder_variables["state"], codes)
+    return depth_values.denormalise(x, coder.range)

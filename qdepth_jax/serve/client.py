@@ -1,0 +1,97 @@
+"""openpi-client that survives a restart of the server. Needs openpi-client alone: copy this file onto the robot.
+
+    policy = ReconnectingPolicy("10.0.0.7", 8000)
+    chunk = policy.infer(observation)["actions"]
+
+A request that the connection took with it is sent again, as it was: planning changes nothing on the server. After a
+long outage the picture in it is old, so `infer` gives up after `patience_s`, and `last_outage_s` says how old the
+observation had become. What the server refuses (RuntimeError with its message) is never sent again.
+"""
+
+import time
+
+import websockets.exceptions
+from openpi_client import base_policy, websocket_client_policy
+
+# What is no accident of the network: asking again does not help.
+_FINAL = (400, 401, 403, 404, 426)
+
+
+class ServerChanged(RuntimeError):
+    """The server came back with another model."""
+
+
+class ReconnectingPolicy(base_policy.BasePolicy):
+    """openpi_client's WebsocketClientPolicy with reconnection.
+
+    Args:
+      host, port, api_key: as there.
+      patience_s: how long one call waits for a server. pause_s: between two attempts.
+      same_model: a server that comes back with other weights, cameras or units is an error.
+    """
+
+    def __init__(self, host="127.0.0.1", port=8000, api_key=None, patience_s=60.0, pause_s=0.2, same_model=True):
+        self._where = (host, port, api_key)
+        self._patience_s, self._pause_s, self._same_model = patience_s, pause_s, same_model
+        self._client, self._metadata = None, None
+        self.reconnects, self.last_outage_s = 0, 0.0
+        self._try(lambda client: None)
+
+    def get_server_metadata(self):
+        return self._metadata
+
+    def infer(self, obs):
+        """As openpi's.
+
+        Raises:
+          RuntimeError: the server's answer to a bad observation. TimeoutError: no server for `patience_s`.
+          ServerChanged: see `same_model`.
+        """
+        return self._try(lambda client: client.infer(obs))
+
+    def reset(self):
+        pass
+
+    def close(self):
+        self._drop()
+
+    def _try(self, call):
+        began, failed = time.monotonic(), None
+        while True:
+            try:
+                if self._client is None:
+                    self._connect()
+                answer = call(self._client)
+                self.last_outage_s = time.monotonic() - failed if failed is not None else 0.0
+                return answer
+            except ServerChanged:
+                raise
+            except RuntimeError:
+                self._drop()  # the server closes after an error: the next call connects anew
+                raise
+            except (OSError, EOFError, websockets.exceptions.WebSocketException) as error:
+                self._drop()
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                # 1008 and 1009: the server refused this very frame.
+                code = getattr(getattr(error, "rcvd", None), "code", None)
+                if status in _FINAL or code in (1008, 1009):
+                    raise
+                failed = time.monotonic() if failed is None else failed
+                if time.monotonic() - began > self._patience_s:
+                    raise TimeoutError(f"no policy server for {self._patience_s:.0f} s: {error}") from error
+                time.sleep(self._pause_s)
+
+    def _connect(self):
+        client = websocket_client_policy.WebsocketClientPolicy(*self._where)
+        metadata = client.get_server_metadata()
+        if self._metadata is not None:
+            self.reconnects += 1
+            changed = [key for key in metadata if metadata[key] != self._metadata.get(key)]
+            if self._same_model and changed:
+                raise ServerChanged("the server came back with other " + ", ".join(map(str, changed)))
+        self._client, self._metadata = client, metadata
+
+    def _drop(self):
+        client, self._client = self._client, None
+        if client is not None:
+            client._ws.close()  # openpi-client has no method for it

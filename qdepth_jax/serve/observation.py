@@ -1,0 +1,235 @@
+"""What a request may hold, and how it becomes a row for the planner. The table of keys is openpi's, and can be renamed.
+
+A request is one map: pictures, state and prompt under the names in `Keys`, and these options:
+
+  seed         whole number, or [seed, call]: the noise of this plan; without it every request draws anew
+  rtc/prefix   f32 [k, A]: actions left of the chunk being executed, the next one first: the new chunk continues them
+  rtc/frozen   whole number <= k: how many of them will be executed before the answer is used; these come back exactly
+  depth        true: also answer with the depth that the policy believes in (a server with --depth)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qdepth_jax import errors, planner
+from qdepth_jax.eval import robot
+from qdepth_jax.serve import protocol
+
+SEED, PREFIX, FROZEN, DEPTH = "seed", "rtc/prefix", "rtc/frozen", "depth"
+OPTIONS = (SEED, PREFIX, FROZEN, DEPTH)
+
+# view -> key. openpi's LIBERO robots send the first two; its data sets call a robot's only wrist camera the left one.
+VIEW_KEYS = {"main": "observation/image", "wrist": "observation/wrist_image", "left_wrist": "observation/wrist_image"}
+MAX_PROMPT = 4096  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Names of the entries. views: view -> key; state, prompt: keys."""
+
+    views: dict[str, str]
+    state: str = "observation/state"
+    prompt: str = "prompt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """What numbers mean on the robot's side: from and to standardised actions f32 [Z, A]."""
+
+    meaning: str
+    outgoing: Callable[[np.ndarray], np.ndarray]
+    incoming: Callable[[np.ndarray], np.ndarray]
+
+
+UNITS = {
+    "libero": Units(
+        "LIBERO's: end-effector motion dx dy dz droll dpitch dyaw in [-1, 1], gripper -1 open, +1 close",
+        robot.to_libero,
+        robot.from_libero,
+    ),
+    "standard": Units(
+        "as the data set was standardised for training, in its own units (gripper 1 open, 0 closed)",
+        lambda actions: actions.astype(np.float32),
+        lambda actions: actions,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """row: for the planner. prefix: frozen actions f32 [frozen, A], as the robot sent them. depth: wanted too."""
+
+    row: planner.Row
+    prefix: np.ndarray
+    depth: bool
+
+
+def units_of(dataset: str) -> str:
+    """Name of the row of UNITS for a data set's robot."""
+    return "libero" if dataset.startswith("libero") else "standard"
+
+
+def keys_of(views: tuple[str, ...], renamed: list[str]) -> Keys:
+    """The table of keys for a policy's views, with `NAME=KEY` replaced; NAME is a view, `state` or `prompt`.
+
+    Raises:
+      UserError: an unknown name, or one key for two things.
+    """
+    table = {view: VIEW_KEYS.get(view, f"observation/{view}_image") for view in views}
+    table |= {"state": "observation/state", "prompt": "prompt"}
+    for item in renamed:
+        name, equals, key = item.partition("=")
+        if not equals or not key or name not in table:
+            raise errors.UserError(f"--keys has {item!r}: write NAME=KEY with NAME one of {', '.join(table)}")
+        table[name] = key
+    names = [*table.values(), *OPTIONS]
+    if twice := sorted({key for key in names if names.count(key) > 1}):
+        raise errors.UserError(f"--keys gives {', '.join(twice)} to two things: rename one of {', '.join(table)}")
+    return Keys({view: table[view] for view in views}, table["state"], table["prompt"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Turns messages into requests. max_side: of a picture, pixels. depth: the server can say depth."""
+
+    planner: planner.Planner
+    keys: Keys
+    units: Units
+    max_side: int
+    depth: bool
+
+    @property
+    def dims(self) -> int:
+        """Numbers of a state."""
+        return self.planner.proprio.statistics.dims
+
+    def read(self, message: dict[str, Any], seed: int, call: int) -> Request:
+        """One request; seed and call are those of its noise where it names none.
+
+        Raises:
+          UserError: says what is expected and what came.
+        """
+        config, keys = self.planner.config, self.keys
+        known = [*keys.views.values(), keys.state, keys.prompt, *OPTIONS]
+        if unknown := sorted(set(message) - set(known)):
+            raise errors.UserError(f"unknown keys {_list(unknown)}: this server reads {_list(known)}")
+        there = {view: key for view, key in keys.views.items() if key in message}
+        needed = [keys.state, keys.prompt, *([] if config.missing_views else keys.views.values())]
+        missing = [key for key in needed if key not in message]
+        if missing or not there:
+            need = missing or list(keys.views.values())
+            raise errors.UserError(f"the observation lacks {_list(need)}; it has {_list(sorted(message))}")
+        pictures = {view: self._picture(key, message[key]) for view, key in there.items()}
+        prefix, frozen = self._prefix(message)
+        seed, call = _seed(message[SEED]) if SEED in message else (seed, call)
+        depth = _option(message, DEPTH, False)
+        if not isinstance(depth, bool | np.bool_):
+            raise errors.UserError(f"{DEPTH!r} must be true or false, got {protocol.described(depth)}")
+        if depth and not self.depth:
+            raise errors.UserError("this server does not say depth: start it with --depth")
+        row = planner.make_row(
+            self.planner, pictures, self._state(message[keys.state]), self._prompt(message[keys.prompt]), seed, call,
+            None if prefix is None else self.units.incoming(prefix), frozen,
+        )  # fmt: skip
+        return Request(row, np.zeros((0, 0), np.float32) if prefix is None else prefix[:frozen], bool(depth))
+
+    def actions(self, request: Request, standard: np.ndarray) -> np.ndarray:
+        """Standardised actions f32 [Z, A] as the robot gets them; what is frozen goes back as it came."""
+        out = self.units.outgoing(standard)
+        out[: len(request.prefix)] = request.prefix if len(request.prefix) else out[:0]
+        return out
+
+    def _picture(self, key: str, value: Any) -> np.ndarray:
+        if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
+            hint = ""
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                hint = " (openpi_client.image_tools.convert_to_uint8 converts pictures in [0, 1])"
+            raise errors.UserError(
+                f"{key!r} must be uint8 [height, width, 3] with values 0 to 255, got {protocol.described(value)}{hint}"
+            )
+        if value.ndim != 3 or value.shape[2] != 3:
+            hint = " (channels come last)" if value.ndim == 3 and value.shape[0] == 3 else ""
+            raise errors.UserError(f"{key!r} must be uint8 [height, width, 3], got {protocol.described(value)}{hint}")
+        if not 8 <= min(value.shape[:2]) <= max(value.shape[:2]) <= self.max_side:
+            raise errors.UserError(
+                f"{key!r} must have sides of 8 to {self.max_side} pixels (--max_side), got {list(value.shape)}"
+            )
+        return value
+
+    def _state(self, value: Any) -> np.ndarray:
+        key = self.keys.state
+        state = _numbers(key, value, f"[{self.dims}]")
+        if state.shape != (self.dims,):
+            raise errors.UserError(
+                f"{key!r} must be [{self.dims}], the state of {self.planner.dataset}, got {protocol.described(value)}"
+            )
+        return state
+
+    def _prompt(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise errors.UserError(f"{self.keys.prompt!r} must be text, got {protocol.described(value)}")
+        if not value.strip() or len(value) > MAX_PROMPT:
+            raise errors.UserError(
+                f"{self.keys.prompt!r} must be an instruction of 1 to {MAX_PROMPT} characters, got {len(value)}"
+            )
+        return value
+
+    def _prefix(self, message: dict[str, Any]) -> tuple[np.ndarray | None, int]:
+        config = self.planner.config
+        if PREFIX not in message:
+            if FROZEN in message:
+                raise errors.UserError(f"{FROZEN!r} needs {PREFIX!r}: the actions that are frozen")
+            return None, 0
+        prefix = _numbers(PREFIX, message[PREFIX], f"[k, {config.robot_action_dim}]")
+        if prefix.ndim != 2 or not 1 <= len(prefix) <= config.horizon or prefix.shape[1] != config.robot_action_dim:
+            raise errors.UserError(
+                f"{PREFIX!r} must be [k, {config.robot_action_dim}] with 1 <= k <= {config.horizon}, the actions left, "
+                f"got {list(prefix.shape)}"
+            )
+        frozen = _whole(FROZEN, _option(message, FROZEN, len(prefix)))
+        if frozen > len(prefix):
+            raise errors.UserError(f"{FROZEN!r} is {frozen}, but {PREFIX!r} has {len(prefix)} actions only")
+        return prefix, frozen
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(repr(name[:60]) for name in names[:12])
+    return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _option(message: dict[str, Any], key: str, default: Any) -> Any:
+    value = message.get(key, default)
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
+def _whole(key: str, value: Any) -> int:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not 0 <= value < 2**32:
+        raise errors.UserError(f"{key!r} must be a whole number from 0 to 4294967295, got {protocol.described(value)}")
+    return int(value)
+
+
+def _seed(value: Any) -> tuple[int, int]:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, list):
+        return _whole(SEED, value), 0
+    if len(value) != 2:
+        raise errors.UserError(f"{SEED!r} must be a whole number or [seed, call], got {protocol.described(value)}")
+    return _whole(SEED, value[0]), _whole(SEED, value[1])
+
+
+def _numbers(key: str, value: Any, shape: str) -> np.ndarray:
+    """f32 array of an array or of lists of numbers; finite."""
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise errors.UserError(f"{key!r} must be numbers {shape}, got {protocol.described(value)}") from error
+    if array.dtype.kind not in "iuf" or not isinstance(value, np.ndarray | list):
+        raise errors.UserError(f"{key!r} must be numbers {shape}, got {protocol.described(value)}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise errors.UserError(f"{key!r} holds numbers that are not finite")
+    return array

@@ -1,0 +1,161 @@
+"""What the server serves: a planner behind `prepare` and `run`, its metadata, and the programs compiled beforehand.
+
+Nothing here knows of sockets: `prepare` turns a frame into a request, `run` a batch of requests into answers.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import qdepth_jax
+from qdepth_jax import errors, planner
+from qdepth_jax.models import real_time
+from qdepth_jax.serve import observation, protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Attributes:
+    dataset: whose robot is driven, "" where the policy knows only one. keys: NAME=KEY, see observation.keys_of.
+    units: of observation.UNITS, "" = the data set's.
+    batch_sizes: programs that are compiled. max_side: of a picture.
+    depth: answer with depth where asked. rtc: of real_time.VARIANTS. seed: of requests that bring none.
+    """
+
+    dataset: str = ""
+    units: str = ""
+    keys: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    max_side: int = 1024
+    depth: bool = False
+    rtc: str = "inpaint"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.batch_sizes or sorted(set(self.batch_sizes)) != list(self.batch_sizes) or self.batch_sizes[0] < 1:
+            raise errors.UserError(f"--batch_sizes={self.batch_sizes}: rising numbers from 1 on, for example 1,2,4,8")
+        if self.units and self.units not in observation.UNITS:
+            raise errors.UserError(f"--units={self.units} is unknown: use one of {', '.join(observation.UNITS)}")
+        if self.rtc not in real_time.VARIANTS:
+            raise errors.UserError(f"--rtc={self.rtc} is unknown: use one of {', '.join(real_time.VARIANTS)}")
+        if self.max_side < 8:
+            raise errors.UserError(f"--max_side={self.max_side} is smaller than the smallest picture, 8")
+
+
+class Service:
+    """One policy, ready to answer."""
+
+    def __init__(self, path: str, options: Options):
+        loaded = planner.load(path, options.dataset, options.depth)
+        units = options.units or observation.units_of(loaded.dataset)
+        if units == "libero" and loaded.config.robot_action_dim != 7:
+            raise errors.UserError(f"LIBERO's actions have 7 numbers, this policy's {loaded.config.robot_action_dim}")
+        keys = observation.keys_of(loaded.config.views, list(options.keys))
+        self.options, self.planner = options, loaded
+        self.reader = observation.Reader(loaded, keys, observation.UNITS[units], options.max_side, options.depth)
+        # A whole observation of the largest pictures, and as much again for numbers and text as they can need.
+        self.max_frame = len(keys.views) * 3 * options.max_side**2 + (1 << 18)
+        self._calls = itertools.count()
+
+    def prepare(self, frame: bytes) -> observation.Request:
+        """A request from a frame. Called in one thread at a time.
+
+        Raises:
+          UserError: what is wrong with it.
+        """
+        message = protocol.unpack(frame)
+        # Only a request that names no seed takes a number: the n-th such plan of a server is always the same one.
+        call = 0 if observation.SEED in message else next(self._calls)
+        return self.reader.read(message, self.options.seed, call)
+
+    def run(self, requests: Sequence[observation.Request], size: int) -> list[dict[str, Any]]:
+        """Answers `actions` f32 [Z, A] and, where asked, `depth` f32 [R, R]; the device is done when it returns.
+
+        Raises:
+          FloatingPointError: actions that are not finite never reach a robot.
+        """
+        rows = [request.row for request in requests]
+        chunks = planner.plan(self.planner, rows, size, self.options.rtc)
+        if not np.isfinite(chunks).all():
+            raise FloatingPointError("the policy planned actions that are not finite")
+        answers = [{"actions": self.reader.actions(*pair)} for pair in zip(requests, chunks)]
+        if any(request.depth for request in requests):
+            for request, answer, depth in zip(requests, answers, planner.predict_depth(self.planner, rows, size)):
+                if request.depth:
+                    answer["depth"] = depth
+        return answers
+
+    def warm_up(self, say: Callable[[str], None], image_sizes: Sequence[tuple[int, int]] = ()) -> float:
+        """Compiles everything a request can need, by running it. Returns seconds."""
+        began, config = time.monotonic(), self.planner.config
+        side = config.siglip.image_size
+        example = {self.reader.keys.state: np.zeros(self.reader.dims), self.reader.keys.prompt: "warm up"}
+        for height, width in {(side, side), *image_sizes}:
+            picture = np.zeros((height, width, 3), np.uint8)
+            plain = example | dict.fromkeys(self.reader.keys.views.values(), picture)
+            self.reader.read(plain, 0, 0)
+        old = np.zeros((1, config.robot_action_dim), np.float32)
+        requests = [
+            self.reader.read(plain | more, 0, 0)
+            for more in ({}, {observation.PREFIX: old}, *([{observation.DEPTH: True}] if self.options.depth else []))
+        ]
+        for size in self.options.batch_sizes:
+            for request in requests:
+                self.run([request], size)
+            say(f"compiled for batches of {size}")
+        return time.monotonic() - began
+
+    def metadata(self) -> dict[str, Any]:
+        """What the server says first to every client; plain values."""
+        config, keys, manifest = self.planner.config, self.reader.keys, self.planner.found.manifest
+        side, names = config.siglip.image_size, self.reader.units
+        pictures = {
+            key: {"view": view, "dtype": "uint8", "shape": ["height", "width", 3], "max_side": self.options.max_side,
+                  "resized_to": side, "required": not config.missing_views}
+            for view, key in keys.views.items()
+        }  # fmt: skip
+        wanted = pictures | {
+            keys.state: {"dtype": "float32", "shape": [self.reader.dims], "required": True},
+            keys.prompt: {"type": "text", "max_tokens": self.planner.found.max_text_tokens, "required": True},
+        }
+        options = {
+            observation.SEED: "whole number or [seed, call]: the noise; default: every request draws anew",
+            observation.PREFIX: "float32 [k, action_dim]: actions left of the chunk being executed",
+            observation.FROZEN: "whole number <= k: how many of them will be executed before the answer; default k",
+        }
+        if self.options.depth:
+            options[observation.DEPTH] = "true: the answer has the depth of the main view"
+        return {
+            "server": "qdepth_jax",
+            "version": qdepth_jax.__version__,
+            "model": {
+                "kind": "policy",
+                "identity": planner.identity(self.planner),
+                "step": manifest.get("meta", {}).get("step", -1),
+            },
+            "dataset": self.planner.dataset,
+            "observation": wanted,
+            "options": options,
+            "horizon": config.horizon,
+            "action_dim": config.robot_action_dim,
+            "actions": {
+                "dtype": "float32",
+                "shape": [config.horizon, config.robot_action_dim],
+                "meaning": names.meaning,
+            },
+            "rtc": self.options.rtc,
+            "batch_sizes": list(self.options.batch_sizes),
+            "max_frame_bytes": self.max_frame,
+            "depth": self._depth_metadata(),
+        }
+
+    def _depth_metadata(self) -> dict[str, Any]:
+        if not self.options.depth:
+            return {}
+        decoder = self.planner.decoder
+        depth = decoder[0].range if decoder else self.planner.config.depth.range
+        return {"dtype": "float32", "kind": depth.kind, "near": depth.near, "far": depth.far, "view": "main"}
