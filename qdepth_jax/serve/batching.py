@@ -49,6 +49,7 @@ class Batcher:
         self._run, self._sizes, self._deadline, self._expected = run, tuple(sizes), deadline_s, expected
         self._metrics = metrics
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._unanswered: set[asyncio.Future] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "plan")
         self._task: asyncio.Task | None = None
 
@@ -56,6 +57,8 @@ class Batcher:
         """The item's result. Raises what `run` raised for a batch of this item alone."""
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
+        self._unanswered.add(answer)
+        answer.add_done_callback(self._unanswered.discard)
         self._queue.put_nowait(_Waiting(item, answer, time.monotonic()))
         return await answer
 
@@ -68,8 +71,8 @@ class Batcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        while not self._queue.empty():
-            self._queue.get_nowait().answer.cancel()
+        for answer in list(self._unanswered):
+            answer.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def _work(self) -> None:

@@ -1,0 +1,133 @@
+"""The command itself with a model, and the real openpi-client as it comes from PyPI.
+
+The client is looked for in this interpreter (pip install --no-deps openpi-client) or in the one that
+QDEPTH_OPENPI_CLIENT names: its package wants numpy < 2.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import robots
+import stored_runs
+
+from qdepth_jax import export_model, planner
+from qdepth_jax.eval import robot
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SERVE = [sys.executable, str(ROOT / "tools" / "serve.py")]
+
+
+def interpreter():
+    """Of the client; skips where there is none."""
+    found = os.environ.get("QDEPTH_OPENPI_CLIENT", sys.executable)
+    if subprocess.run([found, "-c", "import openpi_client.websocket_client_policy"], capture_output=True).returncode:
+        pytest.skip(f"{found} has no openpi-client: pip install --no-deps openpi-client, or set QDEPTH_OPENPI_CLIENT")
+    return found
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    stored_runs.write_qdepth(folder)
+    options = export_model.Options(format="safetensors")
+    export_model.write_export(str(folder / "policy"), str(folder / "export"), options, lambda text: None)
+    return str(folder / "export")
+
+
+def environment(folder):
+    # The second start of a server takes its programs from the cache. Unoptimised ones compile in a third of the time.
+    more = {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | more
+
+
+def start(export, folder, *arguments, port=0):
+    flags = [f"--checkpoint={export}", f"--port={port}", "--batch_sizes=1,4", "--image_sizes=", *arguments]
+    process = subprocess.Popen(
+        [*SERVE, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(folder)
+    )  # fmt: skip
+    line = process.stdout.readline()
+    assert line, f"the server ended with {process.wait()}"
+    return process, json.loads(line)["port"]
+
+
+def drive(client, *arguments, **options):
+    command = [client, str(ROOT / "tests" / "serve" / "robots.py"), *map(str, arguments)]
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, **options)
+
+
+@pytest.mark.slow
+def test_real_clients_get_the_actions_of_the_policy(export, tmp_path):
+    client = interpreter()
+    process, port = start(export, tmp_path)
+    try:
+        found = json.loads(
+            drive(client, "plain", port, 6, 4, 28, stderr=subprocess.DEVNULL).communicate(timeout=120)[0]
+        )
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert found["errors"] == [] and len(found["actions"]) == 24
+    loaded = planner.load(export, "libero_object")
+    for seed in (0, 7, 23):
+        seen = robots.observation(seed, 28)
+        row = planner.make_row(
+            loaded, {"main": seen["observation/image"]}, seen["observation/state"], seen["prompt"], seed, 0
+        )  # fmt: skip
+        wanted = robot.to_libero(planner.plan(loaded, [row])[0])
+        np.testing.assert_allclose(found["actions"][str(seed)], wanted, atol=2e-5)
+        # The very same as evaluation, whose first call has the same noise.
+        act = robot.libero_policy(export, "libero_object", seed)
+        observed = {"image": seen["observation/image"], "state": seen["observation/state"]}
+        np.testing.assert_array_equal(act(observed | {"instruction": seen["prompt"]}), wanted)
+
+
+@pytest.mark.slow
+def test_patient_clients_survive_a_killed_server(export, tmp_path):
+    client = interpreter()
+    process, port = start(export, tmp_path)
+    robots_process = drive(client, "patient", port, 40, 2, 28, stderr=subprocess.PIPE)
+    try:
+        for _ in range(10):
+            assert robots_process.stderr.readline().startswith("answer")
+        reader = threading.Thread(target=robots_process.stderr.read)
+        reader.start()
+        process.kill()
+        process.wait()
+        process, _ = start(export, tmp_path, port=port)
+        reader.join()
+        found = json.loads(robots_process.stdout.read())
+    finally:
+        process.kill()
+        process.wait()
+        robots_process.kill()
+        robots_process.wait()
+    assert found["errors"] == [] and len(found["actions"]) == 80 and found["reconnects"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint=nowhere"], "nowhere"),
+        (["--dataset=bridge"], "was trained on ['libero_object'], not on 'bridge'"),
+        (["--batch_sizes=4,1"], "rising numbers"),
+        (["--image_sizes=9"], "HEIGHTxWIDTH"),
+        (["--keys=wrist=x"], "NAME one of main"),
+        (["--rtc=soft"], "inpaint, guided"),
+        (["--api_key_file=nowhere"], "--api_key_file=nowhere"),
+    ],
+)
+def test_the_command_says_what_is_wrong(export, flags, message):
+    pytest.importorskip("websockets", reason="the serve extra is not installed")
+    given = flags if flags[0].startswith("--checkpoint") else [f"--checkpoint={export}", *flags]
+    found = subprocess.run([*SERVE, *given], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and message in found.stderr, found.stderr
+    assert "Traceback" not in found.stderr
