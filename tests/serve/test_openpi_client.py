@@ -14,9 +14,9 @@ import threading
 
 import numpy as np
 import pytest
-import robots
 import stored_runs
 
+from benchmarks import serving_robots
 from qdepth_jax import export_model, planner
 from qdepth_jax.eval import robot
 
@@ -58,7 +58,7 @@ def start(export, folder, *arguments, port=0):
 
 
 def drive(client, *arguments, **options):
-    command = [client, str(ROOT / "tests" / "serve" / "robots.py"), *map(str, arguments)]
+    command = [client, str(ROOT / "benchmarks" / "serving_robots.py"), *map(str, arguments)]
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, **options)
 
@@ -76,8 +76,11 @@ def test_real_clients_get_the_actions_of_the_policy(export, tmp_path):
         assert process.wait(60) == 0
     assert found["errors"] == [] and len(found["actions"]) == 24
     loaded = planner.load(export, "libero_object")
+    metadata = {
+        "observation": {"observation/image": {"dtype": "uint8"}, "observation/state": {"shape": [7]}, "prompt": {}}
+    }
     for seed in (0, 7, 23):
-        seen = robots.observation(seed, 28)
+        seen = serving_robots.observation(metadata, seed, 28)
         row = planner.make_row(
             loaded, {"main": seen["observation/image"]}, seen["observation/state"], seen["prompt"], seed, 0
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Robots with the real openpi-client: run by an interpreter that has it, prints one line of JSON.
+"""Robots with the real openpi-client, for the benchmark and the tests of the policy server. The last line is JSON.
 
-  python robots.py MODE PORT COUNT ROBOTS SIDE
+  python benchmarks/serving_robots.py MODE PORT COUNT ROBOTS SIDE
 
-MODE plain: openpi's client; patient: ReconnectingPolicy. Every robot asks COUNT times, with seeds of its own.
+MODE plain: openpi's client; patient: ReconnectingPolicy. ROBOTS of them at once ask COUNT times each, each time with a
+seed of its own, and pictures of SIDE pixels. Run by an interpreter that has openpi-client; nothing of ours is imported.
 """
 
 import importlib.util
@@ -13,23 +14,28 @@ import threading
 import time
 
 import numpy as np
-from openpi_client import websocket_client_policy
 
-_CLIENT = pathlib.Path(__file__).resolve().parents[2] / "qdepth_jax" / "serve" / "client.py"
+_CLIENT = pathlib.Path(__file__).resolve().parent.parent / "qdepth_jax" / "serve" / "client.py"
+PROMPTS = ("open the drawer", "pick up the bowl", "close the drawer")
 
 
-def observation(seed, side):
-    rng = np.random.default_rng(seed)
-    return {
-        "observation/image": rng.integers(0, 255, (side, side, 3), dtype=np.uint8),
-        "observation/state": rng.normal(size=7),
-        "prompt": ("open the drawer", "pick up the bowl", "close the drawer")[seed % 3],
-        "seed": seed,
-    }
+def observation(metadata, seed, side):
+    """What the server's metadata ask for, at random."""
+    rng, found = np.random.default_rng(seed), {"seed": seed}
+    for key, wanted in sorted(metadata["observation"].items()):
+        if wanted.get("dtype") == "uint8":
+            found[key] = rng.integers(0, 255, (side, side, 3), dtype=np.uint8)
+        elif "shape" in wanted:
+            found[key] = rng.normal(size=wanted["shape"])
+        else:
+            found[key] = PROMPTS[seed % len(PROMPTS)]
+    return found
 
 
 def connect(mode, port):
     if mode == "plain":
+        from openpi_client import websocket_client_policy
+
         return websocket_client_policy.WebsocketClientPolicy("127.0.0.1", port)
     spec = importlib.util.spec_from_file_location("client", _CLIENT)
     module = importlib.util.module_from_spec(spec)
@@ -38,19 +44,22 @@ def connect(mode, port):
 
 
 def main(mode, port, count, robots, side):
-    found = {"actions": {}, "milliseconds": [], "batches": [], "errors": [], "reconnects": 0}
+    found = {"actions": {}, "milliseconds": [], "infer_ms": [], "batches": [], "errors": [], "reconnects": 0}
     lock = threading.Lock()
 
     def drive(robot):
         try:
             policy = connect(mode, port)
+            metadata = policy.get_server_metadata()
             for turn in range(count):
-                seed, began = robot * count + turn, time.monotonic()
-                answer = policy.infer(observation(seed, side))
+                seed = robot * count + turn
+                request, began = observation(metadata, seed, side), time.monotonic()
+                answer = policy.infer(request)
                 took = 1e3 * (time.monotonic() - began)
                 with lock:
                     found["actions"][seed] = np.asarray(answer["actions"], np.float64).tolist()
                     found["milliseconds"].append(took)
+                    found["infer_ms"].append(answer["policy_timing"]["infer_ms"])
                     found["batches"].append(answer["server_timing"]["batch"])
                 print(f"answer {seed}", file=sys.stderr, flush=True)
                 if mode == "patient":
