@@ -53,7 +53,7 @@ EXTRAS = {
     ],
     # Foreign checkpoints that only torch can open (.pt, .pth).
     "interop": ["torch>=2.5"],
-    # Policy server.
+    # The policy server: openpi's protocol is msgpack over websockets.
     "serve": ["websockets>=13", "msgpack>=1.1"],
     "test": [
         "pytest>=8.3",
@@ -68,6 +68,8 @@ EXTRAS = {
         "tensorflow-cpu>=2.20",
     ],
 }
+
+EXTRAS["test"] += EXTRAS["serve"]  # the server's tests open real sockets
 
 setuptools.setup(
     name="qdepth_jax",

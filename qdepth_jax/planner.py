@@ -137,9 +137,11 @@ def make_row(
         executed when the new one arrives.
 
     Raises:
-      UserError: an instruction that is too long; `frozen` and `previous` that do not fit.
+      UserError: a state of another size, an instruction that is too long; `frozen` and `previous` that do not fit.
     """
-    config = planner.config
+    config, dims = planner.config, planner.proprio.statistics.dims
+    if np.shape(state) != (dims,):
+        raise errors.UserError(f"states of {planner.dataset} have {dims} numbers, got {list(np.shape(state))}")
     state = normalise.normalise(np.asarray(state, np.float32)[None], planner.proprio)
     ids, _ = planner.words.encode_table([instruction], planner.found.max_text_tokens, planner.found.text_rule, state)
     batch = {"text": ids[0]}

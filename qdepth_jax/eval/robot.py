@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qdepth_jax import planner
+from qdepth_jax import errors, planner
 
 Observation = dict[str, np.ndarray | str]
 CAMERAS = {"main": "image", "wrist": "wrist_image"}
@@ -23,9 +23,13 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
       close.
 
     Raises:
-      UserError: no policy there, or none that was trained on this suite.
+      UserError: no policy there, or none for this suite, its cameras or its states.
     """
     loaded = planner.load(workdir, suite)
+    if unknown := sorted(set(loaded.config.views) - set(CAMERAS)):
+        raise errors.UserError(
+            f"the policy in {workdir!r} sees the cameras {loaded.config.views}; LIBERO has {sorted(CAMERAS)}, not {unknown}"
+        )
     calls = iter(range(2**31))
 
     def act(observation: Observation) -> np.ndarray:

@@ -158,7 +158,7 @@ class PolicyServer:
             return True
         wanted = f"Api-Key {self._options.api_key}".encode()
         # In constant time: how long it takes must not tell how much of a guess was right.
-        return len(headers) == 1 and hmac.compare_digest(headers[0].encode(), wanted)
+        return len(headers) == 1 and hmac.compare_digest(headers[0].encode(errors="replace"), wanted)
 
     async def _handle(self, connection: websockets.asyncio.server.ServerConnection) -> None:
         self._open.add(connection)
