@@ -28,7 +28,8 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
     loaded = planner.load(workdir, suite)
     if unknown := sorted(set(loaded.config.views) - set(CAMERAS)):
         raise errors.UserError(
-            f"the policy in {workdir!r} sees the cameras {loaded.config.views}; LIBERO has {sorted(CAMERAS)}, not {unknown}"
+            f"the policy in {workdir!r} sees the cameras {loaded.config.views}; LIBERO has {sorted(CAMERAS)}, not "
+            f"{unknown}"
         )
     calls = iter(range(2**31))
 

@@ -27,7 +27,7 @@ from qdepth_jax import errors
 from qdepth_jax.serve import batching, protocol
 from qdepth_jax.serve import metrics as metrics_lib
 
-BAD_REQUEST, FAILED, STOPPING = 1008, 1011, 1001  # close codes of RFC 6455
+BAD_REQUEST, TOO_BIG, FAILED, STOPPING = 1008, 1009, 1011, 1001  # close codes of RFC 6455
 _LOG = logging.getLogger("qdepth_jax.serve")
 
 
@@ -174,8 +174,9 @@ class PolicyServer:
                 if previous is None:
                     return
             await _close(connection, STOPPING, "server is stopping")
-        except ConnectionClosed:
-            pass
+        except ConnectionClosed as closed:
+            if closed.sent is not None and closed.sent.code == TOO_BIG:
+                self.metrics.add("requests_total", label="bad_request")
         finally:
             self._busy.discard(connection)
             self._open.discard(connection)

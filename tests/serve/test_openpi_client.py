@@ -19,6 +19,7 @@ import stored_runs
 from benchmarks import serving_robots
 from qdepth_jax import export_model, planner
 from qdepth_jax.eval import robot
+from qdepth_jax.models import policy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SERVE = [sys.executable, str(ROOT / "tools" / "serve.py")]
@@ -34,26 +35,26 @@ def interpreter():
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
+    """A policy as small as it gets, with the folder where the servers keep their programs beside it."""
     folder = tmp_path_factory.mktemp("served")
-    stored_runs.write_qdepth(folder)
+    model = policy.sized("tiny", vocabulary=640, text_length=24, depth=None, layers=1, scan=False)
+    stored_runs.write(folder / "policy", "policy", model)
     options = export_model.Options(format="safetensors")
     export_model.write_export(str(folder / "policy"), str(folder / "export"), options, lambda text: None)
     return str(folder / "export")
 
 
-def environment(folder):
-    # The second start of a server takes its programs from the cache. Unoptimised ones compile in a third of the time.
-    more = {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | more
-
-
-def start(export, folder, *arguments, port=0):
+def start(export, *arguments, port=0):
     flags = [f"--checkpoint={export}", f"--port={port}", "--batch_sizes=1,4", "--image_sizes=", *arguments]
-    process = subprocess.Popen(
-        [*SERVE, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(folder)
-    )  # fmt: skip
+    # The second start of a server takes its programs from the cache. Unoptimised ones compile in a third of the time.
+    cache = {"JAX_COMPILATION_CACHE_DIR": export + "_cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    fast = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    with open(export + "_log", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [*SERVE, *flags], stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | cache | fast
+        )
     line = process.stdout.readline()
-    assert line, f"the server ended with {process.wait()}"
+    assert line, f"the server ended with {process.wait()}: {pathlib.Path(export + '_log').read_text()}"
     return process, json.loads(line)["port"]
 
 
@@ -64,9 +65,9 @@ def drive(client, *arguments, **options):
 
 
 @pytest.mark.slow
-def test_real_clients_get_the_actions_of_the_policy(export, tmp_path):
+def test_real_clients_get_the_actions_of_the_policy(export):
     client = interpreter()
-    process, port = start(export, tmp_path)
+    process, port = start(export)
     try:
         found = json.loads(
             drive(client, "plain", port, 6, 4, 28, stderr=subprocess.DEVNULL).communicate(timeout=120)[0]
@@ -93,9 +94,9 @@ def test_real_clients_get_the_actions_of_the_policy(export, tmp_path):
 
 
 @pytest.mark.slow
-def test_patient_clients_survive_a_killed_server(export, tmp_path):
+def test_patient_clients_survive_a_killed_server(export):
     client = interpreter()
-    process, port = start(export, tmp_path)
+    process, port = start(export)
     robots_process = drive(client, "patient", port, 40, 2, 28, stderr=subprocess.PIPE)
     try:
         for _ in range(10):
@@ -104,7 +105,7 @@ def test_patient_clients_survive_a_killed_server(export, tmp_path):
         reader.start()
         process.kill()
         process.wait()
-        process, _ = start(export, tmp_path, port=port)
+        process, _ = start(export, port=port)
         reader.join()
         found = json.loads(robots_process.stdout.read())
     finally:

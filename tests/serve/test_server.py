@@ -143,9 +143,14 @@ def test_a_failure_is_told_to_its_client_only_and_without_a_traceback():
             with pytest.raises(ConnectionClosed) as closed:
                 await text.recv()
             assert closed.value.rcvd.code == 1008
+            async with client(port) as large:
+                with pytest.raises(ConnectionClosed) as closed:
+                    await large.send(bytes(service.max_frame + 1))
+                    await large.recv()
+            assert closed.value.rcvd.code == 1009
             assert (await ask(good))["actions"][0, 0] == 21
         assert found.metrics.value("requests_total", "error") == 1
-        assert found.metrics.value("requests_total", "bad_request") == 1
+        assert found.metrics.value("requests_total", "bad_request") == 2
 
     serve(scenario, deadline_s=10.0, batch_sizes=(1, 2))
 
