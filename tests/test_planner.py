@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
+import stored_runs
 
-from qdepth_jax import planner
-from qdepth_jax.models import images, policy
+from qdepth_jax import depth, errors, planner
+from qdepth_jax.models import images, policy, sampling, tokenizer
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 52), (20, 28)])
@@ -30,3 +31,28 @@ def test_programs_are_filled_and_cut():
     rows = [planner.Row({"x": np.full(2, i)}, np.zeros(2, np.uint32)) for i in (1, 2, 3)]
     assert planner._stack(rows, 4)["x"][:, 0].tolist() == [1, 2, 3, 1]
     assert planner._stack(rows, 0)["x"][:, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_depth_is_decoded_by_the_tokenizer_of_the_policy(tmp_path):
+    stored_runs.write_qdepth(tmp_path)
+    loaded = planner.load(str(tmp_path / "policy"), decode_depth=True)
+    rng = np.random.default_rng(0)
+    picture, state = rng.integers(0, 255, (28, 28, 3)).astype(np.uint8), rng.normal(size=7)
+    rows = [planner.make_row(loaded, {"main": picture}, state, words, 0, 0) for words in ("open", "close")]
+    found = planner.predict_depth(loaded, rows, 4)
+    assert found.shape == (2, 8, 8) and found.dtype == np.float32
+    batch = planner._stack(rows, 0)
+    model, variables = loaded.decoder
+
+    @jax.jit
+    def decoded(given):
+        logits = sampling.predict_depth(loaded.config, given["params"], given["state"], batch)
+        return tokenizer.decode(model, variables["params"], variables["state"], logits.argmax(-1))
+
+    x = decoded(loaded.variables)
+    np.testing.assert_allclose(found, depth.denormalise(x, model.range), atol=1e-4)
+    with pytest.raises(errors.UserError, match="decode_depth=True"):
+        planner.predict_depth(loaded._replace(decoder=None), rows)
+    with pytest.raises(errors.UserError, match=r"7 numbers, got \[8\]"):
+        planner.make_row(loaded, {"main": picture}, np.zeros(8), "open", 0, 0)

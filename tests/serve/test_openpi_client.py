@@ -17,9 +17,10 @@ import pytest
 import stored_runs
 
 from benchmarks import serving_robots
-from qdepth_jax import export_model, planner
+from qdepth_jax import export_model
 from qdepth_jax.eval import robot
 from qdepth_jax.models import policy
+from qdepth_jax.serve import protocol
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SERVE = [sys.executable, str(ROOT / "tools" / "serve.py")]
@@ -69,28 +70,37 @@ def test_real_clients_get_the_actions_of_the_policy(export):
     client = interpreter()
     process, port = start(export)
     try:
-        found = json.loads(
-            drive(client, "plain", port, 6, 4, 28, stderr=subprocess.DEVNULL).communicate(timeout=120)[0]
-        )
+        metadata, continued = continue_a_chunk(port)
+        given = drive(client, "plain", port, 6, 4, 28, stderr=subprocess.DEVNULL).communicate(timeout=120)
+        found = json.loads(given[0])
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert found["errors"] == [] and len(found["actions"]) == 24
-    loaded = planner.load(export, "libero_object")
-    metadata = {
-        "observation": {"observation/image": {"dtype": "uint8"}, "observation/state": {"shape": [7]}, "prompt": {}}
-    }
     for seed in (0, 7, 23):
-        seen = serving_robots.observation(metadata, seed, 28)
-        row = planner.make_row(
-            loaded, {"main": seen["observation/image"]}, seen["observation/state"], seen["prompt"], seed, 0
-        )  # fmt: skip
-        wanted = robot.to_libero(planner.plan(loaded, [row])[0])
-        np.testing.assert_allclose(found["actions"][str(seed)], wanted, atol=2e-5)
-        # The very same as evaluation, whose first call has the same noise.
-        act = robot.libero_policy(export, "libero_object", seed)
+        # Evaluation's first call has the noise of [seed, 0]. The server may have planned for four robots at once.
+        seen, act = serving_robots.observation(metadata, seed, 28), robot.libero_policy(export, "libero_object", seed)
         observed = {"image": seen["observation/image"], "state": seen["observation/state"]}
-        np.testing.assert_array_equal(act(observed | {"instruction": seen["prompt"]}), wanted)
+        wanted = act(observed | {"instruction": seen["prompt"]})
+        np.testing.assert_allclose(found["actions"][str(seed)], wanted, atol=2e-5)
+        assert (np.abs(wanted[:, :6]) < 1).any()
+    old, first, second = continued
+    np.testing.assert_array_equal(second[:2], old[:2])
+    assert not np.array_equal(second, first)
+
+
+def continue_a_chunk(port):
+    """The server's metadata, and the old chunk, a chunk without and one with real-time chunking."""
+    client = pytest.importorskip("websockets.sync.client", reason="the serve extra is not installed")
+    with client.connect(f"ws://127.0.0.1:{port}", compression=None) as connection:
+        metadata = protocol.unpack(connection.recv())
+        seen = serving_robots.observation(metadata, 5, 28)
+        old = np.asarray([[0.1, 0.2, 0.3, -0.1, -0.2, -0.3, 1], [0.4, 0, 0, 0, 0, 0, -1], [0.5, 0, 0, 0, 0, 0, 1]])
+        chunks = []
+        for more in ({}, {"rtc/prefix": old, "rtc/frozen": 2}):
+            connection.send(protocol.pack(seen | more))
+            chunks.append(protocol.unpack(connection.recv())["actions"])
+    return metadata, (old.astype(np.float32), *chunks)
 
 
 @pytest.mark.slow
