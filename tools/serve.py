@@ -32,7 +32,7 @@ _SIDE = flags.DEFINE_integer("max_side", 1024, "pixels of the largest picture")
 _SIZES = flags.DEFINE_list("image_sizes", ["224x224", "256x256"], "HEIGHTxWIDTH of pictures to compile for beforehand")
 _CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "more are refused")
 _DEPTH = flags.DEFINE_bool("depth", False, "answer with decoded depth to requests that ask for it")
-_RTC = flags.DEFINE_string("rtc", "inpaint", "real-time chunking: inpaint, or guided (the paper's, slower)")
+_RTC = flags.DEFINE_string("rtc", "inpaint", "real-time chunking: inpaint, guided (the paper's, slower) or off")
 _SEED = flags.DEFINE_integer("seed", 0, "of the flow noise of requests that bring none")
 _DRAIN = flags.DEFINE_float("drain_s", 30.0, "SIGTERM waits so long for what is in flight")
 

@@ -93,13 +93,14 @@ def keys_of(views: tuple[str, ...], renamed: list[str]) -> Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Turns messages into requests. max_side: of a picture, pixels. depth: the server can say depth."""
+    """Turns messages into requests. max_side: of a picture, pixels. depth, rtc: the server has programs for them."""
 
     planner: planner.Planner
     keys: Keys
     units: Units
     max_side: int
     depth: bool
+    rtc: bool
 
     @property
     def dims(self) -> int:
@@ -183,6 +184,8 @@ class Reader:
             if FROZEN in message:
                 raise errors.UserError(f"{FROZEN!r} needs {PREFIX!r}: the actions that are frozen")
             return None, 0
+        if not self.rtc:
+            raise errors.UserError("this server does no real-time chunking: start it with --rtc=inpaint or guided")
         prefix = _numbers(PREFIX, message[PREFIX], f"[k, {config.robot_action_dim}]")
         if prefix.ndim != 2 or not 1 <= len(prefix) <= config.horizon or prefix.shape[1] != config.robot_action_dim:
             raise errors.UserError(

@@ -4,7 +4,6 @@ Nothing here knows of sockets: `prepare` turns a frame into a request, `run` a b
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,8 @@ class Options:
     dataset: whose robot is driven, "" where the policy knows only one. keys: NAME=KEY, see observation.keys_of.
     units: of observation.UNITS, "" = the data set's.
     batch_sizes: programs that are compiled. max_side: of a picture.
-    depth: answer with depth where asked. rtc: of real_time.VARIANTS. seed: of requests that bring none.
+    depth: answer with depth where asked. seed: of requests that bring none.
+    rtc: of real_time.VARIANTS, or "off": half as many programs to compile.
     """
 
     dataset: str = ""
@@ -40,8 +40,8 @@ class Options:
             raise errors.UserError(f"--batch_sizes={self.batch_sizes}: rising numbers from 1 on, for example 1,2,4,8")
         if self.units and self.units not in observation.UNITS:
             raise errors.UserError(f"--units={self.units} is unknown: use one of {', '.join(observation.UNITS)}")
-        if self.rtc not in real_time.VARIANTS:
-            raise errors.UserError(f"--rtc={self.rtc} is unknown: use one of {', '.join(real_time.VARIANTS)}")
+        if self.rtc not in (*real_time.VARIANTS, "off"):
+            raise errors.UserError(f"--rtc={self.rtc} is unknown: use one of {', '.join(real_time.VARIANTS)}, off")
         if self.max_side < 8:
             raise errors.UserError(f"--max_side={self.max_side} is smaller than the smallest picture, 8")
 
@@ -56,10 +56,17 @@ class Service:
             raise errors.UserError(f"LIBERO's actions have 7 numbers, this policy's {loaded.config.robot_action_dim}")
         keys = observation.keys_of(loaded.config.views, list(options.keys))
         self.options, self.planner = options, loaded
-        self.reader = observation.Reader(loaded, keys, observation.UNITS[units], options.max_side, options.depth)
+        self.reader = observation.Reader(
+            loaded, keys, observation.UNITS[units], options.max_side, options.depth, self.rtc
+        )
         # A whole observation of the largest pictures, and as much again for numbers and text as they can need.
         self.max_frame = len(keys.views) * 3 * options.max_side**2 + (1 << 18)
-        self._calls = itertools.count()
+        self._calls = 0
+
+    @property
+    def rtc(self) -> bool:
+        """Whether chunks can be continued."""
+        return self.options.rtc != "off"
 
     def prepare(self, frame: bytes) -> observation.Request:
         """A request from a frame. Called in one thread at a time.
@@ -68,9 +75,10 @@ class Service:
           UserError: what is wrong with it.
         """
         message = protocol.unpack(frame)
-        # Only a request that names no seed takes a number: the n-th such plan of a server is always the same one.
-        call = 0 if observation.SEED in message else next(self._calls)
-        return self.reader.read(message, self.options.seed, call)
+        request = self.reader.read(message, self.options.seed, self._calls)
+        # Only a sound request without a seed takes a number: the n-th such plan of a server is always the same one.
+        self._calls += observation.SEED not in message
+        return request
 
     def run(self, requests: Sequence[observation.Request], size: int) -> list[dict[str, Any]]:
         """Answers `actions` f32 [Z, A] and, where asked, `depth` f32 [R, R]; the device is done when it returns.
@@ -79,7 +87,7 @@ class Service:
           FloatingPointError: actions that are not finite never reach a robot.
         """
         rows = [request.row for request in requests]
-        chunks = planner.plan(self.planner, rows, size, self.options.rtc)
+        chunks = planner.plan(self.planner, rows, size, self.options.rtc if self.rtc else "inpaint")
         if not np.isfinite(chunks).all():
             raise FloatingPointError("the policy planned actions that are not finite")
         answers = [{"actions": self.reader.actions(*pair)} for pair in zip(requests, chunks)]
@@ -98,11 +106,12 @@ class Service:
             picture = np.zeros((height, width, 3), np.uint8)
             plain = example | dict.fromkeys(self.reader.keys.views.values(), picture)
             self.reader.read(plain, 0, 0)
-        old = np.zeros((1, config.robot_action_dim), np.float32)
-        requests = [
-            self.reader.read(plain | more, 0, 0)
-            for more in ({}, {observation.PREFIX: old}, *([{observation.DEPTH: True}] if self.options.depth else []))
-        ]
+        variants: list[dict[str, Any]] = [{}]
+        if self.rtc:
+            variants.append({observation.PREFIX: np.zeros((1, config.robot_action_dim), np.float32)})
+        if self.options.depth:
+            variants.append({observation.DEPTH: True})
+        requests = [self.reader.read(plain | more, 0, 0) for more in variants]
         for size in self.options.batch_sizes:
             for request in requests:
                 self.run([request], size)
@@ -124,9 +133,12 @@ class Service:
         }
         options = {
             observation.SEED: "whole number or [seed, call]: the noise; default: every request draws anew",
-            observation.PREFIX: "float32 [k, action_dim]: actions left of the chunk being executed",
-            observation.FROZEN: "whole number <= k: how many of them will be executed before the answer; default k",
         }
+        if self.rtc:
+            options |= {
+                observation.PREFIX: "float32 [k, action_dim]: actions left of the chunk being executed",
+                observation.FROZEN: "whole number <= k: how many of them will be executed before the answer; default k",
+            }
         if self.options.depth:
             options[observation.DEPTH] = "true: the answer has the depth of the main view"
         return {

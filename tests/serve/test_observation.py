@@ -1,5 +1,6 @@
 """Requests: what is wrong with one is said with what is expected and what came."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -26,7 +27,7 @@ def reader(**changes):
     loaded = planner.Planner(config, {}, found, "libero_object", statistics["action"], statistics["proprio"],
                              text.TextTokenizer(WORDS), None)  # fmt: skip
     keys = observation.keys_of(config.views, [])
-    return observation.Reader(loaded, keys, observation.UNITS["libero"], 64, False)
+    return observation.Reader(loaded, keys, observation.UNITS["libero"], 64, False, True)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,9 @@ def test_keys_can_be_renamed():
     for wrong, message in (("wrist=x", "NAME one of main"), ("main", "NAME=KEY"), ("main=prompt", "two things")):
         with pytest.raises(errors.UserError, match=message):
             observation.keys_of(("main",), [wrong])
+
+
+def test_a_server_without_a_program_for_it_continues_no_chunk(plain):
+    off = dataclasses.replace(plain, rtc=False)
+    with pytest.raises(errors.UserError, match="--rtc=inpaint or guided"):
+        off.read(good(**{"rtc/prefix": np.zeros((2, 7))}), 0, 0)
