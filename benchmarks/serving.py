@@ -114,6 +114,7 @@ def load(server: tuple[subprocess.Popen, int], requests: int, number: int, side:
         "p99_ms": statistics.quantiles(took, n=100)[98] if len(took) > 1 else took[0],
         "infer_p50_ms": statistics.median(found["infer_ms"]),
         "mean_batch": statistics.mean(found["batches"]),
+        "load_average": os.getloadavg()[0],
         "requests_per_s": len(took) / (time.monotonic() - began),
     }
 
@@ -203,12 +204,12 @@ def table(result: dict) -> str:
         ("wrong answers to the good client meanwhile", f"{result['wrong_answers']}"),
         ("memory at the end, growth (MB)", f"{result['memory_mb']:.0f}, {result['memory_growth_mb']:.1f}"),
         ("kill -9 and restart: answers, errors", f"{result['restart_requests']}, {result['restart_errors']}"),
+        ("until the new server was ready, programs from the cache (s)", f"{result['down_s']:.1f}"),
     ]
-    head = f"## Policy server, {datetime.date.today()}, {os.cpu_count()} CPU cores\n\n"
-    head += (
-        f"`python benchmarks/serving.py {given}`: {result['robots']} robots with openpi-client, one process each of "
-    )
-    head += f"server and robots, pictures of {result['side']} pixels, model: {result['model']}.\n"
+    command = f"python benchmarks/serving.py {given}".strip()
+    head = f"## {datetime.date.today()} policy server: {os.cpu_count()} cores\n\n`{command}`\n{result['robots']} robots with "
+    head += f"openpi-client in one process, the server in another; pictures of {result['side']} pixels; model: "
+    head += f"{result['model']}. Load average during the requests {result['load_average']:.1f}.\n"
     return head + "\n| figure | value |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 
