@@ -207,9 +207,9 @@ def table(result: dict) -> str:
         ("until the new server was ready, programs from the cache (s)", f"{result['down_s']:.1f}"),
     ]
     command = f"python benchmarks/serving.py {given}".strip()
-    head = f"## {datetime.date.today()} policy server: {os.cpu_count()} cores\n\n`{command}`\n{result['robots']} robots with "
-    head += f"openpi-client in one process, the server in another; pictures of {result['side']} pixels; model: "
-    head += f"{result['model']}. Load average during the requests {result['load_average']:.1f}.\n"
+    head = f"## {datetime.date.today()} policy server: {os.cpu_count()} cores\n\n`{command}`\n"
+    head += f"{result['robots']} robots with openpi-client in one process, the server in another; pictures of "
+    head += f"{result['side']} pixels; model: {result['model']}. Load average {result['load_average']:.1f}.\n"
     return head + "\n| figure | value |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 
