@@ -54,12 +54,13 @@ def main(argv: list[str]) -> None:
     options = policy_service.Options(
         _DATASET.value, _UNITS.value, tuple(_KEYS.value), sizes, _SIDE.value, _DEPTH.value, _RTC.value, _SEED.value
     )
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # strangers who speak no HTTP are no news
+    image_sizes = [_image_size(text) for text in _SIZES.value]
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     say(f"loading {_CHECKPOINT.value}")
     service = policy_service.Service(_CHECKPOINT.value, options)
-    seconds = service.warm_up(say, [_image_size(text) for text in _SIZES.value])
+    seconds = service.warm_up(say, image_sizes)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # strangers who speak no HTTP are no news
     metadata = service.metadata()
 
     def ready(port: int) -> None:

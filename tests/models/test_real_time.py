@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stored_runs
 import synthetic
 
 from qdepth_jax import errors
@@ -67,8 +68,8 @@ def test_frozen_soft_and_free_actions(noise_at, variant):
 
 @pytest.mark.slow
 def test_of_a_policy():
-    config = policy.sized("tiny", action_dim=9, action_used=7, layers=1)
-    variables = policy.init(config, jax.random.key(0))
+    config = policy.sized("tiny", action_dim=9, action_used=7, layers=1, depth=None, scan=False)
+    variables = stored_runs.random_like(stored_runs.shapes("policy", config), 0)
     batch = synthetic.policy_batch(config, 3)
     noise = jax.random.normal(jax.random.key(1), (3, config.horizon, config.action_dim))
     old = jax.random.normal(jax.random.key(2), (3, config.horizon, 7))
