@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     say(f"loading {_CHECKPOINT.value}")
     service = policy_service.Service(_CHECKPOINT.value, options)
     seconds = service.warm_up(say, image_sizes)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("qdepth_jax.serve").setLevel(logging.INFO)
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # strangers who speak no HTTP are no news
     metadata = service.metadata()
 
