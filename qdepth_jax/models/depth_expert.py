@@ -13,7 +13,7 @@ l_ik = -||x'_i - c'_k||^2 / temperature with c' = (c - mean(c)) / s. The formula
 depends on where the codebook lies and how large it is. With x' near 0 at the start, the cross-entropy of code k is
 ||c'_k||^2 / temperature + ln sum_j exp(-||c'_j||^2 / temperature): ln C where all codes are equally far from their
 mean, but far above it where the codes in use lie outside of a crowd of unused ones (collapsed: 6 of 256 codes
-have ||c'||^2 near 40). `start_temperature` is the least at which it starts near ln C whatever the targets are.
+have ||c'||^2 near 40). `start_temperature` makes up for that.
 
 Axis letters: B batch, P depth tokens, C codes, D width, E code dimension, R depth pixels along one side of a token.
 """
@@ -141,15 +141,18 @@ def unit_codebook(codebook: Array) -> tuple[Array, Array, Array]:
 
 
 def start_temperature(codes: Array) -> Array:
-    """The least temperature >= 1 (f32 scalar) at which cross-entropy at x' = 0 is within 10 % of ln C for any targets.
+    """Temperature >= 1 (f32 scalar) at which cross-entropy at x' = 0 is within 10 % of ln C.
 
-    With r_k = ||c'_k||^2, of mean 1, it differs from ln C by at most max |r - 1| / temperature and a second-order term
-    of half the square of that: START_SHARE of ln C leaves room for the latter and for an x' that is not quite 0.
+    With r_k = ||c'_k||^2, of mean 1, and targets of frequency q it differs from ln C by (E_q r - 1) / temperature and a
+    term of second order. The policy does not know q: codes that moved away from the others are taken to be those in
+    use, q ~ r, so that E_q r - 1 is the variance of r. That is exact where n codes are in use and the others lie in one
+    place (C / n - 1), and small (0.2 to 0.6) for codebooks in full use, whose temperature stays near 1. START_SHARE of
+    ln C leaves room for the second order and for an x' that is not quite 0.
 
     Args:
       codes: c' f32 [C, E] of `unit_codebook`.
     """
-    spread = jnp.max(jnp.abs(jnp.sum(jnp.square(codes), axis=-1) - 1.0))
+    spread = jnp.var(jnp.sum(jnp.square(codes), axis=-1))
     return jnp.maximum(1.0, spread / (START_SHARE * math.log(codes.shape[0])))
 
 
