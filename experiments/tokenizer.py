@@ -61,11 +61,11 @@ def _sample() -> ml_collections.ConfigDict:
     config = config_lib.default()
     config.name = "tokenizer_sample"
     config.model_kind = "tokenizer"
-    # 16x16 tokens of 4x4 pixels. Two dozen episodes need no capacity but many steps: a narrow network and a batch of
-    # four maps (1024 tokens) reached three times lower errors than a wide one and 16 maps in the same time.
+    # 16x16 tokens of 4x4 pixels. Few episodes need many steps more than capacity: the same time spent on small batches
+    # (two maps are 512 tokens) and a narrow network gave lower errors, see docs/tokenizer.md.
     config.model = config_lib.section(
         tokenizer.TokenizerConfig(
-            depth_size=64, grid=16, num_codes=256, code_dim=16, widths=(64,), blocks=1, start_step=150, decay=0.98,
+            depth_size=64, grid=16, num_codes=256, code_dim=8, widths=(64,), blocks=1, start_step=300, decay=0.99,
             range=depth.DepthRange("metric", 0.25, 3.25),
         )
     )  # fmt: skip
@@ -73,12 +73,12 @@ def _sample() -> ml_collections.ConfigDict:
         config.datasets[suite] = config_lib.dataset(str(SAMPLE / suite / "1.0.0"))
     config.eval_split = "val"
     config.data.skip_unlabelled = False
-    config.optim.learning_rate = 5e-3
+    config.optim.learning_rate = 6e-3
     config.optim.warmup_steps = 30
     config.optim.schedule = "cosine"
     config.optim.min_learning_rate = 1e-5
-    config.train.batch_size = 4
-    config.train.total_steps = 5000
+    config.train.batch_size = 2
+    config.train.total_steps = 14_000
     config.train.log_every = 100
-    config.train.eval_every = config.train.checkpoint_every = 2500
+    config.train.eval_every = config.train.checkpoint_every = 3500
     return config
