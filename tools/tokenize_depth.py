@@ -12,7 +12,7 @@ Several processes, on one host or many, share the episodes: start each with --nu
 SLURM or Open MPI). Interrupt, kill and run again, with any N: what is encoded stays, bytes and figures are the same.
 The last line of stdout is JSON: per data set and split codes used, perplexity, RMSE, AbsRel, delta_1 to delta_3 with
 95 % intervals over episodes and the same for the best constant per token, all over the valid tokens alone, and the
-share of the others; while other processes have episodes left, "directory" is null and their number stands there instead.
+share of the others. While other processes have episodes left, "directory" is null and their number stands there.
 """
 
 import json
