@@ -6,6 +6,7 @@ Video-Depth-Anything checkpoints are not named there, so theirs is unknown to us
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -96,9 +97,8 @@ def _load(opened: source.Source, weights: str, video: bool, kind: str) -> DepthW
     if hugging_face:
         config = _as_transformers(config, beside)
     kind = _kind(weights, video, kind, beside)
-    shapes = jax.eval_shape(lambda: depth_anything.init(config, jax.random.key(0)))["params"]
     title = f"{_NETWORK[video]} {size} ({weights})"
-    loaded = table.load(opened, rows, shapes, title, clean=names.renamed)
+    loaded = table.load(opened, rows, _shapes(config), title, clean=names.renamed)
     published = size != TINY and kind != "metric"
     return DepthWeights(
         config=config,
@@ -117,6 +117,11 @@ def sized(size: str, video: bool) -> depth_anything.DepthAnythingConfig:
         return depth_anything.sized(size, video)
     frames = 32 if video else 0
     return depth_anything.DepthAnythingConfig(_TINY["trunk"], dataclasses.replace(_TINY["head"], frames=frames))
+
+
+@functools.lru_cache
+def _shapes(config: depth_anything.DepthAnythingConfig) -> Any:
+    return jax.eval_shape(lambda: depth_anything.init(config, jax.random.key(0)))["params"]
 
 
 def _licence(size: str) -> str:
@@ -216,7 +221,6 @@ def random_params(config: depth_anything.DepthAnythingConfig, seed: int) -> dict
     everywhere, which is a constant map.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    shapes = jax.eval_shape(lambda: depth_anything.init(config, jax.random.key(0)))["params"]
 
     def leaf(path: Any, spec: jax.ShapeDtypeStruct) -> np.ndarray:
         *_, parent, name = ("", *(str(entry.key) for entry in path))
@@ -230,4 +234,4 @@ def random_params(config: depth_anything.DepthAnythingConfig, seed: int) -> dict
         bound = np.float32((3 / fan) ** 0.5 if name == "kernel" else 0.02)
         return (2 * rng.random(shape, np.float32) - 1) * bound
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
+    return jax.tree_util.tree_map_with_path(leaf, _shapes(config))
