@@ -6,6 +6,7 @@ its share of rows, and with it the order of sums in matrix products, changes wit
 """
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ def stream(
     """function(constants, *group) of every group, in order. Compiled once for each shape of groups.
 
     Args:
-      function: pure; arrays of a group in, a pytree of arrays out. It knows nothing of devices.
+      function: pure; arrays of a group in, a pytree of arrays out. It knows nothing of devices. The same object is
+        compiled once.
       constants: pytree, one copy on every device.
       groups: tuples of arrays, all of the same shapes; taken as they are needed.
       devices: of this process.
@@ -36,19 +38,8 @@ def stream(
     Yields:
       The results as NumPy arrays.
     """
-    mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
-    split, whole = NamedSharding(mesh, P("group")), NamedSharding(mesh, P())
+    run, split, whole = _compiled(function, tuple(devices))
     constants = jax.device_put(constants, whole)
-
-    def local(constants: Any, *batch: jax.Array) -> Any:
-        out = function(constants, *(array[0] for array in batch))
-        return jax.tree.map(lambda x: x[None], out)
-
-    run = jax.jit(
-        lambda constants, batch: jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), *(P("group") for _ in batch)), out_specs=P("group"), check_vma=False
-        )(constants, *batch)
-    )
     running: collections.deque[tuple[Any, int]] = collections.deque()
     for batch in _batches(groups, len(devices)):
         fill = len(devices) - len(batch)
@@ -59,6 +50,24 @@ def stream(
             yield from _rows(*running.popleft())
     while running:
         yield from _rows(*running.popleft())
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(function: Callable[..., Any], devices: tuple[jax.Device, ...]):
+    """(jitted (constants, batch), sharding of the batch, of the constants). All splits of a data set share it."""
+    mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
+
+    def local(constants: Any, *batch: jax.Array) -> Any:
+        out = function(constants, *(array[0] for array in batch))
+        return jax.tree.map(lambda x: x[None], out)
+
+    @jax.jit
+    def run(constants: Any, batch: tuple[jax.Array, ...]) -> Any:
+        specs = (P(), *(P("group") for _ in batch))
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("group"), check_vma=False)
+        return mapped(constants, *batch)
+
+    return run, NamedSharding(mesh, P("group")), NamedSharding(mesh, P())
 
 
 def _batches(groups: Iterable[tuple[np.ndarray, ...]], size: int) -> Iterator[list[tuple[np.ndarray, ...]]]:

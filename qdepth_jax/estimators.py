@@ -187,6 +187,7 @@ def estimate_frames(
             done = []
 
 
+@functools.lru_cache(maxsize=8)
 def _window(config: depth_anything.DepthAnythingConfig, input_size: int) -> Callable[[Any, jax.Array], jax.Array]:
     """(params, frames u8 [B, T, H, W, 3]) -> depth f32 [B, T, H, W] for any H and W."""
 

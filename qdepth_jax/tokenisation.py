@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -170,7 +171,7 @@ def encode(
             yield from ((chunk, one * np.float32(scale), one * np.float32(offset)) for chunk in chunked)
 
     parts: list[tuple[np.ndarray, ...]] = []
-    for part in device_groups.stream(tokenizer.compiled_roundtrip(config), variables, groups(), devices):
+    for part in device_groups.stream(_roundtrip(config), variables, groups(), devices):
         frames, count = waiting[0]
         rows = frames - DEVICE_BATCH * (count - 1) if len(parts) == count - 1 else DEVICE_BATCH
         parts.append(_measured(config, *(array[:rows] for array in part)))
@@ -178,6 +179,9 @@ def encode(
             waiting.popleft()
             yield np.concatenate([tokens for tokens, _ in parts]), depth_metrics.total([sums for _, sums in parts])
             parts = []
+
+
+_roundtrip = functools.lru_cache(maxsize=2)(tokenizer.compiled_roundtrip)  # one program for all splits
 
 
 def _measured(config, codes, x_hat, x, valid) -> tuple[np.ndarray, dict[str, np.ndarray]]:

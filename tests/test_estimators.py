@@ -153,14 +153,14 @@ def test_groups_fill_devices_in_order_and_say_so():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", estimators.NETWORKS)
 def test_bytes_do_not_depend_on_devices_or_neighbours(name):
-    """One device, three, eight; with other episodes around it or alone. Episodes of 1, 5, 40 and 70 frames."""
-    episodes, found = frames_of(1, 40, 5, 70), {}
-    for count in (1, 3, 8):
-        options = dataclasses.replace(OPTIONS, devices=jax.devices()[:count], device_batch=0 if count else 1)
+    """One device or three; after other episodes or before them. One frame, shorter than a window, two windows."""
+    episodes, found = frames_of(1, 40, 5), {}
+    for count in (1, 3):
+        options = dataclasses.replace(OPTIONS, devices=jax.devices()[:count])
         estimator = estimators.make(name, "random:tiny", options)
         found[count] = list(estimator.estimate(iter(episodes)))
-        assert [len(maps) for maps in found[count]] == [1, 40, 5, 70] and found[count][1].shape[1:] == (28, 42)
-    for maps in (found[3], found[8], list(estimator.estimate(reversed(episodes)))[::-1]):
+        assert [len(maps) for maps in found[count]] == [1, 40, 5] and found[count][1].shape[1:] == (28, 42)
+    for maps in (found[3], list(estimator.estimate(reversed(episodes)))[::-1]):
         assert all((a == b).all() for a, b in zip(maps, found[1], strict=True))
     assert all(np.std(maps) > 1e-4 for maps in found[1])
     assert [estimator.computed(n) for n in (1, 32, 33)] == ([32, 32 * 2, 32 * 2] if "video" in name else [8, 32, 40])

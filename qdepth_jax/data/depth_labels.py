@@ -69,12 +69,8 @@ def stand_in(frames: np.ndarray) -> np.ndarray:
     return 0.8 * rows[None, :, None] + 0.2 * luminance
 
 
-def _not_called(episodes: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    raise ValueError("this estimator copies depth: read it from the data set")
-
-
 def _carried(name: str) -> Estimator:
-    return Estimator(f"{name} (depth that the data set carries)-v1", "metric", _not_called, reads="depth")
+    return Estimator(f"{name} (depth that the data set carries)-v1", "metric", lambda episodes: iter(()), reads="depth")
 
 
 ESTIMATORS = {
@@ -140,7 +136,7 @@ def counts(estimator: Estimator, frames: int, values: np.ndarray, raw: np.ndarra
     found |= {"frames": frames, "annotated_frames": len(values), "pixels": values.size}
     found |= {"invalid_pixels": int((raw == 0).sum()), "not_finite_pixels": int((~finite).sum())}
     if estimator.kind == "metric":
-        found["not_positive_pixels"] = int((finite & (values < 0.0005)).sum())
+        found["not_positive_pixels"] = int((finite & (values <= 0.0005)).sum())
         found["too_far_pixels"] = int((raw == 0).sum()) - found["not_positive_pixels"] - found["not_finite_pixels"]
     else:
         found["constant_episodes"] = int(finite.any() and not raw.any())
