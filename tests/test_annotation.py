@@ -7,7 +7,7 @@ import libero_writer
 import numpy as np
 import pytest
 
-from qdepth_jax import annotation, errors
+from qdepth_jax import annotation, errors, video_depth
 from qdepth_jax.data import definitions, depth_labels, index, sidecar
 
 LIBERO = definitions.find("libero_object")
@@ -109,6 +109,13 @@ def test_other_weights_or_settings_on_another_host_are_refused(libero_dir, tmp_p
     with pytest.raises(errors.UserError, match="fingerprint"):
         annotate(more, tmp_path, first, (1, 2))
     assert annotate(libero_dir, tmp_path, first, (1, 2))["directory"]
+
+
+def test_a_window_without_numbers_masks_the_rest_of_its_episode():
+    windows = [np.ones((32, 2, 3), np.float32) * np.arange(1, 4, dtype=np.float32) for _ in range(3)]
+    windows[1][:] = np.nan
+    joined = video_depth.join_windows(iter(windows), 70)
+    assert np.isfinite(joined[:24]).all() and np.isnan(joined[32:]).all()
 
 
 def test_maps_of_another_size_are_refused(libero_dir, tmp_path):

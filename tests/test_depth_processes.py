@@ -1,4 +1,4 @@
-"""The depth commands on real data: killed at random moments, by 1, 2 and 4 processes, and the bytes are those of one run.
+"""The depth commands on real data: killed at random moments, by 1, 2 and 4 processes, with the bytes of one run.
 
 LIBERO's sample and real BridgeData; a tiny Video-Depth-Anything with random weights, a tokenizer of four steps.
 """
@@ -100,14 +100,18 @@ def test_kills_and_processes_change_no_byte(name, tmp_path, request):
     assert "RANDOM" in made["estimator"] and all(row["directory"] for row in made["views"]["main"].values())
     compare(commands, annotate, tmp_path, "depth", rng)
 
-    experiment = {"libero_object": "tokenizer.py:libero,object", "bridge_dataset": "tokenizer.py:bridge"}[name]
+    own = {
+        "libero_object": ["--config=experiments/demo.py:tokenizer"],  # the simulator's depth, two data sets
+        "bridge_dataset": [
+            "--config=experiments/tokenizer.py:bridge",
+            f"--config.datasets.bridge_dataset.path={data}",
+            f"--config.datasets.bridge_dataset.depth={tmp_path}/depth/main",
+        ],
+    }
     commands.run(
-        "-m", "qdepth_jax.train", f"--config=experiments/{experiment}", f"--workdir={tmp_path}/tokenizer",
-        f"--config.datasets.{name}.path={data}", f"--config.datasets.{name}.depth={tmp_path}/depth/main",
-        f"--config.data.index_dir={index}", "--config.train.batch_size=8", "--config.train.eval_batches=1",
-        "--config.train.total_steps=4", "--config.train.eval_every=4",
-        "--config.model.range.kind=relative", "--config.model.range.near=1.0", "--config.model.range.far=0.0",
-        *(f"--config.model.{flag}" for flag in TOKENIZER),
+        "-m", "qdepth_jax.train", *own[name], f"--workdir={tmp_path}/tokenizer", f"--config.data.index_dir={index}",
+        "--config.train.batch_size=8", "--config.train.eval_batches=1", "--config.train.total_steps=4",
+        "--config.train.eval_every=4", *(f"--config.model.{flag}" for flag in TOKENIZER),
     )  # fmt: skip
     tokenise = ["tools/tokenize_depth.py", f"--tokenizer={tmp_path}/tokenizer"]
     commands.run(*tokenise, f"--output={tmp_path}/tokens")
