@@ -26,7 +26,13 @@ def find(
                 f"--process_id={process_id} --num_processes={num_processes}: processes are numbered from 0 to N - 1"
             )
         return process_id, num_processes
-    found = cluster.detect(environment)
+    try:
+        found = cluster.detect(environment)
+    except errors.UserError as error:  # its advice is for processes that are to be connected
+        raise errors.UserError(
+            "the environment says that this is one of several processes, but not by a launcher that is known: give "
+            "--process_id=I --num_processes=N"
+        ) from error
     if found.processes == 1:
         return 0, 1
     number = environment.get(_NUMBER[found.kind], "")

@@ -106,6 +106,7 @@ def test_kills_and_processes_change_no_byte(name, tmp_path, request):
             "--config=experiments/tokenizer.py:bridge",
             f"--config.datasets.bridge_dataset.path={data}",
             f"--config.datasets.bridge_dataset.depth={tmp_path}/depth/main",
+            "--config.data.held_out_every=5",
         ],
     }
     commands.run(
