@@ -40,7 +40,7 @@ class Estimator:
       kind: "metric" or "relative".
       estimate: episodes u8 [T, H, W, 3], taken as they are needed -> their maps float [T, H, W], in order.
       reads: "images", or "depth": the data set's own depth is copied and `estimate` is not called.
-      licence: of the weights.
+      licence: of the weights (of the data set, where its depth is copied).
       details: json-able settings, stored and compared at a restart.
       notice: said at the start, "" = nothing.
       window: frames that it sees together; a shorter episode is filled by repeating its last frame.
@@ -70,7 +70,9 @@ def stand_in(frames: np.ndarray) -> np.ndarray:
 
 
 def _carried(name: str) -> Estimator:
-    return Estimator(f"{name} (depth that the data set carries)-v1", "metric", lambda episodes: iter(()), reads="depth")
+    return Estimator(
+        f"{name} (depth that the data set carries)-v1", "metric", lambda episodes: iter(()), "depth", "of the data set"
+    )
 
 
 ESTIMATORS = {
@@ -106,21 +108,28 @@ def to_uint16(values: np.ndarray, kind: str) -> tuple[np.ndarray, float, float]:
     Returns:
       raw u16 [T, H, W], scale, offset; value = raw * scale + offset.
     """
-    values = np.asarray(values, np.float64)
     finite = np.isfinite(values)
     if kind == "metric":
+        values = np.asarray(values, np.float64)
         millimetres = np.where(finite, np.round(np.where(finite, values, 0) * 1000), 0)
         return np.where((millimetres >= 1) & (millimetres <= 65535), millimetres, 0).astype(np.uint16), 0.001, 0.0
     if kind != "relative":
         raise ValueError(f"depth kind {kind!r}: use 'metric' or 'relative'")
-    low, high = np.quantile(values[finite], [0.02, 0.98]) if finite.any() else (0.0, 0.0)
+    values = np.asarray(values, np.float32)
+    low, high = np.quantile(values[finite], [0.02, 0.98]).tolist() if finite.any() else (0.0, 0.0)
     if high - low <= CONSTANT * max(abs(low), abs(high)):
         return np.zeros(values.shape, np.uint16), 1.0, 0.0
-    x = np.clip((np.where(finite, values, low) - low) / (high - low), 0, 1)
+    # In place: this is what the host does for every pixel while devices work.
+    x = np.where(finite, values, np.float32(low))
+    x -= np.float32(low)
+    x *= np.float32(65534 / (high - low))
+    np.rint(np.clip(x, 0, 65534, out=x), out=x)
+    x += 1
+    x *= finite
     # A hair inside of [0, 1], so that float32 arithmetic cannot carry an end point out of the valid range.
     margin = 1e-6
     scale = (1 - 2 * margin) / 65534
-    return np.where(finite, 1 + np.round(x * 65534), 0).astype(np.uint16), scale, margin - scale
+    return x.astype(np.uint16), scale, margin - scale
 
 
 def counts(estimator: Estimator, frames: int, values: np.ndarray, raw: np.ndarray) -> np.ndarray:

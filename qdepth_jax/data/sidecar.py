@@ -87,6 +87,7 @@ class Writer:
 
     _files: dict[str, tuple[int, int]] | None = None  # name -> (file descriptor, where its data begins)
     _lock: int | None = None
+    _published = False
 
     def __init__(self, root: str, metadata: Metadata, figures: int = 0, process: int = 0, processes: int = 1):
         if metadata.kind not in KINDS:
@@ -131,6 +132,7 @@ class Writer:
         if os.path.exists(self._final):
             _same(open_sidecar(self._root, self._metadata.split).metadata, self._metadata, self._final)
             shutil.rmtree(os.path.join(self._final, STATE), ignore_errors=True)
+            self._published = True
             return
         path = os.path.join(self._partial, "metadata.json")
         if os.path.exists(path):
@@ -162,8 +164,10 @@ class Writer:
 
     def _done(self) -> np.ndarray:
         """bool [E]: what all processes have finished by now."""
-        if self._files is None:
+        if self._published:
             return np.ones(self._metadata.episodes, bool)
+        if self._files is None:
+            raise ValueError(f"{self._partial}: the writer is closed")
         file, begin = self._files[DONE]
         return np.frombuffer(os.pread(file, self._metadata.episodes, begin), np.uint8) == 1
 
@@ -226,7 +230,7 @@ class Writer:
         Returns:
           None while other processes have episodes left: the last of them, or any later start, publishes.
         """
-        if self._files is None:
+        if self._published:
             return self._final
         if left := self.pending():
             raise ValueError(f"{self._partial}: {len(left)} episodes are not written, first {left[0]}")
@@ -238,6 +242,7 @@ class Writer:
                 # A kill right after the rename leaves the state in the finished folder, where it harms nobody.
                 os.rename(self._partial, self._final)
             shutil.rmtree(os.path.join(self._final, STATE), ignore_errors=True)
+        self._published = True
         self.close()
         return self._final
 
