@@ -184,3 +184,15 @@ def test_wide_images_keep_their_size_and_wide_videos_are_made_smaller():
     assert video_depth.network_size(100, 300, 518, video=False) == (518, 1554)
     assert video_depth.network_size(100, 300, 518) == (308, 924)
     assert video_depth.network_size(180, 320, 518) == video_depth.network_size(180, 320, 518, video=False)
+
+
+def test_a_pth_holds_what_the_safetensors_hold(files, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    state = {key: torch.from_numpy(np.array(array)) for key, array in files["video_arrays"].items()}
+    torch.save(state, tmp_path / "video.pth")
+    found, wanted = (depth_weights.load(str(path), True) for path in (tmp_path / "video.pth", files["video"]))
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+    assert found.identity != wanted.identity  # of the bytes of the file
+    torch.save({"model": state, "run": object}, tmp_path / "program.pth")
+    with pytest.raises(errors.UserError, match="would run code"):
+        depth_weights.load(str(tmp_path / "program.pth"), True)
