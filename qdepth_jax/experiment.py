@@ -185,8 +185,13 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         batches=lambda start: batches.iterate(start, train.prefetch),
         eval_batches=eval_batches,
         initialise=initialise,
-        meta={"data": batches.identity(), "tokenizer": codes["identity"] if codes else ""},
+        meta={"data": batches.identity(), "tokenizer": codes["identity"] if codes else ""} | _origin(config.init_from),
     )
+
+
+def _origin(init_from: str) -> dict[str, list[str]]:
+    """Recorded when a run starts: the folder it started from may be gone when its weights are given away."""
+    return {"origin": earlier_stages.origin({"config": {"init_from": init_from}})} if init_from else {}
 
 
 def _build_indexes(data: data_config.DataConfig) -> None:
@@ -237,11 +242,12 @@ def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | No
         used = "action_used" if model.action_used else "action_dim"
         for name, want, got in (
             (used, model.robot_action_dim, action.shape[1]),
-            ("proprio_dim", model.proprio_dim, proprio.shape[1]),
+            ("proprio_dim", model.proprio_dim, batches.config.proprio_dim or proprio.shape[1]),
         ):
             if want != got and (model.proprio_steps or name == used):  # pi0.5 reads no proprio
+                fill = f", or data.proprio_dim={want} to fill it with zeros" if name != used and want > got else ""
                 raise errors.UserError(
-                    f"model.{name}={want}, but {batches.sources[0].definition.name} has {got}: set it"
+                    f"model.{name}={want}, but {batches.sources[0].definition.name} has {got}: set it{fill}"
                 )
         vocabulary = text.TextTokenizer(batches.config.text_tokenizer).vocabulary
         if vocabulary > model.vocabulary:

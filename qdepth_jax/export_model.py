@@ -98,7 +98,8 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         files, leaves = export_weights.write(
             stored, model, item, folder, options.format, options.dtype, options.shard_bytes
         )
-        (folder / exported.STATISTICS).write_text(_json(statistics_of(stored.meta)))
+        statistics = exported.statistics_of(stored.meta)
+        (folder / exported.STATISTICS).write_text(_json(statistics))
         (folder / "experiment_config.json").write_text(json.dumps(stored.meta["config"], indent=1))
         if options.format == "hf_paligemma":
             (folder / "config.json").write_text(json.dumps(export_weights.transformers_config(model), indent=2) + "\n")
@@ -113,7 +114,7 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         if identity:
             manifest["identity"] = identity
         (folder / "NOTICE.md").write_text(model_card.notice(manifest["origin"]))
-        (folder / "README.md").write_text(model_card.card(manifest, statistics_of(stored.meta), figures(stored)))
+        (folder / "README.md").write_text(model_card.card(manifest, statistics, figures(stored)))
         (folder / stored_model.MANIFEST).write_text(json.dumps(checkpoint_read.sealed(manifest), indent=1) + "\n")
         listed = sorted(p.name for p in folder.iterdir())
     return {
@@ -146,12 +147,6 @@ def _frozen_identity(workdir: str, kind: str, options: Options) -> str:
         return ""
     found, variables, _ = earlier_stages.load_tokenizer(workdir)
     return tokenizer.identity(found, variables["params"], variables["state"])
-
-
-def statistics_of(meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Data set -> {"action", "proprio"} -> Normaliser as JSON, from what stands beside a checkpoint."""
-    stored = (meta.get("data") or {}).get("normalisation") or {}
-    return {name: {key: json.loads(value) for key, value in pair.items()} for name, pair in stored.items()}
 
 
 def check_open_pi_zero(model: Any) -> None:

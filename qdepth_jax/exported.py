@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from qdepth_jax import errors, model_kinds, stored_model, workdirs
+from qdepth_jax import earlier_stages, errors, model_kinds, stored_model, workdirs
 from qdepth_jax.data import normalise, text
 
 VERSION = 1
@@ -34,9 +34,10 @@ class Exported(NamedTuple):
     variables: {"params", "state"}.
     statistics: data set -> {"action", "proprio"} -> Normaliser.
     text_tokenizer: path of the SentencePiece model, "" where the model reads no text.
-    max_text_tokens: to which its ids are padded.
+    max_text_tokens: to which its ids are padded. text_rule: how a prompt is written (data/text.py).
+    proprio_dim: to which a shorter state is filled with zeros; 0 = as it is.
     depth_tokenizer: folder of its export (load_export reads it too), "" where there is none.
-    manifest: model.json.
+    manifest: model.json, {} of a run.
     """
 
     kind: str
@@ -45,8 +46,45 @@ class Exported(NamedTuple):
     statistics: dict[str, dict[str, normalise.Normaliser]]
     text_tokenizer: str
     max_text_tokens: int
+    text_rule: str
+    proprio_dim: int
     depth_tokenizer: str
     manifest: dict[str, Any]
+
+
+def load(path: str, dtype: str = "float32") -> Exported:
+    """An export, or the workdir of a run as if it had been exported: whatever a robot can be given.
+
+    Raises:
+      UserError: nothing of the kind, or damaged.
+    """
+    if (workdirs.folder(path) / stored_model.MANIFEST).exists():
+        return load_export(path, dtype)
+    kind, model, variables, meta = earlier_stages.load_model(path)
+    config = meta["config"]
+    data = config.get("data", {})
+    return Exported(
+        kind,
+        model,
+        variables,
+        {name: _normalisers(pair) for name, pair in statistics_of(meta).items()},
+        data.get("text_tokenizer", ""),
+        getattr(model, "text_length", 0),
+        data.get("text_rule", "raw"),
+        data.get("proprio_dim", 0),
+        config.get("tokenizer", ""),
+        {},
+    )
+
+
+def statistics_of(meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Data set -> {"action", "proprio"} -> Normaliser as JSON, from what stands beside a checkpoint."""
+    stored = (meta.get("data") or {}).get("normalisation") or {}
+    return {name: {key: json.loads(value) for key, value in pair.items()} for name, pair in stored.items()}
+
+
+def _normalisers(pair: dict[str, Any]) -> dict[str, normalise.Normaliser]:
+    return {key: normalise.Normaliser.from_json(json.dumps(value)) for key, value in pair.items()}
 
 
 def load_export(path: str, dtype: str = "float32") -> Exported:
@@ -79,10 +117,8 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
         raise errors.UserError(
             f"{folder / TEXT} is not the text tokenizer of this model ({found}, not {saved['identity']})"
         )
-    statistics = {
-        name: {key: normalise.Normaliser.from_json(json.dumps(value)) for key, value in pair.items()}
-        for name, pair in json.loads((folder / STATISTICS).read_text()).items()
-    }
+    statistics = {name: _normalisers(pair) for name, pair in json.loads((folder / STATISTICS).read_text()).items()}
+    data = manifest["meta"]["config"].get("data", {})
     return Exported(
         kind,
         model,
@@ -90,6 +126,8 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
         statistics,
         str(folder / TEXT) if saved else "",
         saved.get("max_text_tokens", 0) if saved else 0,
+        data.get("text_rule", "raw"),
+        data.get("proprio_dim", 0),
         str(folder / DEPTH) if manifest["depth_tokenizer"] else "",
         manifest,
     )

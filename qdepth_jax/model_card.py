@@ -96,8 +96,8 @@ def _use(manifest: dict[str, Any]) -> str:
     ]
     if manifest["model_kind"] == "policy":
         lines += [
-            "    from qdepth_jax.models import policy",
-            '    actions = policy.sample_actions(loaded.model, loaded.variables["params"], loaded.variables["state"],'
+            "    from qdepth_jax.models import sampling",
+            '    actions = sampling.sample_actions(loaded.model, loaded.variables["params"], loaded.variables["state"],'
             " batch, noise)",
             "",
             "`actions` are normalised: `data.normalise.unnormalise` with the statistics of the robot's data set gives "

@@ -122,10 +122,10 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
         checkpoint.open_manager(workdir, c) as manager,
         stop_signal.StopSignal() as stop,
     ):
-        state, start, key = _first_state(run, manager, target, placed, workdir)
+        state, start, key, kept = _first_state(run, manager, target, placed, workdir)
         log = distributed.together(lambda: _start_logs(run, workdir, start, extras))
         try:
-            meta = run.meta | {"experiment_id": distributed.from_main(log.experiment_id)}
+            meta = run.meta | kept | {"experiment_id": distributed.from_main(log.experiment_id)}
             run = run._replace(meta=meta)
             last, finished = _loop(run, state, key, start, manager, log, workdir, extras, stop)
         finally:
@@ -135,8 +135,8 @@ def run_training(run: Run, workdir: str, extras: Extras | None = None) -> tuple[
     return last, finished
 
 
-def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.TrainState, int, jax.Array]:
-    """Fresh or from the newest good checkpoint: the state, its step, the run's key.
+def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.TrainState, int, jax.Array, dict[str, Any]]:
+    """Fresh or from the newest good checkpoint: the state, its step, the run's key, what its first start knew of it.
 
     Before anything is written: what does not fit is refused.
     """
@@ -148,7 +148,7 @@ def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.Trai
     if found is None:
         init = functools.partial(train_step.init_state, objective=run.objective, tx=run.tx, ema=run.ema_decay > 0)
         key = jax.random.key(run.seed)
-        return run.initialise(jax.jit(init, out_shardings=placed)(key)), 0, key
+        return run.initialise(jax.jit(init, out_shardings=placed)(key)), 0, key, {}
     state, meta, start = checkpoint.restore_latest(
         manager,
         target,
@@ -157,7 +157,8 @@ def _first_state(run, manager, target, placed, workdir) -> tuple[train_step.Trai
         is_main=distributed.is_main(),
         check=lambda meta: same_experiment.check_checkpoint(meta, run.config, run.meta, workdir, c.batch_size),
     )
-    return state, start, checkpoint.random_key_of(meta)
+    kept = {"origin": meta["origin"]} if "origin" in meta else {}
+    return state, start, checkpoint.random_key_of(meta), kept
 
 
 def compile_step(run: Run, state: train_step.TrainState, batch: dict[str, jax.Array], key: jax.Array) -> Callable:

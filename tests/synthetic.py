@@ -18,7 +18,7 @@ def policy_batch(config: policy_config.PolicyConfig, size: int, seed: int = 0, i
     batch |= {
         "text": text.astype(np.int32),
         "proprio": rng.normal(size=(size, config.proprio_steps, config.proprio_dim)).astype(np.float32),
-        "action": rng.normal(size=(size, config.horizon, config.action_dim)).astype(np.float32),
+        "action": rng.normal(size=(size, config.horizon, config.robot_action_dim)).astype(np.float32),
         "action_mask": rng.random((size, config.horizon)) < 0.8,
         "view_mask": np.ones((size, len(config.views)), bool),
         "position": np.arange(size, dtype=np.uint32),

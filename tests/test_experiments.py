@@ -21,6 +21,8 @@ FILES = (
     ("libero", "object"),
     ("libero", "90"),
     ("libero", "all"),
+    ("openpi", "pi0"),
+    ("openpi", "pi05"),
     ("demo", "policy"),
     ("demo", "tokenizer"),
     ("tokenizer", "libero"),
@@ -71,6 +73,12 @@ def shrink(config):
         "softcap",
         "positions",
         "flow",
+        "action_dim",
+        "action_used",
+        "action_time",
+        "proprio_steps",
+        "scale_experts",
+        "vlm_final_norm",
     )
     depth = full.depth and dataclasses.replace(
         tiny.depth, head=full.depth.head, loss_weight=full.depth.loss_weight, loss_decay=full.depth.loss_decay
@@ -88,6 +96,8 @@ STEPS = [
     pytest.param("fractal", None, marks=pytest.mark.slow),
     pytest.param("libero", "object", marks=pytest.mark.slow),
     pytest.param("oxe", None, marks=pytest.mark.slow),
+    pytest.param("openpi", "pi0", marks=pytest.mark.slow),
+    pytest.param("openpi", "pi05", marks=pytest.mark.slow),
     ("demo", "policy"),
     ("demo", "tokenizer"),
     ("tokenizer", "libero"),

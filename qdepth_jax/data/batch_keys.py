@@ -28,7 +28,8 @@ FIXED = (
 )  # fmt: skip
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
-# Of one instruction feature: id of each frame's text, token rows of the distinct texts, which of them say something.
+# Of one instruction feature: id of each frame's text, token rows of the distinct texts (the texts themselves, where
+# they are tokenised with the state), which of them say something.
 TextTable = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -131,20 +132,28 @@ def image_shape(
     return (*next(iter(sizes.values())), 3)
 
 
-def text_tables(item: source.Source, tokenizer: text.TextTokenizer, max_tokens: int) -> list[TextTable]:
-    """One table for each instruction feature of a data set; only texts of sampled frames are tokenised."""
-    tables = []
+def text_tables(
+    item: source.Source, tokenizer: text.TextTokenizer, max_tokens: int, rule: str = "raw"
+) -> list[TextTable]:
+    """One table for each instruction feature of a data set; only texts of sampled frames are tokenised.
+
+    Where the text holds the state too, the table keeps the instructions themselves; that the longest of them fits with
+    three digits for every number is known now, not in the middle of a run.
+    """
+    tables, with_state = [], rule == "openpi_state"
     for ids, strings in item.instructions():
         used = np.unique(ids[item.frames.valid])
-        rows, unknown = tokenizer.encode_table([strings[i] for i in used], max_tokens)
+        longest = np.ones((len(used), item.frames.proprio.shape[1]), np.float32) if with_state else None
+        rows, unknown = tokenizer.encode_table([strings[i] for i in used], max_tokens, rule, longest)
         if unknown.any():
             logging.warning(
                 "%s: %d of %d instructions hold tokens that %s does not know, for instance %r",
                 item.definition.name, int((unknown > 0).sum()), len(used), tokenizer.path,
                 strings[used[int(np.argmax(unknown))]],
             )  # fmt: skip
-        table = np.zeros((len(strings), max_tokens), np.int32)
-        table[used] = rows
+        table = np.asarray(strings, object) if with_state else np.zeros((len(strings), max_tokens), np.int32)
+        if not with_state:
+            table[used] = rows
         tables.append((ids, table, np.array([bool(string.strip()) for string in strings])))
     return tables
 

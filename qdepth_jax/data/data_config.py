@@ -3,7 +3,7 @@
 import dataclasses
 
 from qdepth_jax import errors
-from qdepth_jax.data import windows
+from qdepth_jax.data import text, windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class DataConfig:
       proprio_dim: n > 0 fills shorter proprioception up to n with zeros; 0 = all data sets of the mix must agree.
       max_text_tokens: length of the text row, bos and newline included.
       text_tokenizer: SentencePiece model file.
+      text_rule: "raw" | "openpi" | "openpi_state": how an instruction is written, see text.py; the last puts the
+        normalised state into the text, as pi0.5 reads it.
       normalisation: "bounds" | "minmax" | "normal".
       normalise_gripper: False leaves the gripper action in {0, 1} (open-pi-zero).
       balance: weights count per frame, so weight 1 for all means every frame equally often.
@@ -85,6 +87,7 @@ class DataConfig:
     proprio_dim: int = 0
     max_text_tokens: int = 20
     text_tokenizer: str = ""
+    text_rule: str = "raw"
     normalisation: str = "bounds"
     normalise_gripper: bool = False
     balance: bool = True
@@ -104,6 +107,7 @@ class DataConfig:
             ("instructions", ("first", "random")),
             ("missing_views", ("error", "mask")),
             ("read", ("frames", "blocks")),
+            ("text_rule", text.RULES),
         ):
             if getattr(self, name) not in allowed:
                 raise errors.UserError(f"data.{name}={getattr(self, name)!r} is unknown: use one of {allowed}")

@@ -128,9 +128,12 @@ class Loader:
         )
         self._texts, self._text_identity = [], ""
         if "text" in self.features:
-            tokenizer = text.TextTokenizer(config.text_tokenizer)
+            self._tokenizer = tokenizer = text.TextTokenizer(config.text_tokenizer)
             self._text_identity = tokenizer.identity
-            self._texts = [batch_keys.text_tables(item, tokenizer, config.max_text_tokens) for item in self.sources]
+            self._texts = [
+                batch_keys.text_tables(item, tokenizer, config.max_text_tokens, config.text_rule)
+                for item in self.sources
+            ]
 
     def __reduce__(self):
         """Pickled as its arguments: another process opens its own files and threads (Grain's worker processes)."""
@@ -196,6 +199,8 @@ class Loader:
             },
             **{name: list(value) if isinstance(value := getattr(c, name), tuple) else value for name in sampling},
             **read,
+            # Only where it differs: runs before this choice existed wrote "raw".
+            **({} if c.text_rule == "raw" else {"text_rule": c.text_rule}),
         }
 
     def summary(self) -> list[str]:
@@ -242,7 +247,9 @@ class Loader:
                 part = samples.Part(number, item, rows, frames, position[rows], epoch)
                 samples.fill_vectors(out, part, self.config)
                 if "text" in out:
-                    out["text"][rows] = samples.texts(part, self._texts[number], self.config, self.seed)
+                    out["text"][rows] = samples.texts(
+                        part, self._texts[number], self.config, self.seed, self._tokenizer
+                    )
                 if "frame" in out:
                     out["frame"][rows] = frames
                 pictures = samples.images(out, part, self.config, self.seed) + samples.depth(out, part, self.config)

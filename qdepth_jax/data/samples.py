@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from qdepth_jax.data import batch_keys, data_config, frame_reader, normalise, order, sidecar, source, windows
+from qdepth_jax.data import batch_keys, data_config, frame_reader, normalise, order, sidecar, source, text, windows
 
 # Streams of random choices, see order.draw.
 GOAL, INSTRUCTION, SWAP = 1, 2, 3
@@ -64,7 +64,13 @@ def fill_vectors(out: Mapping[str, np.ndarray], part: Part, config: data_config.
         out["view_mask"][rows] = [view in item.definition.views for view in config.views]
 
 
-def texts(part: Part, tables: Sequence[batch_keys.TextTable], config: data_config.DataConfig, seed: int) -> np.ndarray:
+def texts(
+    part: Part,
+    tables: Sequence[batch_keys.TextTable],
+    config: data_config.DataConfig,
+    seed: int,
+    tokenizer: text.TextTokenizer,
+) -> np.ndarray:
     """Token rows i32 [n, L] of the instruction of each frame, by config one of several."""
     spoken = np.stack([full[ids[part.frames]] for ids, _, full in tables])
     nth = np.zeros(len(part.frames), np.int64)
@@ -75,7 +81,11 @@ def texts(part: Part, tables: Sequence[batch_keys.TextTable], config: data_confi
     out = np.empty((len(part.frames), config.max_text_tokens), np.int32)
     for variant, (ids, table, _) in enumerate(tables):
         mine = chosen == variant
-        out[mine] = table[ids[part.frames[mine]]]
+        rows = table[ids[part.frames[mine]]]
+        if config.text_rule == "openpi_state":
+            state = normalise.normalise(part.item.frames.proprio[part.frames[mine]], part.item.proprio)
+            rows, _ = tokenizer.encode_table(rows, config.max_text_tokens, config.text_rule, state)
+        out[mine] = rows
     return out
 
 

@@ -2,8 +2,9 @@
 
 Two code bases write the text differently (RULES): open-pi-zero takes it raw and tokenises the newline together with it;
 openpi (pi0) strips it, turns underscores and newlines inside into spaces, and adds the newline as a token of its own.
-Neither lower-cases or uses a template; for a plain instruction both give the same ids. An instruction that does not fit
-the budget is an error, not a cut: a cut loses the newline that the model was trained on.
+Neither lower-cases or uses a template; for a plain instruction both give the same ids. The third rule is pi0.5's: the
+state stands in the text, see `prompt_with_state`. An instruction that does not fit the budget is an error, not a cut:
+a cut loses the newline that the model was trained on.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from etils import epath
 from qdepth_jax import errors
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
-RULES = ("raw", "openpi")
+RULES = ("raw", "openpi", "openpi_state")
 
 # A missing file is the first thing that a new user meets.
 WHERE = (
@@ -70,8 +71,10 @@ class TextTokenizer:
         """Number of ids; the text embedding must have at least as many rows."""
         return self._model.GetPieceSize()
 
-    def encode(self, instruction: str, rule: str = "raw") -> list[int]:
+    def encode(self, instruction: str, rule: str = "raw", state: np.ndarray | None = None) -> list[int]:
         """bos + ids of instruction and newline, not padded; `rule` is one of RULES.
+
+        `state`, f32 [D] normalised to [-1, 1], is read by the rule "openpi_state" alone.
 
         Raises:
           UserError: an unknown rule.
@@ -80,6 +83,10 @@ class TextTokenizer:
             return [BOS, *self._model.EncodeAsIds(instruction + "\n")]
         if rule == "openpi":
             return [BOS, *self._model.EncodeAsIds(_cleaned(instruction)), *self._model.EncodeAsIds("\n")]
+        if rule == "openpi_state":
+            if state is None:
+                raise ValueError("the rule 'openpi_state' needs the state")
+            return self.encode_prompt(prompt_with_state(instruction, state))
         raise errors.UserError(f"text rule {rule!r} is unknown: use one of {RULES}")
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -91,9 +98,19 @@ class TextTokenizer:
         return self._model.DecodeIds([int(i) for i in ids if i not in (PAD, BOS)])
 
     def encode_table(
-        self, instructions: Sequence[str], max_tokens: int, rule: str = "raw"
+        self,
+        instructions: Sequence[str],
+        max_tokens: int,
+        rule: str = "raw",
+        states: np.ndarray | Sequence[None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenises a table of distinct instructions once.
+        """Tokenises a table of instructions.
+
+        Args:
+          instructions: n texts.
+          max_tokens: length of a row.
+          rule: one of RULES.
+          states: f32 [n, D] for the rule "openpi_state", one for each instruction.
 
         Returns:
           ids i32 [n, max_tokens], padded with 0, and the number of unknown tokens of each, i64 [n].
@@ -101,7 +118,8 @@ class TextTokenizer:
         Raises:
           UserError: an instruction needs more than `max_tokens` ids.
         """
-        rows = [self.encode(text, rule) for text in instructions]
+        states = [None] * len(instructions) if states is None else states
+        rows = [self.encode(text, rule, state) for text, state in zip(instructions, states, strict=True)]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
         if longest is not None and len(rows[longest]) > max_tokens:
             over = sum(len(row) > max_tokens for row in rows)

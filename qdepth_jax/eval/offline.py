@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdepth_jax.data import data_config, loader, normalise, sidecar
-from qdepth_jax.models import flow, policy
+from qdepth_jax.models import flow, policy, sampling
 
 BATCH = 32
 
@@ -73,10 +73,10 @@ def evaluate(
     def predict(variables, batch, key):
         keys = flow.example_keys(key, batch["position"])
         noise = flow.sample_noise(keys, (config.horizon, config.action_dim))
-        actions = policy.sample_actions(config, variables["params"], variables["state"], batch, noise)
+        actions = sampling.sample_actions(config, variables["params"], variables["state"], batch, noise)
         codes = ()
         if has_codes:
-            logits = policy.predict_depth(config, variables["params"], variables["state"], batch)
+            logits = sampling.predict_depth(config, variables["params"], variables["state"], batch)
             codes = jnp.argmax(logits, axis=-1)
         return actions, codes
 

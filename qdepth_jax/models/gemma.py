@@ -38,7 +38,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from qdepth_jax.models import attention, layout, linear, stack
+from qdepth_jax.models import attention, layout, linear, norms, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Mixture(nn.Module):
         finals = {}
         for name in (*outputs, *kept):
             norm = _norm(config, self.dtype, name in config.adaptive, name=f"final_norm_{name}")
-            finals[name], _ = _normed(norm, streams[name], conditions.get(name), self.dtype)
+            finals[name], _ = norms.normed(norm, streams[name], conditions.get(name), self.dtype)
         return {name: finals[name] for name in outputs}, kv
 
 
@@ -295,12 +295,12 @@ class Block(nn.Module):
         self.pre_ffw_norm = _norm(self.config, self.dtype, self.adaptive)
         self.mlp = GatedMlp(self.expert.mlp, self.dtype)
         if self.expert.post_norms:
-            self.post_attention_norm = RMSNorm(self.config.norm_eps)
-            self.post_ffw_norm = RMSNorm(self.config.norm_eps)
+            self.post_attention_norm = norms.RMSNorm(self.config.norm_eps)
+            self.post_ffw_norm = norms.RMSNorm(self.config.norm_eps)
 
     def norm_in(self, x: Array, condition: Array | None) -> tuple[Array, Array | None]:
         """[B, T, D] -> normed [B, T, D] and the gate of what attention returns, [B, 1, D] or None."""
-        return _normed(self.pre_attention_norm, x, condition, self.dtype)
+        return norms.normed(self.pre_attention_norm, x, condition, self.dtype)
 
     def query(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, N, H]."""
@@ -316,7 +316,7 @@ class Block(nn.Module):
         if self.expert.post_norms:
             y = self.post_attention_norm(y).astype(self.dtype)
         x = x + (y if gate is None else y * gate)
-        h, gate = _normed(self.pre_ffw_norm, x, condition, self.dtype)
+        h, gate = norms.normed(self.pre_ffw_norm, x, condition, self.dtype)
         y = self.mlp(h)
         if self.expert.post_norms:
             y = self.post_ffw_norm(y).astype(self.dtype)
@@ -385,47 +385,7 @@ class GatedMlp(nn.Module):
         return jnp.einsum("MF,FD->MD", gate * up, down).reshape(x.shape)
 
 
-class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * (1 + scale), in f32. [..., D] -> f32 [..., D]."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * (1.0 + scale).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-class AdaptiveNorm(nn.Module):
-    """(normed x) * (1 + scale) + shift, with scale, shift and a gate from the condition by one dense layer.
-
-    The dense layer starts at zero, so that a fresh expert adds nothing to its stream (pi0.5, after DiT's adaLN-Zero).
-    """
-
-    eps: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, condition: Array) -> tuple[Array, Array]:
-        """[B, T, D], condition [B, D] -> f32 [B, T, D] and the gate `dtype` [B, 1, D]."""
-        width, zeros = x.shape[-1], nn.initializers.zeros
-        dot = layout.gathered_dot(layout.FSDP, None)
-        dense = nn.Dense(3 * width, dtype=self.dtype, kernel_init=zeros, dot_general=dot, name="Dense_0")
-        scale, shift, gate = jnp.split(dense(condition)[:, None], 3, axis=-1)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * (1.0 + scale.astype(jnp.float32)) + shift.astype(jnp.float32), gate
-
-
 def _norm(config: MixtureConfig, dtype: jnp.dtype, adaptive: bool, name: str | None = None) -> nn.Module:
-    return AdaptiveNorm(config.norm_eps, dtype, name=name) if adaptive else RMSNorm(config.norm_eps, name=name)
-
-
-def _normed(norm: nn.Module, x: Array, condition: Array | None, dtype: jnp.dtype) -> tuple[Array, Array | None]:
-    """Normed x [B, T, D] in `dtype`, and the gate of an adaptive norm [B, 1, D] or None."""
-    if condition is None:
-        return norm(x).astype(dtype), None
-    normed, gate = norm(x, condition)
-    return normed.astype(dtype), gate
+    if adaptive:
+        return norms.AdaptiveNorm(config.norm_eps, dtype, name=name)
+    return norms.RMSNorm(config.norm_eps, name=name)

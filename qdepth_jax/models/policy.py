@@ -296,7 +296,7 @@ def _padded_action(config: PolicyConfig, action: Array) -> Array:
     return jnp.pad(action, ((0, 0), (0, 0), (0, config.action_dim - config.action_used)))
 
 
-def _view_mask(config: PolicyConfig, batch: objective.Batch) -> Array | None:
+def view_mask(config: PolicyConfig, batch: objective.Batch) -> Array | None:
     return batch["view_mask"] if config.missing_views else None
 
 
@@ -343,7 +343,7 @@ def loss_at(config: PolicyConfig, params, state, batch, noise: Array, t: Array, 
         batch.get("proprio"),
         x_t,
         t,
-        _view_mask(config, batch),
+        view_mask(config, batch),
     )
     # Actions past the end of an episode repeat the last one; open-pi-zero trains on them, we do not.
     valid = jnp.ones(action.shape[:2], bool) if config.faithful else batch["action_mask"]
@@ -390,53 +390,3 @@ def make_objective(
         flops=flops.model_flops(flops.policy(config)),
         groups=tuple(row for row in GROUPS if row[0] != "depth" or config.depth is not None),
     )
-
-
-def sample_actions(
-    config: PolicyConfig, params, state, batch: objective.Batch, noise: Array, cached: bool = True
-) -> Array:
-    """Euler sampling of an action chunk.
-
-    Args:
-      batch: images, text, proprio.
-      noise: f32 [B, Z, A], x at the flow time of noise.
-      cached: compute everything but the action stream once; False runs the whole network at every step.
-
-    Returns:
-      f32 [B, Z, config.robot_action_dim], normalised actions.
-    """
-    del state  # Actions need no codebook; the argument keeps the signature of all predictions equal.
-    policy, variables = Policy(config), {"params": params}
-    views, text, proprio = prepare_images(config, batch), batch["text"], batch.get("proprio")
-    there = _view_mask(config, batch)
-    if not cached:
-        return flow.integrate(
-            lambda x, t: policy.apply(variables, views, text, proprio, x, t, there).velocity, noise, config.flow
-        )[..., : config.robot_action_dim]
-    visibility.check_cacheable(visibility.resolve(config.visibility))
-    cache, _ = policy.apply(variables, views, text, proprio, view_mask=there, method=Policy.prefill)
-    return flow.integrate(
-        lambda x, t: policy.apply(variables, cache, text, x, t, there, method=Policy.denoise), noise, config.flow
-    )[..., : config.robot_action_dim]
-
-
-def predict_depth(config: PolicyConfig, params, state, batch: objective.Batch) -> Array:
-    """Depth from images, text and proprio alone.
-
-    Returns:
-      f32 [B, P, C] code logits for the head `codes`, or f32 [B, P, R*R] normalised depth for `pixels`.
-    """
-    if config.depth is None:
-        raise errors.UserError("predict_depth needs a policy with a depth expert; this one has depth=None")
-    _, prediction = Policy(config).apply(
-        {"params": params},
-        prepare_images(config, batch),
-        batch["text"],
-        batch.get("proprio"),
-        depth=True,
-        view_mask=_view_mask(config, batch),
-        method=Policy.prefill,
-    )
-    if config.depth.head == "pixels":
-        return prediction
-    return depth_expert.code_logits(prediction, state["codebook"], config.depth.temperature)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.models import flow, gemma, policy, siglip
+from qdepth_jax.models import flow, gemma, policy, sampling, siglip
 from qdepth_jax.weights import open_pi_zero, parity
 
 NEEDED = (
@@ -44,7 +44,7 @@ def compare(arrays: dict[str, np.ndarray], absolute: float, relative: float) -> 
         return policy.loss_at(config, p, {}, batch, noise, t, 0).loss
 
     def sample(p, cached):
-        return policy.sample_actions(config, p, {}, batch, jnp.asarray(arrays["infer_noise"]), cached=cached)
+        return sampling.sample_actions(config, p, {}, batch, jnp.asarray(arrays["infer_noise"]), cached=cached)
 
     out = jax.jit(forward)(params)
     with_gradients = any(name.startswith("grad_norm/") for name in arrays)

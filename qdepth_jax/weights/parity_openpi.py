@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.models import flow, policy
+from qdepth_jax.models import flow, policy, sampling
 from qdepth_jax.weights import openpi, parity, table
 
 NEEDED = tuple(
@@ -36,7 +36,7 @@ def compare(arrays: dict[str, np.ndarray], absolute: float, relative: float) -> 
         return velocity, policy.loss_at(config, p, {}, batch, noise, t, 0).loss
 
     def sample(p, cached):
-        return policy.sample_actions(config, p, {}, batch, noise, cached=cached)
+        return sampling.sample_actions(config, p, {}, batch, noise, cached=cached)
 
     velocity, loss = jax.jit(forward)(params)
     target = arrays["ref/noise"] - arrays["ref/actions"]

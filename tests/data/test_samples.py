@@ -10,7 +10,7 @@ from libero_writer import HEIGHT, WIDTH, make_libero
 from test_loader import _config, _define, _hash
 
 from qdepth_jax import errors
-from qdepth_jax.data import definitions, index, loader, normalise, shard_scan, source, spec, tfrecord
+from qdepth_jax.data import definitions, index, loader, normalise, shard_scan, source, spec, text, tfrecord
 
 
 def test_random_choices_do_not_depend_on_hosts_threads_or_position(tmp_path, monkeypatch):
@@ -234,3 +234,23 @@ def test_statistics_that_were_changed_are_refused(libero_dir):
         loader.Loader(_config(libero_dir), ("action",), 4)
     path.unlink()
     assert loader.Loader(_config(libero_dir), ("action",), 4).normalisers == reader.normalisers
+
+
+def test_the_state_stands_in_the_text_where_the_rule_says_so(libero_dir):
+    """pi0.5 reads its state as bins in the prompt: the same numbers that the batch holds as proprio."""
+    config = _config(libero_dir, text_rule="openpi_state", max_text_tokens=200)
+    batches = loader.Loader(config, ("text", "proprio", "frame"), 8)
+    batch, tokenizer = batches.batch(0), text.TextTokenizer(config.text_tokenizer)
+    ids, strings = batches.sources[0].instructions()[0]
+    seen = set()
+    for row, state, frame in zip(batch["text"], batch["proprio"][:, 0], batch["frame"]):
+        prompt = text.prompt_with_state(strings[ids[frame]], state)
+        assert row.tolist() == (tokenizer.encode_prompt(prompt) + [0] * 200)[:200]
+        seen.add(prompt)
+    assert len(seen) > 1
+    assert batches.identity()["text_rule"] == "openpi_state"
+    # That the longest would not fit is known before the first batch.
+    with pytest.raises(errors.UserError, match=r"exceed data\.max_text_tokens=20"):
+        loader.Loader(_config(libero_dir, text_rule="openpi_state", max_text_tokens=20), ("text",), 8)
+    with pytest.raises(errors.UserError, match="text_rule='pi0' is unknown"):
+        _config(libero_dir, text_rule="pi0")

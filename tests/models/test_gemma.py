@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdepth_jax.models import gemma
+from qdepth_jax.models import gemma, norms
 
 
 def _rotated(x, position, theta=100.0):
@@ -35,5 +35,5 @@ def test_rope_keeps_norms_and_depends_on_distance_alone():
 
 def test_rms_norm_multiplies_by_one_plus_scale():
     x = jnp.array([[3.0, 4.0]])
-    y = gemma.RMSNorm(1e-6).apply({"params": {"scale": jnp.array([0.0, 1.0])}}, x)
+    y = norms.RMSNorm(1e-6).apply({"params": {"scale": jnp.array([0.0, 1.0])}}, x)
     np.testing.assert_allclose(y, [[3 / math.sqrt(12.5), 8 / math.sqrt(12.5)]], rtol=1e-6)

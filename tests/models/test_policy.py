@@ -11,7 +11,7 @@ import synthetic
 from jax._src.ad_checkpoint import saved_residuals  # public only as print_saved_residuals
 
 from qdepth_jax import errors
-from qdepth_jax.models import depth_expert, policy, stack
+from qdepth_jax.models import depth_expert, policy, sampling, stack
 from qdepth_jax.models.siglip import SiglipConfig
 
 TINY = policy.sized("tiny", views=("main", "wrist"), layers=2)
@@ -127,7 +127,7 @@ def test_cached_sampling_is_uncached_sampling(scan):
     params, state = variables()
     noise = jax.random.normal(KEY, (4, config.horizon, config.action_dim))
     cached, uncached = (
-        jax.jit(lambda n, c=c: policy.sample_actions(config, params, state, batch(), n, cached=c))(noise)
+        jax.jit(lambda n, c=c: sampling.sample_actions(config, params, state, batch(), n, cached=c))(noise)
         for c in (True, False)
     )
     assert (np.abs(cached) < 1).mean() > 0.3  # not everything sits on the clamp
@@ -136,7 +136,7 @@ def test_cached_sampling_is_uncached_sampling(scan):
 
 def test_predicted_depth_is_that_of_training():
     params, state = variables()
-    logits = jax.jit(lambda: policy.predict_depth(TINY, params, state, batch()))()
+    logits = jax.jit(lambda: sampling.predict_depth(TINY, params, state, batch()))()
     inputs = (policy.prepare_images(TINY, batch()), batch()["text"], batch()["proprio"])
     noise = jnp.zeros((4, TINY.horizon, TINY.action_dim))
     out = jax.jit(policy.Policy(TINY).apply)({"params": params}, *inputs, noise, jnp.zeros(4))
@@ -245,9 +245,9 @@ def test_wrong_inputs_name_the_numbers():
     wrong = {**batch(), "text": batch()["text"][:, :3]}
     params, state = variables()
     with pytest.raises(errors.UserError, match=r"2 images .* 5 text tokens, got 2 and 3"):
-        policy.predict_depth(TINY, params, state, wrong)
+        sampling.predict_depth(TINY, params, state, wrong)
     with pytest.raises(errors.UserError, match="depth=None"):
-        policy.predict_depth(dataclasses.replace(TINY, depth=None), params, state, batch())
+        sampling.predict_depth(dataclasses.replace(TINY, depth=None), params, state, batch())
 
 
 def test_a_masked_view_changes_nothing_and_older_pictures_do():
@@ -256,7 +256,7 @@ def test_a_masked_view_changes_nothing_and_older_pictures_do():
     params, _ = variables(config)
     batch = synthetic.policy_batch(config, 2) | {"view_mask": jnp.array([[True, True], [True, False]])}
     noise = jax.random.normal(jax.random.key(1), batch["action"].shape)
-    actions = jax.jit(lambda batch, cached=True: policy.sample_actions(config, params, {}, batch, noise, cached),
+    actions = jax.jit(lambda batch, cached=True: sampling.sample_actions(config, params, {}, batch, noise, cached),
                       static_argnums=1)  # fmt: skip
     base = actions(batch)
     np.testing.assert_allclose(base, actions(batch, False), atol=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
-from qdepth_jax.models import policy
+from qdepth_jax.models import policy, sampling
 from qdepth_jax.weights import open_pi_zero, parity, parity_open_pi_zero, parity_openpi
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_openpi_with_other_cameras_padding_and_a_word_zero():
     assert not any(row.ok for row in changed), "another word must change every output"
     config, params = parity_openpi.policy_from(found)
     batch = parity_openpi.batch_from(config, found)
-    sample = jax.jit(lambda p: policy.sample_actions(config, p, {}, batch, found["ref/noise"]))
+    sample = jax.jit(lambda p: sampling.sample_actions(config, p, {}, batch, found["ref/noise"]))
     found["ref/sample_actions"] = np.asarray(sample(params))
     # An absent camera is as good as none, and an example knows nothing of its batch.
     few = {key: array for key, array in found.items() if "right_wrist" not in key}

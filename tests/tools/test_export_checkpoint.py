@@ -16,7 +16,8 @@ import synthetic
 from qdepth_jax import checkpoint, earlier_stages, errors, export_model, exported, stored_model
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import normalise
-from qdepth_jax.models import gemma, paligemma, policy, tokenizer
+from qdepth_jax.eval import robot
+from qdepth_jax.models import gemma, paligemma, policy, sampling, tokenizer
 from qdepth_jax.weights import hf_paligemma, importing, open_pi_zero, table
 
 quiet = functools.partial(export_model.write_export, say=lambda line: None)
@@ -107,12 +108,21 @@ def test_predictions_are_those_of_the_workdir_to_the_bit(runs, safetensors):
 
     @jax.jit
     def predict(v):
-        depth = policy.predict_depth(model, v["params"], v["state"], batch)
-        return policy.sample_actions(model, v["params"], v["state"], batch, noise), depth
+        depth = sampling.predict_depth(model, v["params"], v["state"], batch)
+        return sampling.sample_actions(model, v["params"], v["state"], batch, noise), depth
 
     for ours, theirs in zip(predict(loaded.variables), predict(variables)):
         np.testing.assert_array_equal(ours, theirs)
         assert np.std(ours) > 0.01
+    # And what moves the robot: from the folder alone, moved away from everything it was made from.
+    size = model.siglip.image_size
+    rng = np.random.default_rng(0)
+    observation = {f"{name}image": rng.integers(0, 255, (size, size, 3), np.uint8) for name in ("", "wrist_")}
+    observation |= {"state": rng.normal(size=model.proprio_dim).astype(np.float32), "instruction": "open the drawer"}
+    moved = shutil.copytree(safetensors, safetensors.parent / "moved")
+    given = [robot.libero_policy(path, "libero_object")(observation) for path in (workdir, str(moved))]
+    np.testing.assert_array_equal(*given)
+    assert given[0].shape == (model.horizon, 7)
 
 
 def test_export_import_export_is_the_same_to_the_byte(safetensors, tmp_path):

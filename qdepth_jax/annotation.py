@@ -1,0 +1,118 @@
+"""Depth maps of one camera of one split, by an estimator, into a sidecar: one episode is one unit of work."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qdepth_jax import errors, progress
+from qdepth_jax.data import definition as definition_lib
+from qdepth_jax.data import depth_labels, episode_reader, index, sidecar
+
+
+def annotate_split(
+    opened: index.Index,
+    definition: definition_lib.Definition,
+    split: index.SplitIndex,
+    view: str,
+    root: str,
+    estimator: depth_labels.Estimator,
+    process: int = 0,
+    processes: int = 1,
+) -> dict:
+    """Writes the episodes of this process's share that are not done yet; the last process publishes ROOT/SPLIT.
+
+    Args:
+      view: of the definition ("main", "wrist").
+
+    Returns:
+      The summary: "directory" (None while other processes have episodes left), "annotated_now", and once published the
+      sum of every count of `depth_labels.COUNTS` over all episodes.
+
+    Raises:
+      UserError: what `sidecar.Writer` refuses; the data set lacks the camera, or the depth that is to be copied.
+      ValueError: an image cannot be decoded.
+    """
+    reader = episode_reader.EpisodeReader(split)
+    camera, depth = f"steps/{definition.views[view]}", f"steps/{definition.depth[view]}"
+    shape = _depth_size(reader, split, definition, depth) if estimator.reads == "depth" else reader.image_size(camera)
+    metadata = sidecar.Metadata(
+        kind="depth",
+        fingerprint=opened.fingerprint,
+        split=split.name,
+        camera=camera,
+        identity=estimator.name,
+        row_shape=shape,
+        frames=split.frames,
+        episodes=len(split.episodes),
+        details={"depth_kind": estimator.kind, "licence": estimator.licence, **estimator.details},
+    )
+    writer = sidecar.Writer(root, metadata, len(depth_labels.COUNTS), process, processes)
+    pending = writer.pending()
+    label = f"{split.name} {view}" + (f", process {process} of {processes}" if processes > 1 else "")
+    bar = progress.Progress(sum(reader.length(episode) for episode in pending), label, unit="frame")
+    for episode, raw, scale, offset, counts in _maps(reader, estimator, camera, depth, definition, pending, shape):
+        start = int(split.episodes["start"][episode])
+        writer.write(episode, start, raw, scale=scale, offset=offset, figures=counts)
+        bar.update(len(raw))
+    bar.close()
+    reader.close()
+    missing = writer.missing()
+    directory = writer.finish()
+    found = {
+        "directory": directory,
+        "unfinished_episodes": 0 if directory else missing,
+        "episodes": len(split.episodes),
+        "frames": split.frames,
+        "quarantined_frames": len(split.quarantined),
+        "annotated_now": len(pending),
+    }
+    return found | (totals(sidecar.open_sidecar(root, split.name)) if directory else {})
+
+
+def totals(made: sidecar.Sidecar) -> dict[str, int]:
+    """The sum of every count over all episodes; {} for sidecars without counts."""
+    if made.figures is None:
+        return {}
+    return dict(zip(depth_labels.COUNTS, made.figures.sum(axis=0).astype(int).tolist(), strict=True))
+
+
+def _depth_size(reader, split, definition, feature: str) -> tuple[int, int]:
+    if feature not in split.dataset.features:
+        raise errors.UserError(
+            f"data set {split.dataset.name} carries no depth feature {feature!r}: use an estimator that reads images"
+        )
+    for episode in range(len(split.episodes)):
+        if len(steps := reader.good_steps(episode)):
+            return reader.depth(feature, definition.depth_metres, episode, steps[:1])[0].shape[1:]
+    raise errors.UserError(f"{split.dataset.name} {split.name}: all frames are set aside: leave it out with --splits")
+
+
+def _maps(
+    reader: episode_reader.EpisodeReader,
+    estimator: depth_labels.Estimator,
+    camera: str,
+    depth: str,
+    definition: definition_lib.Definition,
+    episodes: list[int],
+    shape: tuple[int, int],
+) -> Iterator[tuple[int, np.ndarray, float, float, np.ndarray]]:
+    """(episode, raw u16 [T, H, W], scale, offset, counts) of every episode, in order.
+
+    The estimator does not see frames that were set aside: they are 0. Episodes are read as it asks for them.
+    """
+    good = {episode: reader.good_steps(episode) for episode in episodes}
+    some = (episode for episode in episodes if len(good[episode]))
+    estimates = estimator.estimate(reader.images(camera, episode, shape, good[episode]) for episode in some)
+    for episode in episodes:
+        steps, scale, offset = good[episode], 1.0, 0.0
+        raw = np.zeros((reader.length(episode), *shape), np.uint16)
+        values = np.zeros((0, *shape))
+        if len(steps) and estimator.reads == "depth":
+            raw[steps], scale, offset = reader.depth_of(depth, definition.depth_metres, None, episode, steps)
+            values = np.where(raw[steps] > 0, raw[steps] * scale + offset, 0.0)
+        elif len(steps):
+            values = next(estimates)
+            if values.shape != (len(steps), *shape):
+                raise ValueError(f"{estimator.name}: maps {values.shape} of {len(steps)} frames of {shape}")
+            raw[steps], scale, offset = depth_labels.to_uint16(values, estimator.kind)
+        yield episode, raw, scale, offset, depth_labels.counts(estimator, len(raw), values, raw[steps])
