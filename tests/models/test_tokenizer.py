@@ -35,7 +35,7 @@ def make_batch(n=8, size=32, seed=0):
     }
 
 
-@pytest.mark.parametrize("quantiser", codebook.KINDS)
+@pytest.mark.parametrize("quantiser", ["ema", "plain", "fsq", pytest.param("l2", marks=pytest.mark.slow)])
 def test_each_quantiser_learns_and_decodes_what_it_encodes(quantiser):
     config = dataclasses.replace(TINY, quantiser=quantiser)
     objective, batch, key = tokenizer.make_objective(config), make_batch(), jax.random.key(0)
@@ -172,8 +172,16 @@ def trained(quantiser, grid, steps=25):
     return config, params, state, x, valid
 
 
-@pytest.mark.parametrize("grid", [16, 32])
-@pytest.mark.parametrize("quantiser", codebook.KINDS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("quantiser", "grid"),
+    [
+        ("plain", 16),
+        *(pytest.param(k, g, marks=SLOW) for k in codebook.KINDS for g in (16, 32) if (k, g) != ("plain", 16)),
+    ],
+)
 def test_cross_entropy_of_an_untrained_policy_starts_at_ln_k(quantiser, grid):
     config, params, state, x, valid = trained(quantiser, grid)
     targets = tokenizer.encode(config, params, state, x, valid)
@@ -187,6 +195,7 @@ def test_cross_entropy_of_an_untrained_policy_starts_at_ln_k(quantiser, grid):
     assert float(loss) == pytest.approx(np.log(256), rel=0.1)
 
 
+@SLOW
 def test_codes_and_features_of_l2_stay_on_the_sphere():
     config, params, state, x, valid = trained("l2", 16)
     z = tokenizer.Encoder(config).apply({"params": params["encoder"]}, x, valid)
@@ -198,7 +207,7 @@ def test_codes_and_features_of_l2_stay_on_the_sphere():
     np.testing.assert_allclose(chosen, cosine.max(axis=-1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantiser", ["ema", "l2", "fsq"])
+@pytest.mark.parametrize("quantiser", [pytest.param(k, marks=SLOW) for k in ("ema", "l2", "fsq")] + ["plain"])
 def test_soft_tokens_approach_the_hard_ones(quantiser):
     config, params, state, x, valid = trained(quantiser, 16)
     codes = tokenizer.encode(config, params, state, x, valid)
@@ -212,3 +221,22 @@ def test_soft_tokens_approach_the_hard_ones(quantiser):
     assert float(soft.max()) < 0.999
     blended = tokenizer.decode_expected(config, params, state, soft)
     assert blended.shape == hard.shape and float(jnp.abs(blended - hard).max()) > 1e-3
+
+
+@pytest.mark.parametrize("quantiser", ["ema", *(pytest.param(k, marks=SLOW) for k in ("l2", "plain", "fsq"))])
+def test_depth_that_says_nothing_leaves_everything_finite(quantiser):
+    """One depth everywhere, and no valid pixel at all: all features are equal, so all codes start as one."""
+    config = dataclasses.replace(TINY, quantiser=quantiser, start_step=0)
+    objective, key = tokenizer.make_objective(config), jax.random.key(0)
+    variables = objective.init(key)
+    step = jax.jit(
+        jax.value_and_grad(lambda p, s, b: (o := objective.loss(p, s, b, key, 0), (o.loss, o))[1], has_aux=True)
+    )
+    for value in (1500, 0):
+        batch = make_batch() | {"depth": jnp.full((8, 32, 32), value, jnp.uint16)}
+        (loss, out), grads = step(variables["params"], variables["state"], batch)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((loss, out.state, out.metrics, grads)))
+        assert float(out.metrics["valid_pixels"]) == (value > 0)
+        x, valid = tokenizer.preprocess(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
+        codes = tokenizer.encode(config, variables["params"], out.state, x, valid)
+        assert len(np.unique(codes)) <= 16, "equal tokens but for the padding at the border"
