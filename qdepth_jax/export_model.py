@@ -69,11 +69,13 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
     """Exports the model of a workdir: of a run, an import, or an earlier export.
 
     Returns:
-      {"output", "format", "dtype", "step", "averaged", "parameters", "bytes", "files"}.
+      {"output", "format", "dtype", "step", "averaged", "parameters", "bytes", "files"}, and of a depth tokenizer its
+      "identity", which stands in every sidecar that it makes.
 
     Raises:
-      UserError: the output exists, something the export needs is missing or another than the run's, the format cannot
-        express the model, or the disk is full; nothing is left behind.
+      UserError: the output exists, a depth tokenizer in another dtype than float32, something the export needs is
+        missing or another than the run's, the format cannot express the model, or the disk is full; nothing is left
+        behind.
     """
     options, out = options or Options(), workdirs.folder(output)
     if out.exists():
@@ -87,6 +89,7 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         check_open_pi_zero(model)
     if options.format == "hf_paligemma" and config.model_kind != "paligemma":
         raise errors.UserError(f"hf_paligemma files hold a PaliGemma, this is a {config.model_kind}: use safetensors")
+    identity = _frozen_identity(workdir, config.model_kind, options)
     words = _text_tokenizer(stored, model, options)
     depth = _depth_tokenizer(stored, model, options)
     say(f"exporting {item} of step {stored.meta['step']} of {workdir} as {options.format} in {options.dtype}")
@@ -108,6 +111,8 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
             )
             write_export(depth, str(folder / exported.DEPTH), nested, say)
         manifest = _manifest(stored, config, model, item, options, files, leaves, words, bool(depth))
+        if identity:
+            manifest["identity"] = identity
         (folder / "NOTICE.md").write_text(model_card.notice(manifest["origin"]))
         (folder / "README.md").write_text(model_card.card(manifest, statistics, figures(stored)))
         (folder / stored_model.MANIFEST).write_text(json.dumps(checkpoint_read.sealed(manifest), indent=1) + "\n")
@@ -125,7 +130,23 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
             for leaf in item.values()
         ),
         "files": listed,
+        **({"identity": identity} if identity else {}),
     }
+
+
+def _frozen_identity(workdir: str, kind: str, options: Options) -> str:
+    """Identity of a depth tokenizer, "" of anything else; only what gives the same tokens is exported."""
+    if kind != "tokenizer":
+        return ""
+    if options.dtype != "float32":
+        raise errors.UserError(
+            f"--dtype={options.dtype} would change which tokens a depth map gets: export a depth tokenizer in float32"
+        )
+    # Other parameters than these have another identity than the tokens that the run has made.
+    if options.step is not None or not options.average:
+        return ""
+    found, variables, _ = earlier_stages.load_tokenizer(workdir)
+    return tokenizer.identity(found, variables["params"], variables["state"])
 
 
 def check_open_pi_zero(model: Any) -> None:

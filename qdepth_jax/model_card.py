@@ -118,6 +118,8 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("text tokenizer", f"{words['identity']}, {words['max_text_tokens']} ids, padded on the right with 0")
         )
+    if identity := manifest.get("identity"):
+        facts.append(("identity", f"{identity} (of encoder and codebook; stands in every token sidecar it makes)"))
     if depth := manifest["depth_tokenizer"]:
         facts.append(("depth tokenizer", depth["identity"]))
     return facts

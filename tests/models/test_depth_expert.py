@@ -41,6 +41,26 @@ def test_cross_entropy_of_an_untrained_decoder_starts_at_ln_c(scale, offset, ran
     assert accuracy < 0.1
 
 
+@pytest.mark.parametrize("used", [1, 6, 40, 100, 200, 256])
+def test_a_collapsed_codebook_starts_at_ln_c_too(used):
+    """Some codes in use far out, the rest near zero as they were started: what the plain objective leaves behind."""
+    codes = jax.random.normal(jax.random.key(used), (256, 32))
+    codes = jnp.where(jnp.arange(256)[:, None] < used, codes, codes / 256)
+    logits = depth_expert.code_logits(jnp.zeros((1, 800, 32)), codes, 0.0)
+    targets, everywhere = jnp.arange(800)[None] % used, jnp.ones((1, 800), bool)
+    loss, _ = depth_expert.code_loss(logits, targets, everywhere)
+    assert float(loss) == pytest.approx(np.log(256), rel=0.1)
+    naive, _ = depth_expert.code_loss(
+        depth_expert.code_logits(jnp.zeros((1, 800, 32)), codes, 1.0), targets, everywhere
+    )
+    assert used > 100 or float(naive) > 1.1 * np.log(256), "with the fixed temperature it does not"
+
+
+def test_a_codebook_in_full_use_keeps_the_temperature_of_one():
+    codes = jax.random.normal(jax.random.key(0), (256, 32))
+    assert depth_expert.start_temperature(depth_expert.unit_codebook(codes)[0]) == 1.0
+
+
 def test_the_codes_own_vector_is_its_most_likely_code():
     codebook = jax.random.normal(jax.random.key(0), (16, 6)) * 4 + 2
     own, _, _ = depth_expert.unit_codebook(codebook)
@@ -75,7 +95,7 @@ def test_pixel_targets_are_nearest_pixels_in_token_order():
     np.testing.assert_array_equal(depth_expert.pixel_targets(big, config)[0], x)
 
 
-@pytest.mark.parametrize("change", [{"head": "voxels"}, {"temperature": 0.0}, {"loss_weight": -1.0}])
+@pytest.mark.parametrize("change", [{"head": "voxels"}, {"temperature": -1.0}, {"loss_weight": -1.0}])
 def test_bad_configs(change):
     with pytest.raises(errors.UserError):
         depth_expert.DepthConfig(**change)

@@ -17,7 +17,7 @@ from qdepth_jax import checkpoint, earlier_stages, errors, export_model, exporte
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import normalise
 from qdepth_jax.eval import robot
-from qdepth_jax.models import gemma, paligemma, policy, sampling
+from qdepth_jax.models import gemma, paligemma, policy, sampling, tokenizer
 from qdepth_jax.weights import hf_paligemma, importing, open_pi_zero, table
 
 quiet = functools.partial(export_model.write_export, say=lambda line: None)
@@ -72,6 +72,30 @@ def test_what_is_loaded_is_the_run_s_model(runs, tmp_path, form):
     assert decoder.kind == "tokenizer" and decoder.model == stored_runs.TOKENIZER
     found, _, _ = earlier_stages.load_tokenizer(loaded.depth_tokenizer)
     assert found == stored_runs.TOKENIZER
+
+
+@pytest.mark.parametrize("form", [pytest.param("orbax", marks=pytest.mark.slow), "safetensors"])
+def test_a_frozen_tokenizer_keeps_its_identity_and_its_tokens(runs, tmp_path, form):
+    workdir, out = runs[0] / "qdepth" / "tokenizer", str(tmp_path / "frozen")
+    result = quiet(str(workdir), out, options(format=form))
+    config, variables, _ = earlier_stages.load_tokenizer(str(workdir))
+    identity = tokenizer.identity(config, variables["params"], variables["state"])
+    assert result["identity"] == stored_model.read_manifest(out)["identity"] == identity
+    assert identity in (tmp_path / "frozen" / "README.md").read_text()
+    again, frozen, meta = earlier_stages.load_tokenizer(out)
+    assert again == config and tokenizer.identity(again, frozen["params"], frozen["state"]) == identity
+    # Where its data lies is known, so that tools/tokenize_depth.py --tokenizer=EXPORT needs no more than the folder.
+    assert meta["config"]["datasets"] == stored_model.find(str(workdir)).meta["config"]["datasets"]
+    raw = np.random.default_rng(0).integers(500, 3500, (3, 8, 8)).astype(np.uint16)
+    x, valid = tokenizer.preprocess(config, jnp.asarray(raw), jnp.full((3,), 1e-3), jnp.zeros(3))
+    codes = [tokenizer.encode(config, v["params"], v["state"], x, valid) for v in (variables, frozen)]
+    np.testing.assert_array_equal(*codes)
+
+
+def test_a_tokenizer_in_half_precision_is_refused(runs, tmp_path):
+    with pytest.raises(errors.UserError, match="would change which tokens"):
+        quiet(str(runs[0] / "qdepth" / "tokenizer"), str(tmp_path / "x"), options(dtype="bfloat16"))
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
