@@ -73,11 +73,12 @@ def survive(commands: Commands, words, root, processes: int, kills: int, rng: ra
     for _ in range(kills):
         running = [commands.start(*words, f"--output={root}", *share) for share in shares]
         victim = rng.choice(running)
-        wanted, deadline = done(root) + rng.randrange(3), time.monotonic() + rng.uniform(6, 20)
+        wanted, deadline = done(root) + rng.randrange(6), time.monotonic() + 120
         while victim.poll() is None and done(root) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         victim.send_signal(signal.SIGKILL)
+        print(f"killed one of {processes} with {done(root)} episodes done")
         for child in running:
             if child is not victim:
                 child.send_signal(signal.SIGKILL)  # and the others right after it, wherever they are
