@@ -213,7 +213,7 @@ def header_of(path):
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_paligemma_goes_out_and_comes_back_by_import(version, tmp_path):
     expert = gemma.ExpertConfig(width=32, mlp=48, post_norms=version == 2)
-    extra = {"softcap": 50.0, "final_softcap": 30.0, "window": 4096, "query_scale": 16.0} if version == 2 else {}
+    extra = {"softcap": 50.0, "final_softcap": 30.0, "window": 0, "query_scale": 16.0} if version == 2 else {}
     model = paligemma.PaligemmaConfig(
         siglip=stored_runs.BASELINE.siglip,
         vlm=expert,
@@ -293,6 +293,22 @@ def test_terms_follow_the_weights_through_the_stages(runs, tmp_path):
     assert "could not be read" in (tmp_path / "lost" / "NOTICE.md").read_text()
     quiet(str(tmp_path / "stage"), str(tmp_path / "told"), options(origin=("openpi",)))
     assert "openpi weights" in (tmp_path / "told" / "NOTICE.md").read_text()
+    # What a user tells never takes the place of what is recorded.
+    quiet(str(tmp_path / "out"), str(tmp_path / "both"), options(origin=("openpi",)))
+    assert all(text in (tmp_path / "both" / "NOTICE.md").read_text() for text in ("openpi weights", "big_vision's"))
+    with pytest.raises(errors.UserError, match="--derived_from=foo is unknown: use big_vision"):
+        options(origin=("foo",))
+
+
+def test_what_a_killed_process_left_is_named(runs, tmp_path):
+    (tmp_path / ".out.1.tmp").mkdir()
+    said = []
+    export_model.write_export(
+        str(runs[0] / "baseline"), str(tmp_path / "out"), options(format="safetensors"), said.append
+    )
+    assert any(".out.1.tmp" in line for line in said)
+    with pytest.raises(errors.UserError, match="cannot be written"):
+        quiet(str(runs[0] / "baseline"), "/proc/x/out", options(format="safetensors"))
 
 
 def test_an_existing_output_is_never_touched(runs, tmp_path):
