@@ -6,8 +6,8 @@
 Trains experiments/tokenizer.py:sample (the shipped LIBERO data with the simulator's own depth) once per kind and seed,
 one after the other, each in a process of its own by the ordinary command, and measures every run on all held-out
 episodes. What stands after `--` goes to every run. A run with a RESULT.json in its folder is not repeated, a killed one
-goes on from its checkpoint: start the command again. Writes OUTPUT/table.md after each run; the last line of stdout is
-JSON.
+goes on from its checkpoint: start the command again. Writes OUTPUT/table.md and OUTPUT/table.json after each run; the
+last line of stdout is JSON.
 """
 
 import json
@@ -32,7 +32,10 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder of the runs", required=Tru
 _KINDS = flags.DEFINE_list("kinds", ["ema", "l2", "fsq", "plain"], "quantisers")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the runs")
 _STEPS = flags.DEFINE_integer("steps", 0, "of each run; 0 = the experiment's own", lower_bound=0)
-_MEASURE_ONLY = flags.DEFINE_bool("measure_only", False, "measure finished runs again, train none")
+_DO = flags.DEFINE_enum(
+    "do", "train", ["train", "measure", "table"], "train and measure what is missing; measure what is trained again; "
+    "write the table of what is there",
+)  # fmt: skip
 
 SOFTNESS = (0.003, 0.01, 0.03, 0.1, 0.3)
 COLUMNS = (
@@ -55,16 +58,18 @@ def main(argv: list[str]) -> int:
     wanted = [(kind, int(seed)) for seed in _SEEDS.value for kind in _KINDS.value]
     for kind, seed in wanted:
         workdir = output / f"{kind}_{seed}"
-        if not _MEASURE_ONLY.value and not (workdir / "RESULT.json").exists():
-            _train(workdir, kind, seed, argv[1:])
-        elif not _MEASURE_ONLY.value or not (workdir / "RESULT.json").exists():
+        trained = (workdir / "train_cost.json").exists()
+        measured = (workdir / "RESULT.json").exists() and _DO.value != "measure"
+        if measured or _DO.value == "table" or (_DO.value == "measure" and not trained):
             continue
-        result = json.loads((workdir / "RESULT.json").read_text()) if _MEASURE_ONLY.value else {}
-        result |= {"kind": kind, "seed": seed} | _train_record(workdir) | measure(str(workdir))
+        if not trained:
+            _train(workdir, kind, seed, argv[1:])
+        cost = json.loads((workdir / "train_cost.json").read_text())
+        result = {"kind": kind, "seed": seed} | cost | measure(str(workdir))
         _write(workdir / "RESULT.json", json.dumps(result, indent=1))
         print(_line(result), file=sys.stderr, flush=True)
-        _write(output / "table.md", table(_results(output)))
-    _write(output / "table.md", table(_results(output)))
+        _write_tables(output)
+    _write_tables(output)
     print(json.dumps({"runs": len(_results(output)), "table": str(output / "table.md")}))
     return 0
 
@@ -82,10 +87,6 @@ def _train(workdir: pathlib.Path, kind: str, seed: int, more: list[str]) -> None
         subprocess.run(line, cwd=ROOT, stdout=log, stderr=log, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     spent = {"cpu_seconds": _cpu() - cpu, "wall_seconds": time.monotonic() - wall, "command": line[1:]}
     _write(workdir / "train_cost.json", json.dumps(spent))
-
-
-def _train_record(workdir: pathlib.Path) -> dict[str, Any]:
-    return json.loads((workdir / "train_cost.json").read_text())
 
 
 def _cpu() -> float:
@@ -177,6 +178,17 @@ def start(codes: Any, used: Any, grid: int) -> float:
 
 
 # ---- the table ----
+
+
+def _write_tables(output: pathlib.Path) -> None:
+    results = _results(output)
+    _write(output / "table.md", table(results))
+    rows = [{"kind": r["kind"], "seed": r["seed"], "step": r["step"], **_row(r)} | {
+        "interval_95": r["held_out"]["interval_95"], "floor": r["held_out"]["constant_per_token"], "soft": r["soft"],
+        "by_data_set": {name: f["floor_over_tokens"] for name, f in r["by_data_set"].items()},
+        "cpu_seconds": r["cpu_seconds"], "command": r["command"][1:2] + r["command"][3:],
+    } for r in results]  # fmt: skip
+    _write(output / "table.json", json.dumps(rows, indent=1) + "\n")
 
 
 def _results(output: pathlib.Path) -> list[dict[str, Any]]:

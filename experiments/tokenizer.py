@@ -78,7 +78,7 @@ def _sample() -> ml_collections.ConfigDict:
     config.optim.schedule = "cosine"
     config.optim.min_learning_rate = 1e-5
     config.train.batch_size = 2
-    config.train.total_steps = 14_000
+    config.train.total_steps = 18_000
     config.train.log_every = 100
-    config.train.eval_every = config.train.checkpoint_every = 3500
+    config.train.eval_every = config.train.checkpoint_every = 4500
     return config

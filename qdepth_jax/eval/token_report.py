@@ -20,8 +20,8 @@ from qdepth_jax.data import episode_reader, sidecar
 from qdepth_jax.eval import data_figures, depth_metrics, figures, report
 from qdepth_jax.models import tokenizer
 
-PANEL, HEADER = 160, 14  # pixels: side of a panel of a video, height of the line above it
-VIDEO_STEPS = 48  # of an episode, evenly spread: a GIF of 0.3 to 1 MB
+PANEL, HEADER = 128, 14  # pixels: side of a panel of a video, height of the line above it
+VIDEO_STEPS = 40  # of an episode, evenly spread: a GIF of about half a megabyte
 FRAME_MS = 100
 ENDS = (1, 99)  # percentiles of the drawn truth that end the colour scale
 

@@ -141,18 +141,17 @@ def unit_codebook(codebook: Array) -> tuple[Array, Array, Array]:
 
 
 def start_temperature(codes: Array) -> Array:
-    """Temperature >= 1 (f32 scalar) at which cross-entropy at x' = 0 is within 10 % of ln C.
+    """The least temperature >= 1 (f32 scalar) that starts cross-entropy within 10 % of ln C for any targets.
 
     With r_k = ||c'_k||^2, of mean 1, and targets of frequency q it differs from ln C by (E_q r - 1) / temperature and a
-    term of second order. The policy does not know q: codes that moved away from the others are taken to be those in
-    use, q ~ r, so that E_q r - 1 is the variance of r. That is exact where n codes are in use and the others lie in one
-    place (C / n - 1), and small (0.2 to 0.6) for codebooks in full use, whose temperature stays near 1. START_SHARE of
-    ln C leaves room for the second order and for an x' that is not quite 0.
+    term of second order. The policy does not know q, and guesses at it fail: halfway into a collapse a handful of codes
+    beyond all others take every token. So q is bounded by the worst, max |r - 1|. START_SHARE of ln C leaves room for
+    the second order (half the square of the first) and for an x' that is not quite 0.
 
     Args:
       codes: c' f32 [C, E] of `unit_codebook`.
     """
-    spread = jnp.var(jnp.sum(jnp.square(codes), axis=-1))
+    spread = jnp.max(jnp.abs(jnp.sum(jnp.square(codes), axis=-1) - 1.0))
     return jnp.maximum(1.0, spread / (START_SHARE * math.log(codes.shape[0])))
 
 

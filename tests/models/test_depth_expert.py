@@ -56,9 +56,18 @@ def test_a_collapsed_codebook_starts_at_ln_c_too(used):
     assert used > 100 or float(naive) > 1.1 * np.log(256), "with the fixed temperature it does not"
 
 
-def test_a_codebook_in_full_use_keeps_the_temperature_of_one():
-    codes = jax.random.normal(jax.random.key(0), (256, 32))
-    assert depth_expert.start_temperature(depth_expert.unit_codebook(codes)[0]) == 1.0
+@pytest.mark.parametrize("seed", range(4))
+def test_the_start_temperature_holds_for_the_worst_targets(seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.normal(size=(64, 5)) * rng.exponential(size=(64, 1)) ** 2 + rng.normal(size=5)
+    logits = depth_expert.code_logits(jnp.zeros((1, 1, 5)), jnp.asarray(codes, jnp.float32), 0.0)
+    loss = -np.asarray(jax.nn.log_softmax(logits))[0, 0]
+    assert 0.04 * np.log(64) < np.abs(loss - np.log(64)).max() < 0.1 * np.log(64), "and it is no larger than needed"
+
+
+def test_codes_equally_far_from_their_mean_need_no_more_than_one():
+    codes = jnp.concatenate([jnp.eye(32), -jnp.eye(32)])
+    assert depth_expert.start_temperature(depth_expert.unit_codebook(codes * 7 + 3)[0]) == 1.0
 
 
 def test_the_codes_own_vector_is_its_most_likely_code():

@@ -35,7 +35,7 @@ def make_batch(n=8, size=32, seed=0):
     }
 
 
-@pytest.mark.parametrize("quantiser", codebook.KINDS)
+@pytest.mark.parametrize("quantiser", ["ema", "plain", "fsq", pytest.param("l2", marks=pytest.mark.slow)])
 def test_each_quantiser_learns_and_decodes_what_it_encodes(quantiser):
     config = dataclasses.replace(TINY, quantiser=quantiser)
     objective, batch, key = tokenizer.make_objective(config), make_batch(), jax.random.key(0)
@@ -154,7 +154,7 @@ def trained(quantiser, grid, steps=25):
         TINY, depth_size=4 * grid, grid=grid, num_codes=256, widths=(8,), start_step=5, quantiser=quantiser
     )
     objective, batch, key = tokenizer.make_objective(config), make_batch(4, 4 * grid), jax.random.key(0)
-    variables, tx = objective.init(key), optax.adam(3e-3)
+    variables, tx = jax.jit(objective.init)(key), optax.adam(3e-3)
     params, state = variables["params"], variables["state"]
     moments = tx.init(params)
 
@@ -172,6 +172,10 @@ def trained(quantiser, grid, steps=25):
     return config, params, state, x, valid
 
 
+SLOW = pytest.mark.slow
+
+
+@SLOW
 @pytest.mark.parametrize("grid", [16, 32])
 @pytest.mark.parametrize("quantiser", codebook.KINDS)
 def test_cross_entropy_of_an_untrained_policy_starts_at_ln_k(quantiser, grid):
@@ -180,13 +184,14 @@ def test_cross_entropy_of_an_untrained_policy_starts_at_ln_k(quantiser, grid):
     assert targets.shape == (4, grid * grid)
     head = depth_expert.DepthConfig(grid=grid, code_dim=config.feature_dim, conv_width=32)
     stream = jax.random.normal(jax.random.key(1), (4, grid * grid, 64))
-    out, _ = depth_expert.DepthDecoder(head).init_with_output(jax.random.key(2), stream)
+    out, _ = jax.jit(depth_expert.DepthDecoder(head).init_with_output)(jax.random.key(2), stream)
     codes = tokenizer.codes_of(config, params, state)
     logits = depth_expert.code_logits(out, codes, head.temperature)
     loss, _ = depth_expert.code_loss(logits, targets, jnp.ones(targets.shape, bool))
     assert float(loss) == pytest.approx(np.log(256), rel=0.1)
 
 
+@SLOW
 def test_codes_and_features_of_l2_stay_on_the_sphere():
     config, params, state, x, valid = trained("l2", 16)
     z = tokenizer.Encoder(config).apply({"params": params["encoder"]}, x, valid)
@@ -198,6 +203,7 @@ def test_codes_and_features_of_l2_stay_on_the_sphere():
     np.testing.assert_allclose(chosen, cosine.max(axis=-1), rtol=1e-4)
 
 
+@SLOW
 @pytest.mark.parametrize("quantiser", ["ema", "l2", "fsq"])
 def test_soft_tokens_approach_the_hard_ones(quantiser):
     config, params, state, x, valid = trained(quantiser, 16)
@@ -212,3 +218,23 @@ def test_soft_tokens_approach_the_hard_ones(quantiser):
     assert float(soft.max()) < 0.999
     blended = tokenizer.decode_expected(config, params, state, soft)
     assert blended.shape == hard.shape and float(jnp.abs(blended - hard).max()) > 1e-3
+
+
+@SLOW
+@pytest.mark.parametrize("quantiser", codebook.KINDS)
+def test_depth_that_says_nothing_leaves_everything_finite(quantiser):
+    """One depth everywhere, and no valid pixel at all: all features are equal, so all codes start as one."""
+    config = dataclasses.replace(TINY, quantiser=quantiser, start_step=0)
+    objective, key = tokenizer.make_objective(config), jax.random.key(0)
+    variables = jax.jit(objective.init)(key)
+    step = jax.jit(
+        jax.value_and_grad(lambda p, s, b: (o := objective.loss(p, s, b, key, 0), (o.loss, o))[1], has_aux=True)
+    )
+    for value in (1500, 0):
+        batch = make_batch() | {"depth": jnp.full((8, 32, 32), value, jnp.uint16)}
+        (loss, out), grads = step(variables["params"], variables["state"], batch)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((loss, out.state, out.metrics, grads)))
+        assert float(out.metrics["valid_pixels"]) == (value > 0)
+        x, valid = tokenizer.preprocess(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
+        codes = tokenizer.encode(config, variables["params"], out.state, x, valid)
+        assert len(np.unique(codes)) <= 16, "equal tokens but for the padding at the border"
