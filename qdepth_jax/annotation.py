@@ -1,12 +1,17 @@
 """Depth maps of one camera of one split, by an estimator, into a sidecar: one episode is one unit of work."""
 
+import collections
+import concurrent.futures
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from qdepth_jax import errors, progress
 from qdepth_jax.data import definition as definition_lib
 from qdepth_jax.data import depth_labels, episode_reader, index, sidecar
+
+BEHIND = 2  # episodes that wait for the thread that writes
 
 
 def annotate_split(
@@ -50,10 +55,22 @@ def annotate_split(
     pending = writer.pending()
     label = f"{split.name} {view}" + (f", process {process} of {processes}" if processes > 1 else "")
     bar = progress.Progress(sum(reader.length(episode) for episode in pending), label, unit="frame")
-    for episode, raw, scale, offset, counts in _maps(reader, estimator, camera, depth, definition, pending, shape):
+
+    def store(episode: int, steps: np.ndarray, found: Any) -> int:
+        raw, scale, offset, counts = _stored(estimator, reader.length(episode), shape, steps, found)
         start = int(split.episodes["start"][episode])
         writer.write(episode, start, raw, scale=scale, offset=offset, figures=counts)
-        bar.update(len(raw))
+        return len(raw)
+
+    # A second thread quantises and writes while the first reads frames and keeps the devices busy.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        storing: collections.deque[concurrent.futures.Future[int]] = collections.deque()
+        for row in _estimates(reader, estimator, camera, depth, definition, pending, shape):
+            storing.append(pool.submit(store, *row))
+            while len(storing) > BEHIND or (storing and storing[0].done()):
+                bar.update(storing.popleft().result())
+        while storing:
+            bar.update(storing.popleft().result())
     bar.close()
     reader.close()
     missing = writer.missing()
@@ -87,7 +104,7 @@ def _depth_size(reader, split, definition, feature: str) -> tuple[int, int]:
     raise errors.UserError(f"{split.dataset.name} {split.name}: all frames are set aside: leave it out with --splits")
 
 
-def _maps(
+def _estimates(
     reader: episode_reader.EpisodeReader,
     estimator: depth_labels.Estimator,
     camera: str,
@@ -95,24 +112,36 @@ def _maps(
     definition: definition_lib.Definition,
     episodes: list[int],
     shape: tuple[int, int],
-) -> Iterator[tuple[int, np.ndarray, float, float, np.ndarray]]:
-    """(episode, raw u16 [T, H, W], scale, offset, counts) of every episode, in order.
+) -> Iterator[tuple[int, np.ndarray, Any]]:
+    """(episode, steps i64 [n] that were not set aside, what there is of them) of every episode, in order.
 
-    The estimator does not see frames that were set aside: they are 0. Episodes are read as it asks for them.
+    What there is: estimates [n, H, W]; of carried depth (raw u16 [n, H, W], scale, offset); None without such steps.
+    Episodes are read as the estimator asks for them, which may be several ahead.
     """
     good = {episode: reader.good_steps(episode) for episode in episodes}
     some = (episode for episode in episodes if len(good[episode]))
     estimates = estimator.estimate(reader.images(camera, episode, shape, good[episode]) for episode in some)
     for episode in episodes:
-        steps, scale, offset = good[episode], 1.0, 0.0
-        raw = np.zeros((reader.length(episode), *shape), np.uint16)
-        values = np.zeros((0, *shape))
+        steps, found = good[episode], None
         if len(steps) and estimator.reads == "depth":
-            raw[steps], scale, offset = reader.depth_of(depth, definition.depth_metres, None, episode, steps)
-            values = np.where(raw[steps] > 0, raw[steps] * scale + offset, 0.0)
+            found = reader.depth_of(depth, definition.depth_metres, None, episode, steps)
         elif len(steps):
-            values = next(estimates)
-            if values.shape != (len(steps), *shape):
-                raise ValueError(f"{estimator.name}: maps {values.shape} of {len(steps)} frames of {shape}")
-            raw[steps], scale, offset = depth_labels.to_uint16(values, estimator.kind)
-        yield episode, raw, scale, offset, depth_labels.counts(estimator, len(raw), values, raw[steps])
+            found = next(estimates)
+            if found.shape != (len(steps), *shape):
+                raise ValueError(f"{estimator.name}: maps {found.shape} of {len(steps)} frames of {shape}")
+        yield episode, steps, found
+
+
+def _stored(
+    estimator: depth_labels.Estimator, frames: int, shape: tuple[int, int], steps: np.ndarray, found: Any
+) -> tuple[np.ndarray, float, float, np.ndarray]:
+    """(raw u16 [T, H, W], scale, offset, counts): what a sidecar keeps of `_estimates`. Frames set aside are 0."""
+    raw, scale, offset = np.zeros((frames, *shape), np.uint16), 1.0, 0.0
+    values = np.zeros((0, *shape))
+    if found is not None and estimator.reads == "depth":
+        raw[steps], scale, offset = found
+        values = np.where(raw[steps] > 0, raw[steps] * scale + offset, 0.0)
+    elif found is not None:
+        values = found
+        raw[steps], scale, offset = depth_labels.to_uint16(values, estimator.kind)
+    return raw, scale, offset, depth_labels.counts(estimator, frames, values, raw[steps])

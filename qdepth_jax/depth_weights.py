@@ -130,10 +130,14 @@ def _licence(size: str) -> str:
 
 def _open(weights: str) -> source.Source:
     path = storage.absolute(weights)
-    if os.path.isdir(path) or path.endswith((".safetensors", ".json")):
+    if storage.is_remote(path):
+        raise errors.UserError(f"--weights={weights}: every byte goes into the identity of the maps: copy it to a disk")
+    if os.path.isdir(path) or (os.path.isfile(path) and path.endswith(".safetensors")):
         return safetensors_files.open_source(path)
     if not os.path.isfile(path):
         raise errors.UserError(f"--weights={weights} is no file: give a .pth or .safetensors, or random:SIZE[:SEED]")
+    if path.endswith(".json"):
+        raise errors.UserError(f"--weights={weights} is an index: name its folder")
     from qdepth_jax.weights import torch_pt
 
     return torch_pt.open_source(path)

@@ -104,6 +104,7 @@ def _network(name: str, weights: str, options: Options, on_fill: Callable[[int],
         "input_size": options.input_size,
         "device_batch": batch,
         "backend": devices[0].platform,
+        "matmul_precision": str(jax.config.jax_default_matmul_precision or "default"),
         "procedure": PROCEDURE,
     }
     estimate = estimate_videos if video else estimate_frames

@@ -73,11 +73,12 @@ def survive(commands: Commands, words, root, processes: int, kills: int, rng: ra
     for _ in range(kills):
         running = [commands.start(*words, f"--output={root}", *share) for share in shares]
         victim = rng.choice(running)
-        wanted, deadline = done(root) + rng.randrange(3), time.monotonic() + rng.uniform(6, 20)
+        wanted, deadline = done(root) + rng.randrange(6), time.monotonic() + 120
         while victim.poll() is None and done(root) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         victim.send_signal(signal.SIGKILL)
+        print(f"killed one of {processes} with {done(root)} episodes done")
         for child in running:
             if child is not victim:
                 child.send_signal(signal.SIGKILL)  # and the others right after it, wherever they are
@@ -86,41 +87,56 @@ def survive(commands: Commands, words, root, processes: int, kills: int, rng: ra
     return [last(child) for child in running]
 
 
+@pytest.fixture(params=["libero_object", "bridge_dataset"])
+def data(request) -> tuple[str, str]:
+    """Name and folder of a data set."""
+    if request.param == "bridge_dataset":
+        return request.param, request.getfixturevalue("bridge_dir")
+    return request.param, str(ROOT / "data" / request.param / "1.0.0")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["libero_object", "bridge_dataset"])
-def test_kills_and_processes_change_no_byte(name, tmp_path, request):
-    data = ROOT / "data" / name / "1.0.0" if name == "libero_object" else request.getfixturevalue("bridge_dir")
-    commands, rng, index = Commands(tmp_path / "cache"), random.Random(name), tmp_path / "index"
-    commands.run("tools/index_rlds.py", data, f"--index_dir={index}")
+@pytest.mark.timeout(1800)  # thirty starts of Python
+def test_annotation_killed_and_shared(data, tmp_path):
+    commands, rng = Commands(tmp_path / "cache"), random.Random(data[0])
     annotate = [
-        "tools/annotate_depth.py", data, "--estimator=video_depth_anything", "--weights=random:tiny", "--input_size=28",
-        "--views=main", f"--index_dir={index}",
+        "tools/annotate_depth.py", data[1], "--estimator=video_depth_anything", "--weights=random:tiny",
+        "--input_size=28", "--views=main", f"--index_dir={tmp_path}/index",
     ]  # fmt: skip
     made = commands.run(*annotate, f"--output={tmp_path}/depth")
     assert "RANDOM" in made["estimator"] and all(row["directory"] for row in made["views"]["main"].values())
     compare(commands, annotate, tmp_path, "depth", rng)
 
-    own = {
-        "libero_object": ["--config=experiments/demo.py:tokenizer"],  # the simulator's depth, two data sets
-        "bridge_dataset": [
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_tokenisation_killed_and_shared(data, tmp_path):
+    (name, folder), commands, rng = data, Commands(tmp_path / "cache"), random.Random(data[0])
+    index, experiment = tmp_path / "index", ["--config=experiments/demo.py:tokenizer"]  # simulator depth, two data sets
+    if name == "bridge_dataset":
+        depth = f"{tmp_path}/depth"
+        commands.run(
+            "tools/annotate_depth.py", folder, "--estimator=stand_in", f"--output={depth}", f"--index_dir={index}"
+        )
+        experiment = [
             "--config=experiments/tokenizer.py:bridge",
-            f"--config.datasets.bridge_dataset.path={data}",
-            f"--config.datasets.bridge_dataset.depth={tmp_path}/depth/main",
+            f"--config.datasets.bridge_dataset.path={folder}",
+            f"--config.datasets.bridge_dataset.depth={depth}",
             "--config.data.held_out_every=5",
-        ],
-    }
+        ]
     commands.run(
-        "-m", "qdepth_jax.train", *own[name], f"--workdir={tmp_path}/tokenizer", f"--config.data.index_dir={index}",
+        "-m", "qdepth_jax.train", *experiment, f"--workdir={tmp_path}/tokenizer", f"--config.data.index_dir={index}",
         "--config.train.batch_size=8", "--config.train.eval_batches=1", "--config.train.total_steps=4",
         "--config.train.eval_every=4", *(f"--config.model.{flag}" for flag in TOKENIZER),
     )  # fmt: skip
-    tokenise = ["tools/tokenize_depth.py", f"--tokenizer={tmp_path}/tokenizer"]
+    tokenise = ["tools/tokenize_depth.py", f"--tokenizer={tmp_path}/tokenizer", "--report=none"]
     commands.run(*tokenise, f"--output={tmp_path}/tokens")
     compare(commands, tokenise, tmp_path, "tokens", rng)
 
 
 def compare(commands: Commands, words, tmp_path, name: str, rng: random.Random) -> None:
     expected = content(tmp_path / name)
+    assert {"values.npy", "scale.npy", "figures.npy", "metadata.json"} == {pathlib.Path(file).name for file in expected}
     kills = {1: 2, 2: 2, 4: KILLS - 4}
     for processes, count in kills.items():
         root = tmp_path / f"{name}_{processes}"

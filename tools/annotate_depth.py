@@ -31,7 +31,7 @@ from absl import flags
 from qdepth_jax import command
 
 _OUTPUT = flags.DEFINE_string("output", None, "root of the sidecar: OUTPUT/SPLIT/ is written", required=True)
-_ESTIMATOR = flags.DEFINE_string("estimator", "stand_in", "see above; stand_in is no depth estimate")
+_ESTIMATOR = flags.DEFINE_string("estimator", None, "see above; stand_in is no depth estimate", required=True)
 _WEIGHTS = flags.DEFINE_string("weights", "", "of a network: .pth, .safetensors, a folder, or random:SIZE[:SEED]")
 _KIND = flags.DEFINE_string("depth_kind", "", "metric or relative, where the weights do not say it")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of the network's activations: float32 or bfloat16")

@@ -13,6 +13,7 @@ SLURM or Open MPI). Interrupt, kill and run again, with any N: what is encoded s
 The last line of stdout is JSON: per data set and split codes used, perplexity, RMSE, AbsRel, delta_1 to delta_3 with
 95 % intervals over episodes and the same for the best constant per token, all over the valid tokens alone, and the
 share of the others. While other processes have episodes left, "directory" is null and their number stands there.
+Who finds all of it finished writes OUTPUT/report/report.html: figures, reconstructions, error maps, code usage, videos.
 """
 
 import json
@@ -28,6 +29,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "root of the token sidecars; default
 _DATASET = flags.DEFINE_multi_string("dataset", [], "NAME=DIR: tokenise this instead of the tokenizer's own data")
 _DEPTH = flags.DEFINE_multi_string("depth", [], "NAME=DIR: depth annotation sidecar of that data set")
 _VIEW = flags.DEFINE_string("view", "", "view to tokenise (default: main; others need --output)")
+_REPORT = flags.DEFINE_string("report", "", "folder of the report; default OUTPUT/report; none: no report")
 _INDEX_DIR = flags.DEFINE_string("index_dir", "", "root for indexes; default: inside each data set")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that share the work", lower_bound=1)
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> None:
         print(f"the tokenizer was trained on {', '.join(saved)}, not on {', '.join(others)}", file=sys.stderr)
     output = _OUTPUT.value or os.path.join(_TOKENIZER.value, "tokens")
     index_dir = _INDEX_DIR.value or meta["config"]["data"]["index_dir"]
+    sources = []
     summary = {
         name: tokenize(
             config,
@@ -63,10 +66,45 @@ def main(argv: list[str]) -> None:
             output,
             view=_VIEW.value,
             share=share,
+            sources=sources,
         )
         for name, path in paths.items()
     }
+    for name, rows in summary.items():
+        catch_up(name, rows, os.path.join(output, name))
+    if _REPORT.value != "none":
+        summary["report"] = report(config, variables, summary, sources, _REPORT.value or os.path.join(output, "report"))
     print(json.dumps(summary))
+
+
+def catch_up(name: str, rows: dict, root: str) -> None:
+    """Completes the rows of splits that another process has finished in the meantime, and says what is odd."""
+    from qdepth_jax import tokenisation
+    from qdepth_jax.data import sidecar
+
+    for split, row in rows.items():
+        directory = os.path.join(root, split)
+        if row["directory"] is None and os.path.isdir(directory):
+            row |= {"directory": directory, "unfinished_episodes": 0}
+            row |= tokenisation.figures(sidecar.open_sidecar(root, split))
+        if row.get("masked_share", 0) > 0.5:
+            masked = f"{100 * row['masked_share']:.0f} %"
+            print(f"{name} {split}: {masked} of the depth is invalid or out of range", file=sys.stderr)
+
+
+def report(config, variables, summary: dict, sources: list, folder: str) -> str | None:
+    """Path of the report over all data sets; None while a split is not finished."""
+    from qdepth_jax.data import sidecar, sidecar_lock
+    from qdepth_jax.eval import token_report
+
+    made = [row["directory"] for rows in summary.values() for row in rows.values()]
+    if None in made:
+        return None
+    opened = [sidecar.open_sidecar(*os.path.split(directory)) for directory in made]
+    parts = [token_report.Part(source, tokens) for source, tokens in zip(sources, opened, strict=True)]
+    os.makedirs(folder, exist_ok=True)
+    with sidecar_lock.exclusive(os.path.join(folder, ".lock")):  # two processes may both see the end
+        return token_report.write(folder, config, variables, parts)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -88,8 +126,9 @@ def tokenize(
     output: str,
     view: str = "",
     share: tuple[int, int] = (0, 1),
+    sources: list | None = None,
 ) -> dict:
-    """Tokens of all splits of one data set; returns its summary by split."""
+    """Tokens of all splits of one data set; returns its summary by split, and adds their depth to `sources`."""
     from qdepth_jax import errors, process_share, tokenisation
     from qdepth_jax.data import definitions, index
 
@@ -98,14 +137,12 @@ def tokenize(
     view = view or views[definition.main_view]
     if view not in definition.views:
         raise errors.UserError(f"--view={view}: {name} has {', '.join(definition.views)}")
-    devices, out = process_share.local_devices(), {}
+    devices, out, root = process_share.local_devices(), {}, os.path.join(output, name)
     for split_name, split in opened.splits.items():
         source = tokenisation.open_source(opened, definition, split, view, depth_dir)
-        row = tokenisation.tokenise_split(config, variables, source, os.path.join(output, name), devices, *share)
-        if row.get("masked_share", 0) > 0.5:
-            share_masked = f"{100 * row['masked_share']:.0f} %"
-            print(f"{name} {split_name}: {share_masked} of the depth is invalid or out of range", file=sys.stderr)
-        out[split_name] = row
+        out[split_name] = tokenisation.tokenise_split(config, variables, source, root, devices, *share)
+        if sources is not None:
+            sources.append(source)
     return out
 
 

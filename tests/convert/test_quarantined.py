@@ -137,7 +137,7 @@ def _tool(name, *arguments):
 
 
 def test_annotation_leaves_them_invalid(damaged, tmp_path):
-    made = _tool("annotate_depth", damaged, f"--output={tmp_path}/depth", "--splits=train")
+    made = _tool("annotate_depth", damaged, f"--output={tmp_path}/depth", "--splits=train", "--estimator=stand_in")
     bad = [*FRAMES[:1], *range(10, 19), *FRAMES[1:]]
     assert made["splits"]["train"]["quarantined_frames"] == len(bad)
     values = sidecar.open_sidecar(str(tmp_path / "depth"), "train").values
