@@ -24,10 +24,9 @@ KINDS = ("ema", "l2", "plain", "fsq")
 # Kinds whose codes are running means in the model state: they start from data, at a step of their own.
 RUNNING = ("ema", "l2")
 
-# A code is dead when its running count is below this share of the count it would have under uniform use ...
-DEAD_SHARE = 0.05
-# ... and a revived code starts at this share, so that it has about -ln(0.05/0.2)/(1-decay) steps to find features.
-REVIVED_SHARE = 0.2
+# A revived code starts at so many times the count below which it would be dead again: about ln(4)/(1-decay) steps to
+# find features.
+REVIVED = 4.0
 
 
 def squared_distances(z: Array, codes: Array) -> Array:
@@ -82,7 +81,13 @@ def start_from_data(state: dict[str, Array], z: Array, key: Array) -> dict[str, 
 
 
 def ema_update(
-    state: dict[str, Array], z: Array, index: Array, key: Array, decay: float, spherical: bool = False
+    state: dict[str, Array],
+    z: Array,
+    index: Array,
+    key: Array,
+    decay: float,
+    spherical: bool = False,
+    dead_share: float = 0.05,
 ) -> dict[str, Array]:
     """One EMA step of the codes towards their features, then revival of dead codes.
 
@@ -91,18 +96,19 @@ def ema_update(
       z: f32 [N, D]; index: i32 [N], the code of each feature.
       key: random key of this step (which features dead codes jump to, see `draw_by_weight`).
       decay: EMA decay, 0.99 in the re-implementation that measured the cure.
+      dead_share: a code is dead when its running count is below this share of the count under uniform use.
       spherical: codes are the directions of the means (`l2`); `z` then lies on the sphere.
 
     Returns:
-      The new state. A code whose running count fell below DEAD_SHARE of uniform use becomes a badly coded feature.
+      The new state. A dead code becomes a badly coded feature.
     """
     num_codes = state["codebook"].shape[0]
     assigned = jax.nn.one_hot(index, num_codes, dtype=jnp.float32)
     count = decay * state["count"] + (1.0 - decay) * jnp.sum(assigned, axis=0)
     total = decay * state["sum"] + (1.0 - decay) * jnp.einsum("nc,nd->cd", assigned, z)
     uniform = z.shape[0] / num_codes
-    dead = count < DEAD_SHARE * uniform
-    revived_count = REVIVED_SHARE * uniform
+    dead = count < dead_share * uniform
+    revived_count = REVIVED * dead_share * uniform
     count = jnp.where(dead, revived_count, count)
     error = jnp.sum(jnp.square(z - state["codebook"][index]), axis=-1)
     total = jnp.where(dead[:, None], draw_by_weight(z, error, num_codes, key) * revived_count, total)

@@ -27,7 +27,7 @@ from qdepth_jax import errors
 from qdepth_jax.models import codebook, depth_augment, flops, objective
 
 # Settings that came after the first tokenizers: at these values they are no part of the identity, which thus stays.
-_LATER = {"crop_scale": (1.0, 1.0), "flip": 0.0}
+_LATER = {"crop_scale": (1.0, 1.0), "flip": 0.0, "dead_share": 0.05}
 STEM = 4  # side of the space-to-depth patch: full-resolution convolutions cost most and help least on depth
 
 
@@ -44,6 +44,8 @@ class TokenizerConfig:
       quantiser: "ema" | "l2" | "plain" | "fsq", see models/codebook.py.
       beta: weight of the commitment term.
       decay: EMA decay of codes.
+      dead_share: (`ema`, `l2`) a code used less than this share of uniform use is revived. A larger share evens out
+        the use of codes, for a little more error.
       l2_weight: of the squared error beside the absolute one. Absolute error keeps edges sharp, squared error is what
         RMSE measures: errors at edges are few and large.
       start_step: (`ema`, `l2`) before this step the decoder sees unquantised features; then the codebook starts from
@@ -64,6 +66,7 @@ class TokenizerConfig:
     quantiser: str = "ema"
     beta: float = 0.25
     decay: float = 0.99
+    dead_share: float = 0.05
     l2_weight: float = 10.0
     start_step: int = 200
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -85,6 +88,10 @@ class TokenizerConfig:
             )
         if self.quantiser not in codebook.KINDS:
             raise errors.UserError(f"quantiser {self.quantiser!r} is unknown: use one of {codebook.KINDS}")
+        if not 0.0 <= self.dead_share <= 0.25:
+            raise errors.UserError(
+                f"dead_share={self.dead_share} must lie in 0..0.25: a revived code has 4 times as much"
+            )
         low, high = self.crop_scale
         if not 0.01 <= low <= high <= 1.0:
             raise errors.UserError(f"crop_scale={self.crop_scale} must be (low, high) with 0.01 <= low <= high <= 1")
@@ -300,7 +307,9 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
             if config.running:
                 update_key = jax.random.fold_in(step_key, 1)
                 spherical = config.quantiser == "l2"
-                state = codebook.ema_update(state, still, index.reshape(-1), update_key, config.decay, spherical)
+                state = codebook.ema_update(
+                    state, still, index.reshape(-1), update_key, config.decay, spherical, config.dead_share
+                )
                 state = jax.tree.map(lambda new, old: jnp.where(started, new, old), state, before)
             else:
                 codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - hard))
