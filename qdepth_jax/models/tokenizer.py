@@ -88,9 +88,9 @@ class TokenizerConfig:
             )
         if self.quantiser not in codebook.KINDS:
             raise errors.UserError(f"quantiser {self.quantiser!r} is unknown: use one of {codebook.KINDS}")
-        if not 0.0 <= self.dead_share <= 0.25:
+        if not 0.001 <= self.dead_share <= 0.25:
             raise errors.UserError(
-                f"dead_share={self.dead_share} must lie in 0..0.25: a revived code has 4 times as much"
+                f"dead_share={self.dead_share} must lie in 0.001..0.25: a revived code starts at 4 times as much"
             )
         low, high = self.crop_scale
         if not 0.01 <= low <= high <= 1.0:

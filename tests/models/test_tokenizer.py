@@ -110,6 +110,7 @@ def test_nearest_resampling_never_blends_across_an_edge():
         ({"quantiser": "vq"}, "unknown"),
         ({"crop_scale": (0.9, 0.5)}, "low <= high"),
         ({"flip": 2.0}, "0..1"),
+        ({"dead_share": 0.0}, "4 times"),
     ],
 )
 def test_bad_sizes_name_the_fix(change, message):
