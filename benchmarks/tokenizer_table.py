@@ -186,7 +186,7 @@ def _write_tables(output: pathlib.Path) -> None:
     rows = [{"kind": r["kind"], "seed": r["seed"], "step": r["step"], **_row(r)} | {
         "interval_95": r["held_out"]["interval_95"], "floor": r["held_out"]["constant_per_token"], "soft": r["soft"],
         "by_data_set": {name: f["floor_over_tokens"] for name, f in r["by_data_set"].items()},
-        "cpu_seconds": r["cpu_seconds"], "command": r["command"][1:2] + r["command"][3:],
+        "cpu_seconds": r["cpu_seconds"], "command": [part for part in r["command"] if not part.startswith("--workdir")],
     } for r in results]  # fmt: skip
     _write(output / "table.json", json.dumps(rows, indent=1) + "\n")
 
