@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import numpy as np
 
@@ -39,6 +40,19 @@ class Order:
 
     def depth_file(self, contestant: str) -> pathlib.Path:
         return pathlib.Path(self.folder) / f"{contestant}_depth.npy"
+
+
+def parse_size(text: str) -> tuple[str, int, int, int]:
+    """`vits:32x140x182` -> (encoder, frames, height, width)."""
+    from qdepth_jax import errors
+
+    found = re.fullmatch(r"(vit[sbl]):(\d+)x(\d+)x(\d+)", text)
+    if not found:
+        raise errors.UserError(f"--size={text}: write ENCODER:FRAMESxHEIGHTxWIDTH, for example vits:32x140x182")
+    frames, height, width = (int(found.group(n)) for n in (2, 3, 4))
+    if not 1 <= frames <= 32 or not height or height % 14 or not width or width % 14:
+        raise errors.UserError(f"--size={text}: 1 to 32 frames, height and width multiples of 14")
+    return found.group(1), frames, height, width
 
 
 def make_frames(order: Order) -> np.ndarray:

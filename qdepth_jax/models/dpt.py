@@ -108,7 +108,11 @@ class Upsample(nn.Module):
 
 
 class Fuse(nn.Module):
-    """out(resize(unit_2(x + unit_1(other)))). [B, H, W, E] -> [B, *size, E]."""
+    """resize(out(unit_2(x + unit_1(other)))). [B, H, W, E] -> [B, *size, E].
+
+    The original resizes before its 1x1 convolution. Weights of an interpolation add up to one, so the order is free but
+    for rounding, and this one convolves a quarter of the pixels.
+    """
 
     features: int
     dtype: jnp.dtype
@@ -120,8 +124,8 @@ class Fuse(nn.Module):
             x = x + unit_1(other)
         elif self.is_initializing():
             unit_1(x)  # published files hold its weights although nobody reads them
-        x = resize.bilinear_corners(Residual(self.features, self.dtype, name="unit_2")(x), *size)
-        return nn.Conv(self.features, (1, 1), dtype=self.dtype, name="out")(x)
+        x = Residual(self.features, self.dtype, name="unit_2")(x)
+        return resize.bilinear_corners(nn.Conv(self.features, (1, 1), dtype=self.dtype, name="out")(x), *size)
 
 
 class Residual(nn.Module):
