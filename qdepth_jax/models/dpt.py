@@ -82,9 +82,10 @@ class DptHead(nn.Module):
         x = Fuse(c.features, self.dtype, name="fuse_1")(x, levels[0], tuple(2 * n for n in levels[0].shape[1:3]))
         x = self._conv(c.features // 2, 3, "output_1")(x)
         x = resize.bilinear_corners(x, grid[0] * self.patch, grid[1] * self.patch).astype(jnp.float32)
-        # In float32 as in the original: differences of depth are small beside the depth.
-        x = nn.relu(nn.Conv(32, (3, 3), padding=1, name="output_2")(x))
-        return nn.relu(nn.Conv(1, (1, 1), name="output_3")(x))[..., 0]
+        # In float32 as in the original: differences of depth are small beside the depth. TPUs round float32 operands to
+        # bfloat16 unless told otherwise; what comes in here was bfloat16 before, so three passes give all of it.
+        x = nn.relu(nn.Conv(32, (3, 3), padding=1, precision=jax.lax.Precision.HIGH, name="output_2")(x))
+        return nn.relu(nn.Conv(1, (1, 1), precision=jax.lax.Precision.HIGHEST, name="output_3")(x))[..., 0]
 
     def _conv(self, channels: int, size: int, name: str, stride: int = 1) -> nn.Conv:
         return nn.Conv(channels, (size, size), strides=stride, padding=size // 2, dtype=self.dtype, name=name)
