@@ -5,8 +5,9 @@
   python tools/plan_annotation.py --dataset=DATASET_DIR --camera=IMAGE_KEY   # with the episode lengths of an index
 
 Compiles the window function of tools/annotate_depth.py for the smallest slice of each chip with libtpu (extra `plan`;
-no TPU is needed; minutes at full size). Windows share nothing, so chip-hours are the same on any number of chips.
-Without libtpu, or with --nocompile, only the arithmetic counts, and that is said. The last line of stdout is JSON.
+no TPU is needed; a minute for each), up to the machine code, whose bytes are not counted. Windows share nothing, so
+chip-hours are the same on any number of chips. Without libtpu, or with --nocompile, only the arithmetic counts, and
+that is said. The last line of stdout is JSON.
 """
 
 import json
@@ -53,18 +54,26 @@ def main(argv: list[str]) -> None:
 def planned(compiles: bool) -> list[dict]:
     """One row for each data set, input size and chip."""
     from qdepth_jax import video_depth
-    from qdepth_jax.models import depth_anything
     from qdepth_jax.plan import annotation, topology
 
     start = time.monotonic()
     say = lambda message: print(f"[{time.monotonic() - start:6.1f} s] {message}", file=sys.stderr, flush=True)  # noqa: E731
-    config = depth_anything.sized(_ENCODER.value, video=True, dtype=_DTYPE.value)
     rows = []
     for name, (work, windows) in works().items():
         for input_size in map(int, _INPUT_SIZE.value):
             for chip in _CHIPS.value:
                 where = topology.parse(f"{chip}:" + ("1x1" if topology.chips.CHIPS[chip].dimensions == 2 else "2x2x1"))
-                row = annotation.plan(config, work.size, input_size, _BATCH.value, where, compiles, _CACHE.value, say)
+                row = annotation.plan(
+                    _ENCODER.value,
+                    _DTYPE.value,
+                    work.size,
+                    input_size,
+                    _BATCH.value,
+                    where,
+                    compiles,
+                    _CACHE.value,
+                    say,
+                )
                 row |= {"data": name, "input_size": input_size, "frames": work.frames, "episodes": work.episodes}
                 row |= {"windows": windows, "computed": windows * video_depth.LENGTH / work.frames}
                 row |= {"usable": where.chip.usable_bytes, "source": work.source}
@@ -132,7 +141,7 @@ def text(rows: list[dict]) -> str:
             f"{row['tflop_per_frame']:.3f}",
             memory,
             f"{row['compute']:.3f}",
-            f"{row['hbm']:.3f}" if row["compiled"] and row["fits"] else "-",
+            f"{row['hbm']:.3f}" if row["hbm"] else "-",
             row["limit"],
             f"{row['frames_per_second_sum']:.0f} to {row['frames_per_second_bound']:.0f}",
             f"{100 * row['mfu_sum']:.0f} to {100 * row['mfu_bound']:.0f}",

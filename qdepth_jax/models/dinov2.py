@@ -165,7 +165,8 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, t, d = x.shape
         init, h = linear.fan_in_uniform(d), d // self.heads
-        q, k, v = (y.reshape(b, t, self.heads, h) for y in Qkv(self.heads, self.dtype, name="qkv")(linear.fold(x)))
+        folded = Qkv(self.heads, self.dtype, name="qkv")(linear.fold(x)).reshape(b, t, 3, self.heads, h)
+        q, k, v = (folded[:, :, i] for i in range(3))
         out = attend(q, k, v).reshape(b * t, self.heads, h)
         return nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(out).reshape(b, t, d)
 
@@ -186,7 +187,7 @@ def attend(q: Array, k: Array, v: Array) -> Array:
 
 
 class Qkv(nn.Module):
-    """Query, key and value projections in one. [M, D] -> [3, M, N, H]."""
+    """Query, key and value projections in one. [M, D] -> [M, 3 N H]."""
 
     heads: int
     dtype: jnp.dtype
@@ -197,7 +198,8 @@ class Qkv(nn.Module):
         shape = (3, d, self.heads, d // self.heads)
         kernel = self.param("kernel", linear.fan_in_uniform(d), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (3, *shape[2:])).astype(self.dtype)
-        return jnp.einsum("MD,KDNH->KMNH", x, kernel) + bias[:, None]
+        # One plain product: with three and heads as axes of its result it takes 1.5 times as long on XLA:CPU.
+        return x @ kernel.transpose(1, 0, 2, 3).reshape(d, -1) + bias.reshape(1, -1)
 
 
 class Mlp(nn.Module):

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qdepth_jax import video_depth
 from qdepth_jax.models import depth_anything, depth_flops
-from qdepth_jax.plan import hlo, program, topology, traffic
+from qdepth_jax.plan import hlo, placed, topology, traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,8 @@ def lower(
 
 
 def plan(
-    config: depth_anything.DepthAnythingConfig,
+    encoder: str,
+    dtype: str,
     size: tuple[int, int],
     input_size: int,
     batch: int,
@@ -89,8 +90,10 @@ def plan(
 ) -> dict[str, Any]:
     """Seconds and memory of `batch` windows on each chip of `where`, as JSON types.
 
-    Without `compiles` the memory traffic is unknown, and the speed that of the arithmetic alone.
+    Without `compiles`, or where the program is refused for want of memory, the traffic to memory is unknown and the
+    speed that of the arithmetic alone.
     """
+    config = depth_anything.sized(encoder, video=True, dtype=dtype)
     network = video_depth.network_size(*size, input_size, config.trunk.patch)
     parts = depth_flops.parts(config, video_depth.LENGTH, *network)
     out: dict[str, Any] = {
@@ -110,10 +113,14 @@ def plan(
     }
     if compiles:
         progress(f"{where.name}, {network[0]}x{network[1]}, {batch} windows a chip: compiling")
-        made = program.compile_step(lower(config, size, input_size, batch, topology.devices(where)), where.name, cache)
+        side = "x".join(map(str, where.shape))
+        order = {"topology": f"{where.chip.name}:{side}", "encoder": encoder, "dtype": dtype, "size": list(size)}
+        order |= {"input_size": input_size, "batch": batch}
+        made = placed.compile_placed("qdepth_jax.plan.annotation_child", order, cache)
         progress(f"compiled in {made.seconds:.0f} s" + (" (from the cache)" if made.cached else ""))
-        out |= {"fits": made.fits, "needed": made.needed, "message": made.message.split("\n")[0]}
-        if made.fits and made.text:
+        fits = made.fits and made.needed <= where.chip.usable_bytes
+        out |= {"fits": fits, "needed": made.needed}
+        if made.text:
             out["hbm_bytes"] = traffic.hbm_bytes(hlo.parse(made.text), ())
             out["hbm"] = out["hbm_bytes"] / where.chip.hbm_bandwidth
     bound, total = max(out["compute"], out["hbm"]), out["compute"] + out["hbm"]

@@ -1,6 +1,5 @@
 """The plan of labelling: how many windows, and what they cost by formula; compiled where libtpu is installed."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -12,15 +11,10 @@ import numpy as np
 import pytest
 
 from qdepth_jax import chips, video_depth
-from qdepth_jax.models import depth_anything, depth_flops, dinov2, dpt
-from qdepth_jax.plan import annotation, topology
+from qdepth_jax.models import depth_anything, depth_flops
+from qdepth_jax.plan import annotation, placed, topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TINY = depth_anything.DepthAnythingConfig(
-    trunk=dinov2.Dinov2Config(width=64, depth=4, heads=4, trained_size=70, taps=(0, 1, 2, 3)),
-    head=dpt.DptConfig(features=32, out_channels=(32, 32, 64, 64), frames=32),
-    dtype="bfloat16",
-)
 
 
 def test_windows_are_those_of_the_procedure():
@@ -37,7 +31,7 @@ def test_windows_are_those_of_the_procedure():
 def test_a_plan_by_formula():
     config = depth_anything.sized("vitl", video=True, dtype="bfloat16")
     where = topology.parse("v5e:1x1")
-    made = annotation.plan(config, (256, 256), 518, 2, where, compiles=False)
+    made = annotation.plan("vitl", "bfloat16", (256, 256), 518, 2, where, compiles=False)
     assert made["network"] == [518, 518] and made["hbm_bytes"] is None
     peak = chips.CHIPS["v5e"].peak_flops
     assert made["bound"] == pytest.approx(2 * depth_flops.total(config, 32, 518, 518) / peak)
@@ -70,10 +64,20 @@ def test_the_command_by_formula_and_its_refusals():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.slow
-def test_compiled_for_one_chip_of_v5e():
-    topology.prepare_environment()
+def test_compiled_for_one_chip_of_v5e(tmp_path):
     where = topology.parse("v5e:1x1")
-    made, twice = (annotation.plan(TINY, (64, 64), 70, batch, where, compiles=True) for batch in (1, 2))
+    made, twice = (
+        annotation.plan("vits", "bfloat16", (64, 64), 70, batch, where, True, str(tmp_path)) for batch in (1, 2)
+    )
     assert made["fits"] and 0 < made["needed"] < 2**30
     assert made["hbm_bytes"] < twice["hbm_bytes"] < 2.5 * made["hbm_bytes"]
-    assert dataclasses.replace(where.chip).hbm_bandwidth == made["hbm_bytes"] / made["hbm"]
+    assert annotation.plan("vits", "bfloat16", (64, 64), 70, 1, where, True, str(tmp_path)) == made
+
+
+def test_the_total_of_a_report_on_memory():
+    report = (
+        "Memory Space: default (color=0)\nTotal bytes: 12439799808 (11.58GiB)\n\nMemory Space: vmem (color=1)\nTotal"
+    )
+    assert placed.total_bytes(report) == 12439799808
+    with pytest.raises(ValueError, match="no total"):
+        placed.total_bytes("Memory Space: vmem (color=1)\nTotal bytes: 3")
