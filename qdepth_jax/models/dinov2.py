@@ -26,6 +26,7 @@ from qdepth_jax import errors
 from qdepth_jax.models import attention, linear, resize, siglip, stack
 
 MLPS = ("gelu", "swiglu")
+LONG = 1024  # tokens from which on attention is computed for few heads at a time
 LOGITS = 2**22  # numbers that an attention computes at once: 16 MiB in float32
 
 
@@ -175,10 +176,11 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     """`attention.attend` without a mask, [B, T, N, H] -> the same; few heads at a time where there are many tokens.
 
     Logits of 32 frames of 518 x 518 pixels are 4 GB a layer. Written to a v5e's memory and read again they would take
-    three times as long as all products together; those of few heads stay on the chip.
+    three times as long as all products together; those of few heads stay on the chip. The loop runs over images: under
+    a batch that is split over devices it belongs into `shard_map`, or every device would do all of them.
     """
     b, t, n, h = q.shape
-    if b * n * t * t <= LOGITS:
+    if t < LONG or b * n * t * t <= LOGITS:
         return attention.attend(q, k, v, mask=None)
     heads = next(size for size in range(max(1, LOGITS // (t * t)), 0, -1) if b * n % size == 0)
     fold = lambda x: x.transpose(0, 2, 1, 3).reshape(b * n // heads, heads, t, 1, h)  # noqa: E731

@@ -74,7 +74,9 @@ def lower(
     shape = (batch * len(devices), video_depth.LENGTH, *size, 3)
     frames = jax.ShapeDtypeStruct(shape, np.uint8, sharding=split)
     window = video_depth.make_window_fn(config, *size, input_size)
-    return jax.jit(window, out_shardings=split).lower(params, frames)
+    # As device_groups.stream runs it: every device has its own copy of the program.
+    alone = jax.shard_map(window, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
+    return jax.jit(alone).lower(params, frames)
 
 
 def plan(
