@@ -53,6 +53,8 @@ EXTRAS = {
     ],
     # Foreign checkpoints that only torch can open (.pt, .pth).
     "interop": ["torch>=2.5"],
+    # annotate_depth.py --estimator=transformers:MODEL: depth networks that we have no own code for. They run in torch.
+    "transformers": ["transformers>=4.51", "torch>=2.5", "torchvision>=0.20"],
     # The policy server: openpi's protocol is msgpack over websockets.
     "serve": ["websockets>=13", "msgpack>=1.1"],
     "test": [

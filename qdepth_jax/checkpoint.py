@@ -131,7 +131,7 @@ def save_params(workdir: str, params: Any, meta: dict[str, Any], state: Any = No
     Raises:
       UserError: there are checkpoints in it already, or no room for this one.
     """
-    with workdirs.full_disk(workdir), open_manager(workdir) as manager:
+    with open_manager(workdir) as manager:
         if found := checkpoint_read.steps(manager.directory):
             raise errors.UserError(f"{workdir!r} holds checkpoints already (steps {found}): choose another folder")
         items = {"params": params} | ({"state": state} if jax.tree.leaves(state) else {})
@@ -277,7 +277,8 @@ def _newest(workdir, read, agree=lambda ok: ok) -> tuple[Any, dict[str, Any]]:
     directory = workdirs.folder(workdir) / FOLDER
     if not directory.exists():
         raise errors.UserError(
-            f"no checkpoints in {workdir!r}: {directory} does not exist (is this the --workdir of a run?)"
+            f"no checkpoints in {workdir!r}: {directory} does not exist (is this the --workdir of a "
+            "run? Weights of other code bases go through tools/import_weights.py first)"
         )
     bad = []
     for step in checkpoint_read.steps(directory):

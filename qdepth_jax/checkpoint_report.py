@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdepth_jax import config as config_lib
-from qdepth_jax import errors, stored_model
+from qdepth_jax import errors, progress, stored_model
 from qdepth_jax.models import policy
 
 PARTS = (*policy.GROUPS, ("other", ".*"))
@@ -27,6 +27,8 @@ def describe(stored: stored_model.Stored, items: list[str], depth: int = 0) -> t
       (lines, {"path", "form", "step", "items": item -> {"leaves", "elements", "bytes"}, "parts", ...}).
     """
     chosen, placed = _chosen(stored, items), stored_model.shardings(stored)
+    if stored.form != "orbax":
+        stored_model.open_files(stored).close()  # sizes of the files
     lines, totals = [f"{stored.path}: {stored.form}, step {stored.meta['step']}", ""], {}
     for item in chosen:
         rows: dict[str, list[Any]] = {}
@@ -59,6 +61,22 @@ def describe(stored: stored_model.Stored, items: list[str], depth: int = 0) -> t
     return lines, {"path": stored.path, "form": stored.form, "items": totals, "parts": parts} | facts
 
 
+def verify(stored: stored_model.Stored, items: list[str]) -> int:
+    """Reads every array and compares it with its sum; returns their number.
+
+    Raises:
+      UserError: which is damaged.
+    """
+    chosen = _chosen(stored, items)
+    total = sum(len(stored.leaves[item]) for item in chosen)
+    bar = progress.Progress(total, f"reading {stored.path}", unit="array")
+    for item in chosen:
+        for path, _ in stored_model.read_leaves(stored, item, stored_model.whole(stored, item)):
+            bar.update(1, path)
+    bar.close()
+    return total
+
+
 def compare(
     a: stored_model.Stored,
     b: stored_model.Stored,
@@ -70,13 +88,17 @@ def compare(
 
     Args:
       items: of params, ema, state, train; empty = all.
-      values: read the numbers of leaves whose sums differ; without it the sums alone tell that they do.
+      values: read the numbers and compare them with what was recorded, and those whose sums differ with each other;
+        without it the recorded sums alone are compared.
       say: progress.
 
     Returns:
       (lines, {"same", "only_first", "only_second", "shapes", "dtypes", "changed", "fields", "largest": {...}}).
     """
     chosen = _chosen(a, items) if items else sorted(a.leaves.keys() | b.leaves.keys())
+    if values:
+        for stored in (a, b):
+            verify(stored, [item for item in chosen if item in stored.leaves])
     only: tuple[list[str], list[str]] = ([], [])
     shapes, dtypes, changed, equal = [], [], [], 0
     for item in chosen:

@@ -53,7 +53,7 @@ def load_tokenizer(workdir: str) -> tuple[tokenizer.TokenizerConfig, dict[str, A
     kind, model, variables, meta = load_model(workdir)
     if kind != "tokenizer":
         raise errors.UserError(f"{workdir!r} holds a {kind}, not a depth tokenizer: set --config.tokenizer")
-    if model.quantiser == "ema" and int(variables["state"]["updates"]) == 0:
+    if model.running and int(variables["state"]["updates"]) == 0:
         raise errors.UserError(
             f"the tokenizer in {workdir!r} was stopped at step {meta['step']}, before its codebook started "
             f"(model.start_step={model.start_step}): train it further"

@@ -224,7 +224,7 @@ def _check_fit(config, model, batches: loader.Loader, codes: dict[str, Any] | No
         )
     if depth_range is not None:
         _check_range(batches, depth_range)
-    if config.model_kind == "tokenizer" and model.quantiser == "ema" and model.start_step >= config.train.total_steps:
+    if config.model_kind == "tokenizer" and model.running and model.start_step >= config.train.total_steps:
         raise errors.UserError(
             f"model.start_step={model.start_step} is not before train.total_steps={config.train.total_steps}: the "
             "codebook would never start; lower start_step"

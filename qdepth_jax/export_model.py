@@ -1,11 +1,8 @@
 """Exports a model: gathers what a robot needs, checks that it belongs together, writes the folder (exported.py)."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,6 +58,9 @@ class Options:
             raise errors.UserError(f"format {self.format!r} is unknown: use one of {', '.join(FORMATS)}")
         if self.dtype not in DTYPES:
             raise errors.UserError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        known = [name for name in model_card.ORIGINS if name != "unknown"]
+        if wrong := [name for name in self.origin if name not in known]:
+            raise errors.UserError(f"--derived_from={','.join(wrong)} is unknown: use {', '.join(known)}")
         if self.shard_bytes < 1:
             raise errors.UserError(f"shards of {self.shard_bytes} bytes hold nothing: use 1 or more")
 
@@ -69,11 +69,13 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
     """Exports the model of a workdir: of a run, an import, or an earlier export.
 
     Returns:
-      {"output", "format", "dtype", "step", "averaged", "parameters", "bytes", "files"}.
+      {"output", "format", "dtype", "step", "averaged", "parameters", "bytes", "files"}, and of a depth tokenizer its
+      "identity", which stands in every sidecar that it makes.
 
     Raises:
-      UserError: the output exists, something the export needs is missing or another than the run's, the format cannot
-        express the model, or the disk is full; nothing is left behind.
+      UserError: the output exists, a depth tokenizer in another dtype than float32, something the export needs is
+        missing or another than the run's, the format cannot express the model, or the disk is full; nothing is left
+        behind.
     """
     options, out = options or Options(), workdirs.folder(output)
     if out.exists():
@@ -87,11 +89,14 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         check_open_pi_zero(model)
     if options.format == "hf_paligemma" and config.model_kind != "paligemma":
         raise errors.UserError(f"hf_paligemma files hold a PaliGemma, this is a {config.model_kind}: use safetensors")
+    identity = _frozen_identity(workdir, config.model_kind, options)
     words = _text_tokenizer(stored, model, options)
     depth = _depth_tokenizer(stored, model, options)
+    if not words and not isinstance(model, tokenizer.TokenizerConfig):
+        say("no text tokenizer is known, none goes into the export: --text_tokenizer=FILE adds one")
     say(f"exporting {item} of step {stored.meta['step']} of {workdir} as {options.format} in {options.dtype}")
 
-    with workdirs.full_disk(str(out.parent)), _appears_whole(out) as folder:
+    with workdirs.full_disk(output, "nothing of the export was kept"), workdirs.appears_whole(out, say) as folder:
         files, leaves = export_weights.write(
             stored, model, item, folder, options.format, options.dtype, options.shard_bytes
         )
@@ -108,6 +113,8 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
             )
             write_export(depth, str(folder / exported.DEPTH), nested, say)
         manifest = _manifest(stored, config, model, item, options, files, leaves, words, bool(depth))
+        if identity:
+            manifest["identity"] = identity
         (folder / "NOTICE.md").write_text(model_card.notice(manifest["origin"]))
         (folder / "README.md").write_text(model_card.card(manifest, statistics, figures(stored)))
         (folder / stored_model.MANIFEST).write_text(json.dumps(checkpoint_read.sealed(manifest), indent=1) + "\n")
@@ -125,7 +132,23 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
             for leaf in item.values()
         ),
         "files": listed,
+        **({"identity": identity} if identity else {}),
     }
+
+
+def _frozen_identity(workdir: str, kind: str, options: Options) -> str:
+    """Identity of a depth tokenizer, "" of anything else; only what gives the same tokens is exported."""
+    if kind != "tokenizer":
+        return ""
+    if options.dtype != "float32":
+        raise errors.UserError(
+            f"--dtype={options.dtype} would change which tokens a depth map gets: export a depth tokenizer in float32"
+        )
+    # Other parameters than these have another identity than the tokens that the run has made.
+    if options.step is not None or not options.average:
+        return ""
+    found, variables, _ = earlier_stages.load_tokenizer(workdir)
+    return tokenizer.identity(found, variables["params"], variables["state"])
 
 
 def check_open_pi_zero(model: Any) -> None:
@@ -189,6 +212,7 @@ def _manifest(stored, config, model, item, options, files, leaves, words, with_d
         "weights": {
             "format": options.format,
             "dtype": options.dtype,
+            "rounded": options.dtype == "bfloat16" or bool(earlier and earlier["weights"].get("rounded")),
             "averaged": item == "ema" or bool(earlier and earlier["weights"]["averaged"]),
             "parameters": sum(int(np.prod(leaf["shape"])) for leaf in leaves["params"].values()),
             "files": files,
@@ -208,12 +232,14 @@ def _manifest(stored, config, model, item, options, files, leaves, words, with_d
 
 
 def origin_of(stored: stored_model.Stored, options: Options) -> list[str]:
-    """Formats of the foreign weights from which this model descends, nearest first; "unknown" where a link is lost."""
+    """Formats of the foreign weights from which this model descends, nearest first; "unknown" where a link is lost.
+
+    What the user tells stands in for what is unknown, and beside what is recorded, never instead of it.
+    """
+    recorded = stored.manifest["origin"] if stored.manifest else earlier_stages.origin(stored.meta)
     if options.origin:
-        return list(options.origin)
-    if stored.manifest:
-        return list(stored.manifest["origin"])
-    return earlier_stages.origin(stored.meta)
+        recorded = [name for name in recorded if name != "unknown"]
+    return list(dict.fromkeys([*recorded, *options.origin]))
 
 
 def _check_whole(stored, item: str, kind: str, model: Any) -> None:
@@ -229,8 +255,10 @@ def _check_whole(stored, item: str, kind: str, model: Any) -> None:
 
 
 def _text_tokenizer(stored, model, options: Options) -> str:
-    """Path of the text tokenizer of a policy, with the identity that the run recorded."""
-    if not isinstance(model, policy.PolicyConfig):
+    """Path of the text tokenizer of a model that reads text, with the identity that the run recorded."""
+    if isinstance(model, tokenizer.TokenizerConfig):
+        if options.text_tokenizer:
+            raise errors.UserError("--text_tokenizer is set, but a depth tokenizer reads no text: leave it out")
         return ""
     recorded = (stored.meta.get("data") or {}).get("text_tokenizer", "")
     kept = (
@@ -282,34 +310,6 @@ def _depth_tokenizer(stored, model, options: Options) -> str:
             f"{path!r} is another depth tokenizer ({identity}) than the policy learnt ({recorded}): {advice}"
         )
     return path
-
-
-@contextlib.contextmanager
-def _appears_whole(out: epath.Path) -> Iterator[epath.Path]:
-    """A folder to write to, in its place when the block ends; nothing of it stays when the block fails.
-
-    A bucket has no rename: there readers go by model.json, which comes last.
-    """
-    if workdirs.is_remote(out):
-        try:
-            yield out
-        except BaseException:
-            if out.exists():
-                out.rmtree()
-            raise
-        return
-    os.makedirs(out.parent, exist_ok=True)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    os.mkdir(temporary)
-    try:
-        yield temporary
-        os.rename(temporary, out)
-    except OSError as error:
-        if out.exists():
-            raise errors.UserError(f"--output={out} appeared meanwhile: choose another folder") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _json(content: Any) -> str:

@@ -76,12 +76,18 @@ def transformers_config(model: paligemma.PaligemmaConfig) -> dict[str, Any]:
         "model_type": "gemma2" if model.vlm.post_norms else "gemma",
     }
     if model.vlm.post_norms:
+        scale = model.query_scale or model.head_dim
         words |= {
-            "query_pre_attn_scalar": model.query_scale or model.head_dim,
+            # transformers takes a whole number alone where it is one.
+            "query_pre_attn_scalar": int(scale) if scale == int(scale) else scale,
             "attn_logit_softcapping": model.softcap or None,
             "final_logit_softcapping": model.final_softcap or None,
-            "sliding_window": model.window,
+            # A window of 0 is a window that shows nothing there: no window is a kind of layer (and 4096, as in the
+            # published files, for versions that do not read the kinds).
+            "sliding_window": model.window or 4096,
         }
+        if not model.window:
+            words["layer_types"] = ["full_attention"] * model.layers
     image = model.siglip
     pictures = {
         "hidden_size": image.width,

@@ -113,6 +113,9 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
     variables, _ = stored_model.restore_model(path, wanted, average=False)
     folder = workdirs.folder(path)
     saved = manifest["text_tokenizer"]
+    for name in (STATISTICS, *([TEXT] if saved else [])):
+        if not (folder / name).exists():
+            raise errors.UserError(f"{path!r} is damaged: {name} is missing; export again")
     if saved and (found := text.file_identity(str(folder / TEXT))) != saved["identity"]:
         raise errors.UserError(
             f"{folder / TEXT} is not the text tokenizer of this model ({found}, not {saved['identity']})"

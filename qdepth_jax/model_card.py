@@ -64,7 +64,7 @@ def card(manifest: dict[str, Any], statistics: dict[str, Any], figures: dict[str
     sections = [
         f"# {manifest['name']}",
         _what(manifest),
-        "## Use\n\n" + _use(manifest),
+        "## Use\n\n" + _use(manifest, statistics),
         "## Model\n\n" + _table([("field", "value"), *_facts(manifest)]),
         "## Training\n\n" + _training(meta, statistics),
         "## Figures\n\n" + _figures(figures, meta["step"]),
@@ -77,19 +77,27 @@ def card(manifest: dict[str, Any], statistics: dict[str, Any], figures: dict[str
 
 def _what(manifest: dict[str, Any]) -> str:
     if manifest["model_kind"] == "tokenizer":
-        return "A depth tokenizer (VQ-VAE): depth map to a grid of codebook indices and back. Trained with qdepth_jax."
+        return "A depth tokenizer (VQ-VAE): depth map to a grid of codebook indices and back. " + _made(manifest)
     if manifest["model_kind"] != "policy":
         return f"A model of the kind {manifest['model_kind']}, exported by qdepth_jax."
     model, depth = manifest["model"], manifest["model"]["depth"]
     views = ", ".join(model["views"])
     form = "without a depth expert" if depth is None else f"with a depth expert (predicts {depth['head']})"
+    state = (
+        "and the state of the robot in" if model["proprio_steps"] else "in (the state as part of the text, if at all)"
+    )
     return (
-        f"A vision-language-action policy, {form}: pictures ({views}), an instruction and the state of the robot in, "
-        f"{model['horizon']} actions of {model['action_dim']} numbers out, by flow matching. Trained with qdepth_jax."
+        f"A vision-language-action policy, {form}: pictures ({views}), an instruction {state}, "
+        f"{model['horizon']} actions of {model['action_used'] or model['action_dim']} numbers out, by flow matching. "
+        + _made(manifest)
     )
 
 
-def _use(manifest: dict[str, Any]) -> str:
+def _made(manifest: dict[str, Any]) -> str:
+    return "Trained with qdepth_jax." if manifest["meta"].get("data") else "Converted by qdepth_jax, not trained by it."
+
+
+def _use(manifest: dict[str, Any], statistics: dict[str, Any]) -> str:
     lines = [
         "    from qdepth_jax import exported",
         '    loaded = exported.load_export("THIS_FOLDER")  # .kind .model .variables .statistics .text_tokenizer',
@@ -99,10 +107,13 @@ def _use(manifest: dict[str, Any]) -> str:
             "    from qdepth_jax.models import sampling",
             '    actions = sampling.sample_actions(loaded.model, loaded.variables["params"], loaded.variables["state"],'
             " batch, noise)",
-            "",
-            "`actions` are normalised: `data.normalise.unnormalise` with the statistics of the robot's data set gives "
-            "its own units. The state goes in normalised by the same file.",
         ]
+        if statistics:
+            lines += [
+                "",
+                "`actions` are normalised: `data.normalise.unnormalise` with the statistics of the robot's data set "
+                "gives its own units. The state goes in normalised by the same file.",
+            ]
     if manifest["weights"]["format"].startswith("open_pi_zero"):
         lines += [
             "",
@@ -118,6 +129,8 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("text tokenizer", f"{words['identity']}, {words['max_text_tokens']} ids, padded on the right with 0")
         )
+    if identity := manifest.get("identity"):
+        facts.append(("identity", f"{identity} (of encoder and codebook; stands in every token sidecar it makes)"))
     if depth := manifest["depth_tokenizer"]:
         facts.append(("depth tokenizer", depth["identity"]))
     return facts
@@ -170,11 +183,16 @@ def _weights(weights: dict[str, Any]) -> str:
     text = f"{weights['format']}, {weights['dtype']}, {kind} parameters."
     if weights["dtype"] == "bfloat16":
         text += " Each parameter was rounded to the nearest bfloat16: a relative change of at most 2^-8 (0.4 %)."
+    elif weights.get("rounded"):
+        text += " They come from an export in bfloat16, to which they were rounded: the digits lost there are lost."
     return text + " model.json holds a sum of every array; loading checks it."
 
 
 def _limits(manifest: dict[str, Any], statistics: dict[str, Any]) -> list[str]:
-    out = ["Not tested for safety: whoever lets it move a robot limits speed, force and workspace by other means."]
+    out = []
+    if manifest["meta"].get("data") and not manifest["origin"]:
+        out.append("No foreign weights are recorded: everything it knows comes from the training data named above.")
+    out += ["Not tested for safety: whoever lets it move a robot limits speed, force and workspace by other means."]
     if manifest["model_kind"] == "policy":
         names = ", ".join(sorted(statistics)) or "no data set"
         out.append(f"Statistics are those of {names}: another robot or camera needs training of its own.")

@@ -25,13 +25,15 @@ KEYFRAMES = np.array([0, 12, *range(24, 32)])  # of the window before, that a wi
 ANCHORS = KEYFRAMES[: OVERLAP - FADE]  # those whose depth must agree after scale and shift
 
 
-def network_size(height: int, width: int, input_size: int = 518, patch: int = 14) -> tuple[int, int]:
+def network_size(
+    height: int, width: int, input_size: int = 518, patch: int = 14, video: bool = True
+) -> tuple[int, int]:
     """(height, width) at which the network sees a frame: the short side about input_size, multiples of the patch.
 
-    Frames longer than 16:9 are made smaller, as in the original (memory).
+    Frames of a video longer than 16:9 are made smaller, as in the original (memory); single images are not.
     """
     ratio = max(height, width) / min(height, width)
-    if ratio > 1.78:
+    if video and ratio > 1.78:
         input_size = round(int(input_size * 1.777 / ratio) / 14) * 14
     factor = max(input_size / height, input_size / width)
 
@@ -94,7 +96,7 @@ def make_window_fn(
 
     Resizing to the network's size (cubic, as OpenCV does it) and back (bilinear) happens on the device.
     """
-    size = network_size(height, width, input_size, config.trunk.patch)
+    size = network_size(height, width, input_size, config.trunk.patch, video=config.head.frames > 0)
     down, across = resize.cubic(height, size[0]), resize.cubic(width, size[1])
 
     def window(params: Any, frames: Array) -> Array:

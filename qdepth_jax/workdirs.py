@@ -6,6 +6,7 @@ A URL never becomes a pathlib path: that would turn gs://bucket into the local f
 import contextlib
 import errno
 import fcntl
+import glob
 import importlib.util
 import math
 import os
@@ -97,6 +98,49 @@ def only_one(path: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
             file.truncate(0)  # nobody holds it any more
 
 
+@contextlib.contextmanager
+def appears_whole(out: epath.Path, say: Callable[[str], None]) -> Iterator[epath.Path]:
+    """A folder to write to, in its place when the block ends; nothing of it stays when the block fails.
+
+    Only a killed process leaves its folder; it is named at the next start. A bucket has no rename: there the file that
+    a reader goes by comes last.
+
+    Raises:
+      UserError: the place cannot be written, or somebody else wrote there meanwhile.
+    """
+    if is_remote(out):
+        try:
+            yield out
+        except BaseException:
+            if out.exists():
+                out.rmtree()
+            raise
+        return
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        left = [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp")]
+        temporary.mkdir()
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise errors.UserError(f"--output={out} cannot be written ({error}): choose another folder") from error
+    if left:
+        say(
+            f"left by processes that write {out} now or were killed at it; delete what nobody writes: {', '.join(left)}"
+        )
+    try:
+        yield temporary
+        try:
+            temporary.rename(out)
+        except OSError as error:
+            if out.exists():
+                raise errors.UserError(f"--output={out} appeared meanwhile: choose another folder") from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def size_of(abstract: Any) -> int:
     """Bytes of one checkpoint of this state on disk, at most."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract)) + ALLOWANCE
@@ -129,8 +173,8 @@ def check_room(workdir: str, abstract: Any, train: config_lib.TrainConfig, exist
 
 
 @contextlib.contextmanager
-def full_disk(workdir: str) -> Iterator[None]:
-    """A disk that fills is a message, not a page of tracebacks; finished checkpoints are whole."""
+def full_disk(workdir: str, whole: str = "earlier checkpoints are complete") -> Iterator[None]:
+    """A disk that fills is a message, not a page of tracebacks; `whole` says what is safe."""
     try:
         yield
     except errors.UserError:
@@ -138,8 +182,7 @@ def full_disk(workdir: str) -> Iterator[None]:
     except Exception as error:
         if is_full_disk(error):
             raise errors.UserError(
-                f"the disk of {workdir!r} is full; earlier checkpoints are complete. Free space and give the "
-                "same command again"
+                f"the disk of {workdir!r} is full; {whole}. Free space and give the same command again"
             ) from error
         raise
 

@@ -254,3 +254,39 @@ def test_train_step_without_the_checkout_is_a_message(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and "is it a checkout?" in done.stderr
+
+
+def test_video_depth_race_notices_another_depth_and_a_network_without_any():
+    from benchmarks import video_depth_report
+
+    depth = np.linspace(0.5, 2.0, 64, dtype=np.float32).reshape(1, 4, 4, 4)
+    assert video_depth_report.agree([depth, depth + 1e-4])["relative"] == pytest.approx(5e-5, rel=1e-2)
+    assert video_depth_report.agree([0 * depth, 0 * depth])["relative"] == np.inf
+    turns = [{"wall_s": 1.0, "cpu_s": 2.0}, {"wall_s": 4.0, "cpu_s": 2.0}]
+    slower = [{"wall_s": 2.0, "cpu_s": 1.0}, {"wall_s": 8.0, "cpu_s": 1.0}]
+    found = video_depth_report.ratios(turns, slower)
+    assert found["wall_s"]["median"] == 2.0 and found["cpu_s"]["max"] == 0.5
+
+
+def test_video_depth_sizes():
+    from benchmarks import video_depth_order
+    from qdepth_jax import errors
+
+    assert video_depth_order.parse_size("vits:32x140x182") == ("vits", 32, 140, 182)
+    for bad in ("vitg:32x140x182", "vits:33x140x182", "vits:32x140x180", "vits"):
+        with pytest.raises(errors.UserError, match="--size="):
+            video_depth_order.parse_size(bad)
+
+
+@pytest.mark.slow
+def test_video_depth_of_ours_alone():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "video_depth.py"), "--size=vits:2x28x28", "--rounds=2"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["agree"] and result["contestants"]["ours"]["frames_per_s"]["n"] == 2
+    assert "ratio" not in result and "| ours |" in done.stdout

@@ -28,6 +28,7 @@ FILES = (
     ("tokenizer", "libero"),
     ("tokenizer", "bridge"),
     ("tokenizer", "fractal"),
+    ("tokenizer", "sample"),
     *((name, "bridge") for name in VARIANTS),
     *((name, "demo") for name in VARIANTS),
 )

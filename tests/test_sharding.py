@@ -21,7 +21,7 @@ from qdepth_jax import config as config_lib
 from qdepth_jax import errors, optim, sharding, sharding_table, train_step
 from qdepth_jax.models import policy, tokenizer
 
-QUANTISERS = ("ema", "plain", "fsq")
+QUANTISERS = ("ema", "l2", "plain", "fsq")
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding_qdepth_full.txt"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -196,9 +196,10 @@ def test_metrics_are_the_norms_of_what_they_name():
     assert len(parts) == 4 and math.hypot(*parts) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
 
 
-def test_tokenizer_codebook_statistics_are_global():
+@pytest.mark.parametrize("quantiser", ["ema", pytest.param("l2", marks=pytest.mark.slow)])
+def test_tokenizer_codebook_statistics_are_global(quantiser):
     config = tokenizer.TokenizerConfig(
-        depth_size=32, grid=4, num_codes=64, code_dim=8, widths=(16, 16), blocks=1, start_step=0
+        depth_size=32, grid=4, num_codes=64, code_dim=8, widths=(16,) * 2, blocks=1, start_step=0, quantiser=quantiser
     )
     objective = tokenizer.make_objective(config)
     raw = np.random.default_rng(0).integers(500, 3500, (8, 32, 32)).astype(np.uint16)

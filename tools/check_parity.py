@@ -13,9 +13,10 @@ Exit code 0: within tolerance; 1: not; 2: the file cannot be used. The last line
 
 import json
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
+
+from qdepth_jax import command
 
 _ABSOLUTE = flags.DEFINE_float("absolute", 2e-5, "Largest absolute error of features, logits, velocities and actions.")
 _RELATIVE = flags.DEFINE_float("relative", 1e-4, "Largest relative error of the loss and of gradient norms.")
@@ -28,16 +29,19 @@ def main(argv: list[str]) -> int:
     from qdepth_jax import errors
 
     jax.config.update("jax_default_matmul_precision", "highest")
+    if len(argv) != 2:
+        raise errors.UserError(f"usage: check_parity.py FIXTURE.npz (got {len(argv) - 1} arguments)")
+    path = pathlib.Path(argv[1])
+    arrays = read(path)
+    layout = recognise(path, arrays)
     try:
-        if len(argv) != 2:
-            raise errors.UserError(f"usage: check_parity.py FIXTURE.npz (got {len(argv) - 1} arguments)")
-        path = pathlib.Path(argv[1])
-        arrays = read(path)
-        layout = recognise(path, arrays)
         rows = compare(layout, arrays, _ABSOLUTE.value, _RELATIVE.value)
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (TypeError, ValueError, IndexError, KeyError) as error:  # from inside the model: shapes that do not meet
+        shapes = {name: array.shape for name, array in arrays.items() if not name.startswith(("w/", "params/"))}
+        raise errors.UserError(
+            f"{path}: its arrays do not fit each other ({type(error).__name__}: {str(error).splitlines()[0]}); inputs "
+            f"and outputs are {shapes}"
+        ) from error
     return report(layout, rows)
 
 
@@ -121,4 +125,4 @@ def report(layout: str, rows: list) -> int:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: sys.exit(main(argv)))
+    command.run(main)

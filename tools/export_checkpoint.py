@@ -29,8 +29,8 @@ _TEXT = flags.DEFINE_string("text_tokenizer", "", "SentencePiece model; default:
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "workdir of the depth tokenizer; default: where the run had it")
 _WITH_DEPTH = flags.DEFINE_bool("depth_tokenizer", True, "include the depth tokenizer, which decodes predicted depth")
 _ORIGIN = flags.DEFINE_list(
-    "derived_from", [], "formats of the foreign weights behind the model (big_vision, openpi, ...), where its own "
-    "records do not say; decides which terms NOTICE.md names",
+    "derived_from", [], "formats of foreign weights behind the model (big_vision, openpi, ...) that its own records do "
+    "not name; NOTICE.md names their terms beside the recorded ones",
 )  # fmt: skip
 
 

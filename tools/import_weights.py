@@ -74,22 +74,12 @@ def run(
 def write(output: str, params, meta: dict) -> None:
     """The checkpoint, in a folder that gets its name when it is complete (a bucket has no renaming: there the last
     file that Orbax writes says so)."""
-    import os
-
     from qdepth_jax import checkpoint, workdirs
 
-    if workdirs.is_remote(output):
-        checkpoint.save_params(output, params, meta)
-        return
-    final = workdirs.folder(output)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f"{final.name}.importing.{os.getpid()}"
-    try:
-        checkpoint.save_params(str(temporary), params, meta)
-        temporary.rename(final)
-    finally:
-        if temporary.exists():
-            temporary.rmtree()
+    out = workdirs.folder(output)
+    kept = "nothing of the import was kept"
+    with workdirs.full_disk(output, kept), workdirs.appears_whole(out, checkpoint.say) as folder:
+        checkpoint.save_params(str(folder), params, meta)
 
 
 if __name__ == "__main__":

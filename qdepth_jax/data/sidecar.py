@@ -3,10 +3,11 @@
     <root>/<split>/metadata.json   what it is: kind, fingerprint of the data, camera, identity of its maker
     <root>/<split>/values.npy      u16 [F, ...], memory-mapped, row = frame id of the split
     <root>/<split>/scale.npy       f32 [E, 2] per episode (scale, offset): value = raw * scale + offset
+    <root>/<split>/figures.npy     f64 [E, N] per episode, optional: counts and sums that its maker reports
 
 Keyed by the content fingerprint of the data set, so it survives a move and cannot be mixed up with other data. While it
-is written the folder is called `<split>.partial` and keeps one byte per finished episode: a killed writer continues,
-and a reader never sees half a sidecar.
+is written the folder is called `<split>.partial` and keeps, in `state/`, one byte per finished episode and a lock per
+writing process: killed writers continue, and a reader never sees half a sidecar.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import storage
+from qdepth_jax.data import sidecar_lock, storage
 
+STATE, DONE = "state", "state/done"  # of an unfinished sidecar
 KINDS = ("depth", "depth_tokens")
 # A token that stands for no depth: what is invalid must not be trained on, and a code would hide that.
 INVALID_TOKEN = 65535
@@ -37,8 +39,8 @@ class Metadata:
       identity: who made it: the tokenizer's identity, or the estimator's name and version.
       row_shape: shape of one frame: (P,) or (H, W).
       frames, episodes: of the split.
-      details: json-able rest; tokens: grid, codes, invalid (INVALID_TOKEN);
-        depth: {"depth_kind": "metric" | "relative"}.
+      details: json-able rest; tokens: grid, codes, invalid (INVALID_TOKEN), depth (identity of what was tokenised);
+        depth: {"depth_kind": "metric" | "relative"}, licence and settings of the estimator.
     """
 
     kind: str
@@ -54,104 +56,220 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """An opened sidecar: `values` u16 [F, ...] memory-mapped; `scale`, `offset` f32 [E]."""
+    """Opened: `values` u16 [F, ...] memory-mapped; `scale`, `offset` f32 [E]; `figures` f64 [E, N] or None."""
 
     metadata: Metadata
     directory: str
     values: np.ndarray
     scale: np.ndarray
     offset: np.ndarray
+    figures: np.ndarray | None = None
 
 
 class Writer:
-    """Creates or continues a sidecar; episodes may come in any order.
+    """Creates or continues a sidecar; episodes may come in any order, and from several processes at once.
 
-        writer = Writer(root, metadata)
+        writer = Writer(root, metadata, process=1, processes=4)
         for episode in writer.pending():
             writer.write(episode, start, values)
         writer.finish()
 
+    Process p of n writes the episodes e with e % n = p. Nobody waits for anybody: whoever finds all episodes done
+    publishes. The finished bytes are the same for any number of processes and any interruptions.
+
+    Args:
+      figures: numbers per episode that `write` takes beside the values; kept in figures.npy, f64 [E, figures].
+
     Raises:
-      UserError: the folder holds a sidecar of something else, is not writable, or the disk is too small.
+      UserError: the folder holds a sidecar of something else, is not writable, or the disk is too small; a running
+        process writes this share already, or others run with another number of processes.
     """
 
-    def __init__(self, root: str, metadata: Metadata):
+    _files: dict[str, tuple[int, int]] | None = None  # name -> (file descriptor, where its data begins)
+    _lock: int | None = None
+    _published = False
+
+    def __init__(self, root: str, metadata: Metadata, figures: int = 0, process: int = 0, processes: int = 1):
         if metadata.kind not in KINDS:
             raise ValueError(f"sidecar kind {metadata.kind!r}: use one of {KINDS}")
+        if not 0 <= process < processes:
+            raise errors.UserError(
+                f"--process_id={process} --num_processes={processes}: processes are numbered from 0 to N - 1"
+            )
         if storage.is_remote(root):
-            raise errors.UserError(f"--output={root}: a sidecar is memory-mapped, so it needs a local folder")
-        self._final = os.path.join(os.path.abspath(os.path.expanduser(root)), metadata.split)
+            raise errors.UserError(f"--output={root}: sidecars are read through mapped memory: name a local folder")
+        # As it will be read back: JSON knows no tuples.
+        metadata = dataclasses.replace(metadata, details=json.loads(json.dumps(metadata.details)))
+        self._root = os.path.abspath(os.path.expanduser(root))
+        self._final = os.path.join(self._root, metadata.split)
         self._partial = self._final + ".partial"
-        self._metadata = metadata
+        self._metadata, self._figures = metadata, figures
+        self._share = np.arange(process, metadata.episodes, processes)
+        try:
+            os.makedirs(self._root, exist_ok=True)
+            with sidecar_lock.exclusive(self._lock_path):
+                self._open(process, processes)
+        except OSError as error:
+            self.close()
+            raise _cannot_write(self._final, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _lock_path(self) -> str:
+        return os.path.join(self._root, f".{self._metadata.split}.lock")
+
+    def _arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """File -> shape and type of its array."""
+        frames, episodes = self._metadata.frames, self._metadata.episodes
+        arrays = {"values": ((frames, *self._metadata.row_shape), np.uint16), "scale": ((episodes, 2), np.float32)}
+        if self._figures:
+            arrays["figures"] = ((episodes, self._figures), np.float64)
+        return arrays | {DONE: ((episodes,), np.uint8)}
+
+    def _open(self, process: int, processes: int) -> None:
         if os.path.exists(self._final):
-            found = open_sidecar(os.path.dirname(self._final), metadata.split).metadata
-            _same(found, metadata, self._final)
-            self._done = np.ones(metadata.episodes, np.uint8)
-            self._finished = True
+            _same(open_sidecar(self._root, self._metadata.split).metadata, self._metadata, self._final)
+            shutil.rmtree(os.path.join(self._final, STATE), ignore_errors=True)
+            self._published = True
             return
-        self._finished = False
         path = os.path.join(self._partial, "metadata.json")
         if os.path.exists(path):
-            _same(_load_metadata(self._partial), metadata, self._partial)
-            mode = "r+"
+            _same(_load_metadata(self._partial), self._metadata, self._partial)
         else:
-            mode = "w+"
             shutil.rmtree(self._partial, ignore_errors=True)
-        try:
-            os.makedirs(self._partial, exist_ok=True)
-            shapes = {
-                "values": ((metadata.frames, *metadata.row_shape), np.uint16),
-                "scale": ((metadata.episodes, 2), np.float32),
-                "done": ((metadata.episodes,), np.uint8),
-            }
-            arrays = {name: self._map(name, mode, *shape) for name, shape in shapes.items()}
-            if mode == "w+":
-                _write_json(path, dataclasses.asdict(metadata))
-        except OSError as error:
-            if mode == "w+":
+            try:
+                os.makedirs(os.path.join(self._partial, STATE))
+                for name, (shape, dtype) in self._arrays().items():
+                    _create(os.path.join(self._partial, name + ".npy"), shape, dtype)
+                _write_json(path, dataclasses.asdict(self._metadata))  # last: with it the folder counts as begun
+            except OSError:
                 shutil.rmtree(self._partial, ignore_errors=True)
-            raise _cannot_write(self._final, error) from error
-        self._values, self._scale, self._done = arrays["values"], arrays["scale"], arrays["done"]
+                raise
+        state = os.path.join(self._partial, STATE)
+        if not os.path.isdir(state):
+            raise errors.UserError(f"{self._partial} was begun by an older version: delete it and start again")
+        self._lock = sidecar_lock.claim(state, process, processes, self._partial)
+        self._files = {}
+        for name, (shape, dtype) in self._arrays().items():
+            file = os.path.join(self._partial, name + ".npy")
+            found = _load(file, self._partial)
+            if found.shape != shape or found.dtype != dtype:
+                raise errors.UserError(
+                    f"{file} is {found.dtype} {found.shape}, {np.dtype(dtype)} {shape} expected: delete "
+                    f"{self._partial} and start again"
+                )
+            self._files[name] = os.open(file, os.O_RDWR), os.path.getsize(file) - found.nbytes
 
-    def _map(self, name: str, mode: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        path = os.path.join(self._partial, name + ".npy")
-        array = np.lib.format.open_memmap(path, mode=mode, dtype=dtype, shape=shape)
-        if mode == "w+":
-            # Claim the blocks now: a full disk is an error here, but a bus error when a mapped page is written later.
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        return array
+    def _done(self) -> np.ndarray:
+        """bool [E]: what all processes have finished by now."""
+        if self._published:
+            return np.ones(self._metadata.episodes, bool)
+        if self._files is None:
+            raise ValueError(f"{self._partial}: the writer is closed")
+        file, begin = self._files[DONE]
+        return np.frombuffer(os.pread(file, self._metadata.episodes, begin), np.uint8) == 1
 
     def pending(self) -> list[int]:
-        """Episodes that are not written yet, ascending."""
-        return np.flatnonzero(self._done == 0).tolist()
+        """Episodes of this process that are not written yet, ascending."""
+        return self._share[~self._done()[self._share]].tolist()
 
-    def write(self, episode: int, start: int, values: np.ndarray, *, scale: float = 1.0, offset: float = 0.0) -> None:
-        """Stores all frames of one episode: u16 [T, ...] at frame ids start..start+T-1."""
+    def missing(self) -> int:
+        """Episodes that no process has written yet."""
+        return int((~self._done()).sum())
+
+    def write(
+        self,
+        episode: int,
+        start: int,
+        values: np.ndarray,
+        *,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        figures: np.ndarray | None = None,
+    ) -> None:
+        """Stores all frames of one episode: u16 [T, ...] at frame ids start..start+T-1, and its figures f64 [figures].
+
+        Not through mapped memory: pages of neighbouring episodes are shared, and two hosts that write one page of a
+        network file system would each put back the other's old bytes.
+        """
         if values.dtype != np.uint16 or values.shape[1:] != self._metadata.row_shape:
             raise ValueError(
                 f"sidecar rows are u16 {list(self._metadata.row_shape)}, got {values.dtype} {list(values.shape[1:])}"
             )
-        if self._done[episode]:
+        if not 0 <= start <= start + len(values) <= self._metadata.frames:
+            raise ValueError(f"frames {start} to {start + len(values)} of {self._metadata.frames}")
+        if (self._figures or None) != (None if figures is None else len(figures)):
+            raise ValueError(f"{self._figures} figures an episode, got {figures}")
+        if self._done()[episode]:
             return
-        self._values[start : start + len(values)] = values
-        self._scale[episode] = (scale, offset)
-        # Data before mark: a crash between the two repeats the episode, never trusts half of it.
-        self._values.flush()
-        self._scale.flush()
-        self._done[episode] = 1
-        self._done.flush()
+        try:
+            self._put("values", start, values)
+            self._put("scale", episode, np.array([[scale, offset]], np.float32))
+            if figures is not None:
+                self._put("figures", episode, np.asarray(figures, np.float64)[None])
+            # Data before mark: a crash between the two repeats the episode, never trusts half of it.
+            self._put(DONE, episode, np.ones(1, np.uint8))
+        except OSError as error:
+            raise _cannot_write(self._final, error) from error
 
-    def finish(self) -> str:
-        """Publishes the sidecar under its final name and returns that folder; all episodes must be written."""
-        if not self._finished:
-            left = self.pending()
-            if left:
-                raise ValueError(f"{self._partial}: {len(left)} episodes are not written, first {left[0]}")
-            os.remove(os.path.join(self._partial, "done.npy"))
-            os.rename(self._partial, self._final)
-            self._finished = True
+    def _put(self, name: str, row: int, rows: np.ndarray) -> None:
+        """Writes rows [n, ...] of an array from number `row` on; they are on the disk when this returns."""
+        file, begin = self._files[name]
+        data = memoryview(np.ascontiguousarray(rows)).cast("B")
+        at = begin + row * (rows.nbytes // max(len(rows), 1))
+        while len(data):
+            count = os.pwrite(file, data, at)
+            data, at = data[count:], at + count
+        os.fdatasync(file)
+
+    def finish(self) -> str | None:
+        """Ends this process's share. Publishes the sidecar if no episode is missing and returns its folder.
+
+        Returns:
+          None while other processes have episodes left: the last of them, or any later start, publishes.
+        """
+        if self._published:
+            return self._final
+        if left := self.pending():
+            raise ValueError(f"{self._partial}: {len(left)} episodes are not written, first {left[0]}")
+        with sidecar_lock.exclusive(self._lock_path):
+            if not os.path.exists(self._final):
+                if self.missing():
+                    self.close()
+                    return None
+                # A kill right after the rename leaves the state in the finished folder, where it harms nobody.
+                os.rename(self._partial, self._final)
+            shutil.rmtree(os.path.join(self._final, STATE), ignore_errors=True)
+        self._published = True
+        self.close()
         return self._final
+
+    def close(self) -> None:
+        """Gives the share back; done without it when the process ends."""
+        for file, _ in (self._files or {}).values():
+            os.close(file)
+        if self._lock is not None:
+            os.close(self._lock)
+        self._files, self._lock = None, None
+
+    def __del__(self):
+        self.close()
+
+
+def _create(path: str, shape: tuple[int, ...], dtype: type) -> None:
+    """An array of zeros whose blocks are claimed: a full disk is an error now, not in the middle of the work."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+
+
+def _load(path: str, directory: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"{path} is damaged ({error}): delete {directory} and start again") from error
 
 
 def open_sidecar(root: str, split: str) -> Sidecar:
@@ -171,6 +289,8 @@ def open_sidecar(root: str, split: str) -> Sidecar:
     try:
         values = np.load(os.path.join(directory, "values.npy"), mmap_mode="r")
         scale = np.load(os.path.join(directory, "scale.npy"))
+        path = os.path.join(directory, "figures.npy")
+        figures = np.load(path) if os.path.exists(path) else None
     except (OSError, ValueError) as error:
         raise errors.UserError(f"sidecar {directory} is damaged ({error}): delete it and make it again") from error
     shape = (metadata.frames, *metadata.row_shape)
@@ -179,7 +299,7 @@ def open_sidecar(root: str, split: str) -> Sidecar:
             f"sidecar {directory} is damaged: values are {values.dtype} {values.shape}, uint16 {shape} expected; "
             "delete it and make it again"
         )
-    return Sidecar(metadata, directory, values, scale[:, 0].copy(), scale[:, 1].copy())
+    return Sidecar(metadata, directory, values, scale[:, 0].copy(), scale[:, 1].copy(), figures)
 
 
 def token_validity(valid: np.ndarray, grid: int) -> np.ndarray:
@@ -213,13 +333,14 @@ def check(sidecar: Sidecar, *, kind: str, fingerprint: str, camera: str, identit
 
 
 def _same(found: Metadata, wanted: Metadata, directory: str) -> None:
-    for field in dataclasses.fields(Metadata):
-        a, b = getattr(found, field.name), getattr(wanted, field.name)
-        if a != b:
-            raise errors.UserError(
-                f"{directory} holds a sidecar with {field.name} {a!r}, not {b!r}: choose another output folder or "
-                "delete it"
-            )
+    here, there = dataclasses.asdict(wanted), dataclasses.asdict(found)
+    here, there = (row | {f"details.{k}": v for k, v in row.pop("details").items()} for row in (here, there))
+    if odd := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+        listed = "; ".join(f"{name} {there.get(name)!r}, not {here.get(name)!r}" for name in odd)
+        raise errors.UserError(
+            f"{directory} holds a sidecar with {listed}: give every process the same flags, weights and data, choose "
+            "another output folder, or delete it"
+        )
 
 
 def _load_metadata(directory: str) -> Metadata:

@@ -10,7 +10,8 @@ matplotlib.use("Agg")  # a report is a file, no window is opened
 import matplotlib.pyplot as plt
 import numpy as np
 
-DEPTH_COLOURS = "turbo"
+# Perceptually uniform: equal steps of depth look equal, and no bright band suggests an edge, as rainbow maps do.
+DEPTH_COLOURS = "viridis"
 
 
 def embed(figure: plt.Figure) -> str:

@@ -1,8 +1,10 @@
-"""Vector quantisation: nearest code, and the three ways a codebook is learnt.
+"""Vector quantisation: nearest code, and the four ways a codebook is learnt.
 
   ema    codes are running means of the features assigned to them; started from data, dead codes revived (the default:
          the plain objective collapsed to 6 of 256 codes on robot depth in an independent re-implementation, and EMA
          with data start and revival reached 250 of 256)
+  l2     features and codes lie on a sphere, so that the nearest code is the one of the largest cosine (ViT-VQGAN, Yu et
+         al. 2021); learnt like `ema`, the mean pulled back to the sphere, as spherical k-means does
   plain  codes are parameters, moved by the codebook term of the VQ-VAE loss (QDepth-VLA eq. 2; van den Oord 2017)
   fsq    finite scalar quantisation: an implicit grid, nothing to learn (Mentzer et al. 2023)
 
@@ -18,12 +20,13 @@ from jax import Array
 
 from qdepth_jax import errors
 
-KINDS = ("ema", "plain", "fsq")
+KINDS = ("ema", "l2", "plain", "fsq")
+# Kinds whose codes are running means in the model state: they start from data, at a step of their own.
+RUNNING = ("ema", "l2")
 
-# A code is dead when its running count is below this share of the count it would have under uniform use ...
-DEAD_SHARE = 0.05
-# ... and a revived code starts at this share, so that it has about -ln(0.05/0.2)/(1-decay) steps to find features.
-REVIVED_SHARE = 0.2
+# A revived code starts at so many times the count below which it would be dead again: about ln(4)/(1-decay) steps to
+# find features.
+REVIVED = 4.0
 
 
 def squared_distances(z: Array, codes: Array) -> Array:
@@ -40,8 +43,15 @@ def nearest(z: Array, codes: Array) -> Array:
     return jnp.argmin(squared_distances(z, codes), axis=-1).astype(jnp.int32)
 
 
+def on_sphere(x: Array) -> Array:
+    """x [..., D] at length sqrt(D): unit mean square, the scale that the decoder gets from the other kinds too."""
+    x = x.astype(jnp.float32)
+    # Not x / norm(x): its gradient is not finite at 0.
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 def init_state(num_codes: int, code_dim: int) -> dict[str, Array]:
-    """Codebook state of the EMA learner, before it has seen data (`updates` = 0)."""
+    """Codebook state of a running mean, before it has seen data (`updates` = 0)."""
     return {
         "codebook": jnp.zeros((num_codes, code_dim), jnp.float32),
         "count": jnp.zeros((num_codes,), jnp.float32),
@@ -70,7 +80,15 @@ def start_from_data(state: dict[str, Array], z: Array, key: Array) -> dict[str, 
     }
 
 
-def ema_update(state: dict[str, Array], z: Array, index: Array, key: Array, decay: float) -> dict[str, Array]:
+def ema_update(
+    state: dict[str, Array],
+    z: Array,
+    index: Array,
+    key: Array,
+    decay: float,
+    spherical: bool = False,
+    dead_share: float = 0.05,
+) -> dict[str, Array]:
     """One EMA step of the codes towards their features, then revival of dead codes.
 
     Args:
@@ -78,22 +96,25 @@ def ema_update(state: dict[str, Array], z: Array, index: Array, key: Array, deca
       z: f32 [N, D]; index: i32 [N], the code of each feature.
       key: random key of this step (which features dead codes jump to, see `draw_by_weight`).
       decay: EMA decay, 0.99 in the re-implementation that measured the cure.
+      dead_share: a code is dead when its running count is below this share of the count under uniform use.
+      spherical: codes are the directions of the means (`l2`); `z` then lies on the sphere.
 
     Returns:
-      The new state. A code whose running count fell below DEAD_SHARE of uniform use becomes a badly coded feature.
+      The new state. A dead code becomes a badly coded feature.
     """
     num_codes = state["codebook"].shape[0]
     assigned = jax.nn.one_hot(index, num_codes, dtype=jnp.float32)
     count = decay * state["count"] + (1.0 - decay) * jnp.sum(assigned, axis=0)
     total = decay * state["sum"] + (1.0 - decay) * jnp.einsum("nc,nd->cd", assigned, z)
     uniform = z.shape[0] / num_codes
-    dead = count < DEAD_SHARE * uniform
-    revived_count = REVIVED_SHARE * uniform
+    dead = count < dead_share * uniform
+    revived_count = REVIVED * dead_share * uniform
     count = jnp.where(dead, revived_count, count)
     error = jnp.sum(jnp.square(z - state["codebook"][index]), axis=-1)
     total = jnp.where(dead[:, None], draw_by_weight(z, error, num_codes, key) * revived_count, total)
+    mean = total / count[:, None]
     return {
-        "codebook": total / count[:, None],
+        "codebook": on_sphere(mean) if spherical else mean,
         "count": count,
         "sum": total,
         "updates": state["updates"] + 1,

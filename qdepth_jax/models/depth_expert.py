@@ -10,12 +10,16 @@ the paper's 0.318 B. That is the evidence for 384.
 Logits are the paper's eq. 3, l_ik = -||x_i - c_k||^2 / tau. x is written in affine coordinates of the frozen
 codebook, x = mean(c) + s x' with s^2 = mean_k ||c_k - mean(c)||^2, and tau = temperature * s^2; then
 l_ik = -||x'_i - c'_k||^2 / temperature with c' = (c - mean(c)) / s. The formula is unchanged, but its value no longer
-depends on where the codebook lies and how large it is: with x' near 0 at the start, cross-entropy starts near ln C.
+depends on where the codebook lies and how large it is. With x' near 0 at the start, the cross-entropy of code k is
+||c'_k||^2 / temperature + ln sum_j exp(-||c'_j||^2 / temperature): ln C where all codes are equally far from their
+mean, but far above it where the codes in use lie outside of a crowd of unused ones (collapsed: 6 of 256 codes
+have ||c'||^2 near 40). `start_temperature` makes up for that.
 
 Axis letters: B batch, P depth tokens, C codes, D width, E code dimension, R depth pixels along one side of a token.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,7 @@ from qdepth_jax import errors
 from qdepth_jax.models import gemma, layout, linear
 
 HEADS = ("codes", "pixels")
+START_SHARE = 0.07
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class DepthConfig:
       head: `codes` (the paper) or `pixels` (ablation: regress normalised depth, no tokenizer).
       codes, code_dim: the tokenizer's codebook [C, E]; the frozen codes are in the model state, not in the parameters.
       conv_width: hidden channels of the decoder (see the module docstring).
-      temperature: tau / s^2. The paper does not give tau.
+      temperature: tau / s^2; 0 = `start_temperature` of the codebook. The paper does not give tau.
       loss_weight, loss_decay: lambda = loss_weight * loss_decay^step. 0.01 is the paper's; the paper does not give the
         decay, 0.9999 is a third party's value. loss_weight 0 needs no depth labels at all.
       pixels_per_token: R, for `pixels`.
@@ -52,7 +57,7 @@ class DepthConfig:
     codes: int = 256
     code_dim: int = 160
     conv_width: int = 384
-    temperature: float = 1.0
+    temperature: float = 0.0
     loss_weight: float = 0.01
     loss_decay: float = 0.9999
     pixels_per_token: int = 8
@@ -61,8 +66,10 @@ class DepthConfig:
     def __post_init__(self):
         if self.head not in HEADS:
             raise errors.UserError(f"depth head {self.head!r} is unknown: use one of {HEADS}")
-        if not self.temperature > 0:
-            raise errors.UserError(f"depth temperature must be positive, got {self.temperature}")
+        if not self.temperature >= 0:
+            raise errors.UserError(
+                f"depth temperature must be positive, or 0 for one that suits the codebook, got {self.temperature}"
+            )
         if self.loss_weight < 0:
             raise errors.UserError(f"depth loss_weight must not be negative, got {self.loss_weight}: 0 switches it off")
 
@@ -133,9 +140,28 @@ def unit_codebook(codebook: Array) -> tuple[Array, Array, Array]:
     return centred / s, mean, s
 
 
+def start_temperature(codes: Array) -> Array:
+    """The least temperature >= 1 (f32 scalar) that starts cross-entropy within 10 % of ln C for any targets.
+
+    With r_k = ||c'_k||^2, of mean 1, and targets of frequency q it differs from ln C by (E_q r - 1) / temperature and a
+    term of second order. The policy does not know q, and guesses at it fail: halfway into a collapse a handful of codes
+    beyond all others take every token. So q is bounded by the worst, max |r - 1|. START_SHARE of ln C leaves room for
+    the second order (half the square of the first) and for an x' that is not quite 0.
+
+    Args:
+      codes: c' f32 [C, E] of `unit_codebook`.
+    """
+    spread = jnp.max(jnp.abs(jnp.sum(jnp.square(codes), axis=-1) - 1.0))
+    return jnp.maximum(1.0, spread / (START_SHARE * math.log(codes.shape[0])))
+
+
 def code_logits(x: Array, codebook: Array, temperature: float) -> Array:
-    """-||x'_i - c'_k||^2 / temperature. x' f32 [B, P, E], codebook f32 [C, E] -> f32 [B, P, C]."""
+    """-||x'_i - c'_k||^2 / temperature. x' f32 [B, P, E], codebook f32 [C, E] -> f32 [B, P, C].
+
+    temperature 0 is `start_temperature`.
+    """
     codes, _, _ = unit_codebook(codebook)
+    temperature = temperature or start_temperature(codes)
     products = jnp.einsum("BPE,CE->BPC", x, codes)
     norms = jnp.sum(jnp.square(x), axis=-1)[..., None] + jnp.sum(jnp.square(codes), axis=-1)[None, None]
     return (2.0 * products - norms) / temperature

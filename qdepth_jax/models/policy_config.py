@@ -113,6 +113,9 @@ class PolicyConfig:
     faithful: bool = False
 
     def __post_init__(self):
+        for name in ("layers", "heads", "kv_heads", "head_dim", "text_length", "vocabulary", "action_dim", "horizon"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(f"{name}={getattr(self, name)} must be at least 1")
         visibility.resolve(self.visibility)
         stack.check_remat(self.remat)
         if self.dtype not in DTYPES:

@@ -24,8 +24,10 @@ from jax import Array
 
 from qdepth_jax import depth as depth_lib
 from qdepth_jax import errors
-from qdepth_jax.models import codebook, flops, objective
+from qdepth_jax.models import codebook, depth_augment, flops, objective
 
+# Settings that came after the first tokenizers: at these values they are no part of the identity, which thus stays.
+_LATER = {"crop_scale": (1.0, 1.0), "flip": 0.0, "dead_share": 0.05}
 STEM = 4  # side of the space-to-depth patch: full-resolution convolutions cost most and help least on depth
 
 
@@ -39,13 +41,18 @@ class TokenizerConfig:
       num_codes, code_dim: K and D of the codebook (`fsq` derives D from K).
       widths: channels per resolution, from R/4 down to g: log2(R / 4 / g) + 1 entries.
       blocks: residual blocks per resolution.
-      quantiser: "ema" | "plain" | "fsq", see models/codebook.py.
+      quantiser: "ema" | "l2" | "plain" | "fsq", see models/codebook.py.
       beta: weight of the commitment term.
       decay: EMA decay of codes.
+      dead_share: (`ema`, `l2`) a code used less than this share of uniform use is revived. A larger share evens out
+        the use of codes, for a little more error.
       l2_weight: of the squared error beside the absolute one. Absolute error keeps edges sharp, squared error is what
         RMSE measures: errors at edges are few and large.
-      start_step: (`ema`) before this step the decoder sees unquantised features; then the codebook starts from data.
-        Quantising an untrained encoder from step 0 can lock all features onto one code.
+      start_step: (`ema`, `l2`) before this step the decoder sees unquantised features; then the codebook starts from
+        data. Quantising an untrained encoder from step 0 can lock all features onto one code.
+      crop_scale: share of the map's area that a crop of a training map keeps, drawn uniformly between the two; it is
+        resampled (nearest) to the whole size. (1, 1) = none.
+      flip: probability that a training map is mirrored left-right. Depth values never change.
       range: which depth the ends of [-1, 1] mean.
       dtype: activation dtype of the convolutions; features, codes and losses are float32.
     """
@@ -59,8 +66,11 @@ class TokenizerConfig:
     quantiser: str = "ema"
     beta: float = 0.25
     decay: float = 0.99
+    dead_share: float = 0.05
     l2_weight: float = 10.0
     start_step: int = 200
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
     range: depth_lib.DepthRange = depth_lib.DepthRange()
     dtype: str = "float32"
 
@@ -78,6 +88,25 @@ class TokenizerConfig:
             )
         if self.quantiser not in codebook.KINDS:
             raise errors.UserError(f"quantiser {self.quantiser!r} is unknown: use one of {codebook.KINDS}")
+        if not 0.001 <= self.dead_share <= 0.25:
+            raise errors.UserError(
+                f"dead_share={self.dead_share} must lie in 0.001..0.25: a revived code starts at 4 times as much"
+            )
+        low, high = self.crop_scale
+        if not 0.01 <= low <= high <= 1.0:
+            raise errors.UserError(f"crop_scale={self.crop_scale} must be (low, high) with 0.01 <= low <= high <= 1")
+        if not 0.0 <= self.flip <= 1.0:
+            raise errors.UserError(f"flip={self.flip} is a probability: it must lie in 0..1")
+
+    @property
+    def augments(self) -> bool:
+        """Whether training maps are cropped or mirrored."""
+        return self.crop_scale != (1.0, 1.0) or self.flip > 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the codebook is a running mean, which holds nothing before `start_step`."""
+        return self.quantiser in codebook.RUNNING
 
     @property
     def feature_dim(self) -> int:
@@ -117,6 +146,8 @@ class Encoder(nn.Module):
         z = z.reshape(z.shape[0], c.grid * c.grid, c.feature_dim)
         if c.quantiser == "fsq":
             return z
+        if c.quantiser == "l2":
+            return codebook.on_sphere(z)
         # Fixes the scale of the distances in the policy's logits and keeps the commitment term from shrinking features.
         return nn.LayerNorm(use_scale=False, use_bias=False, name="feature_norm")(z)
 
@@ -165,7 +196,7 @@ def init(config: TokenizerConfig, key: Array) -> dict[str, Any]:
         "encoder": Encoder(config).init(enc_key, x, x > 0)["params"],
         "decoder": Decoder(config).init(dec_key, z)["params"],
     }
-    if config.quantiser == "ema":
+    if config.running:
         return {"params": params, "state": codebook.init_state(config.num_codes, config.code_dim)}
     if config.quantiser == "plain":
         bound = 1.0 / config.num_codes  # van den Oord's and Esser's start
@@ -176,7 +207,7 @@ def init(config: TokenizerConfig, key: Array) -> dict[str, Any]:
 
 def codes_of(config: TokenizerConfig, params: Any, state: Any) -> Array:
     """The codebook, f32 [K, D], wherever the quantiser keeps it."""
-    if config.quantiser == "ema":
+    if config.running:
         return state["codebook"]
     if config.quantiser == "plain":
         return params["codebook"]
@@ -203,18 +234,50 @@ def encode(config: TokenizerConfig, params: Any, state: Any, x: Array, valid: Ar
 
 def decode(config: TokenizerConfig, params: Any, state: Any, index: Array) -> Array:
     """Normalised depth f32 [B, R, R] in [-1, 1] from code indices i32 [B, P]."""
-    z = codes_of(config, params, state)[index]
+    return _decode(config, params, codes_of(config, params, state)[index])
+
+
+def decode_expected(config: TokenizerConfig, params: Any, state: Any, probabilities: Array) -> Array:
+    """Depth as `decode` gives it, from the expected code under f32 [B, P, K] ("soft tokens", AiT, Ning et al. 2023).
+
+    The probabilities are a policy's, over the codes it predicts, or those of `code_probabilities`.
+    """
+    codes = codes_of(config, params, state)
+    z = jnp.einsum("BPK,KD->BPD", probabilities, codes)
+    return _decode(config, params, codebook.on_sphere(z) if config.quantiser == "l2" else z)
+
+
+def _decode(config: TokenizerConfig, params: Any, z: Array) -> Array:
     return jnp.clip(Decoder(config).apply({"params": params["decoder"]}, z), -1.0, 1.0)
 
 
-def compiled_roundtrip(config: TokenizerConfig) -> Callable[..., tuple[Array, Array, Array, Array]]:
-    """A jitted (variables, raw, scale, offset) -> (codes i32 [B, P], x_hat, x f32 [B, R, R], valid bool [B, R, R])."""
+def code_probabilities(
+    config: TokenizerConfig, params: Any, state: Any, x: Array, valid: Array, softness: float
+) -> Array:
+    """softmax_k(-||z - c_k||^2 / (softness * D)), f32 [B, P, K]: features have mean square 1, distances go with D."""
+    z = Encoder(config).apply({"params": params["encoder"]}, x, valid)
+    if config.quantiser == "fsq":
+        z = jnp.tanh(z)
+    distances = codebook.squared_distances(z, codes_of(config, params, state))
+    return jax.nn.softmax(-distances / (softness * config.feature_dim), axis=-1)
+
+
+def compiled_roundtrip(
+    config: TokenizerConfig, softness: float = 0.0
+) -> Callable[..., tuple[Array, Array, Array, Array]]:
+    """A jitted (variables, raw, scale, offset) -> (codes i32 [B, P], x_hat, x f32 [B, R, R], valid bool [B, R, R]).
+
+    softness > 0 decodes the expected code under `code_probabilities` instead of the nearest one.
+    """
 
     @jax.jit
     def run(variables, raw, scale, offset):
         params, state = variables["params"], variables["state"]
         x, valid = preprocess(config, raw, scale, offset)
         codes = encode(config, params, state, x, valid)
+        if softness:
+            p = code_probabilities(config, params, state, x, valid, softness)
+            return codes, decode_expected(config, params, state, p), x, valid
         return codes, decode(config, params, state, codes), x, valid
 
     return run
@@ -233,7 +296,7 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
             quantised, index = codebook.fsq_quantise(z, codebook.fsq_levels(config.num_codes))
         else:
             step_key = jax.random.fold_in(key, step)
-            if config.quantiser == "ema":
+            if config.running:
                 started = jnp.asarray(step) >= config.start_step
                 before, still = state, jax.lax.stop_gradient(flat)
                 state = codebook.start_from_data(state, still, step_key)
@@ -241,9 +304,12 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
             index = codebook.nearest(z, codes)
             hard = codes[index]
             commitment = jnp.where(started, jnp.mean(jnp.square(z - jax.lax.stop_gradient(hard))), 0.0)
-            if config.quantiser == "ema":
+            if config.running:
                 update_key = jax.random.fold_in(step_key, 1)
-                state = codebook.ema_update(state, still, index.reshape(-1), update_key, config.decay)
+                spherical = config.quantiser == "l2"
+                state = codebook.ema_update(
+                    state, still, index.reshape(-1), update_key, config.decay, spherical, config.dead_share
+                )
                 state = jax.tree.map(lambda new, old: jnp.where(started, new, old), state, before)
             else:
                 codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - hard))
@@ -276,6 +342,9 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         init=lambda key: init(config, key),
         loss=loss,
         features=("depth", "depth_scale", "depth_offset"),
+        augment=(lambda batch, key: depth_augment.augment(batch, key, config.crop_scale, config.flip))
+        if config.augments
+        else None,
         flops=flops.model_flops(flops.tokenizer(config, STEM)),
         groups=tuple((name, f"{name}(/.*)?") for name in parts),
     )
@@ -283,7 +352,11 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
 
 def identity(config: TokenizerConfig, params: Any, state: Any) -> str:
     """16 hex digits over config, encoder weights and codebook: what decides which tokens a depth map gets."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    settings = dataclasses.asdict(config)
+    for name, default in _LATER.items():
+        if settings[name] == default:
+            del settings[name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["encoder"]):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())

@@ -77,8 +77,12 @@ def config_of(
         raise errors.UserError(f"config.json is one of a {about.get('model_type')!r}, not of a paligemma")
     post_norms = LAYERS + "0.post_feedforward_layernorm.weight" in shapes
     width, heads = shapes[first][1], text.get("num_attention_heads", 0)
+    for field in ("num_attention_heads", "head_dim"):
+        if not isinstance(text.get(field) or 0, int):
+            raise errors.UserError(f"config.json: {field}={text[field]!r} must be a whole number")
     head_dim = head_dim or text.get("head_dim") or (shapes[first][0] // heads if heads else 128 if width == 4608 else 0)
     found = transformers_names.trunk_sizes(shapes, LAYERS, head_dim)
+    _check_about(text, found)
     theta = text.get("rope_theta") or text.get("rope_parameters", {}).get("rope_theta") or 10_000.0
     expert = gemma.ExpertConfig(found.pop("width"), found.pop("mlp"), theta, post_norms=post_norms)
     embedding = next((shapes[key] for key in EMBEDDING if key in shapes), None)
@@ -92,6 +96,31 @@ def config_of(
     }
     sizes |= _conventions(sizes, text)
     return paligemma.PaligemmaConfig(**{**sizes, **changes})
+
+
+def _check_about(text: Mapping[str, Any], found: Mapping[str, int]) -> None:
+    """Refuses a text config that contradicts the weights, or asks for what this trunk does not do."""
+    wrong = []
+    sizes = {
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "num_hidden_layers": "layers",
+        "hidden_size": "width",
+        "intermediate_size": "mlp",
+    }
+    for field, name in sizes.items():
+        if field in text and text[field] != found[name]:
+            wrong.append(f"{field}={text[field]!r}, the weights have {found[name]}")
+    for field in ("hidden_activation", "hidden_act"):
+        # Gemma's first configs say "gelu" and were run with the tanh form all the same (transformers, GemmaConfig).
+        if text.get(field) not in (None, "gelu_pytorch_tanh", "gelu", "gelu_tanh"):
+            wrong.append(f"{field}={text[field]!r}: this trunk has gelu_pytorch_tanh")
+    for field in ("rope_scaling", "rope_parameters"):
+        kind = (text.get(field) or {}).get("rope_type", "default")
+        if kind != "default":
+            wrong.append(f"{field}.rope_type={kind!r}: this trunk turns positions without scaling")
+    if wrong:
+        raise errors.UserError("config.json does not fit these weights:\n  " + "\n  ".join(wrong))
 
 
 def _conventions(sizes: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +139,9 @@ def _conventions(sizes: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str,
         "softcap": float(text.get("attn_logit_softcapping", 50.0) or 0.0),
         "final_softcap": float(text.get("final_logit_softcapping", 30.0) or 0.0),
         "query_scale": 0.0 if scale == sizes["head_dim"] else float(scale),
-        "window": int(text.get("sliding_window", 4096) or 0),
+        "window": 0
+        if "sliding_attention" not in (text.get("layer_types") or ["sliding_attention"])
+        else int(text.get("sliding_window", 4096) or 0),
     }
 
 

@@ -34,6 +34,9 @@ class NpzSource(source.Source):
     def __init__(self, path: str):
         self._file = ranges.File(path)
         self._path = path
+        if self._file.size < 22:  # an empty zip file
+            self.close()
+            raise errors.UserError(f"{path} has {self._file.size} bytes: it was truncated or is no .npz file")
         try:
             self._zip = zipfile.ZipFile(ranges.Stream(self._file))
             members = [info for info in self._zip.infolist() if not info.is_dir()]

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from qdepth_jax import errors
+
 # Elements of one piece: 64 MiB in float32. Large enough that a request to a bucket or a device does not show, small
 # against the memory of any host.
 ELEMENTS = 16 * 2**20
@@ -110,3 +112,22 @@ def equal(weights: Source, first: str, second: str) -> bool:
     """Whether two keys hold the same numbers; reads both in pieces."""
     pairs = zip(weights.pieces(first, ELEMENTS), weights.pieces(second, ELEMENTS), strict=True)
     return all(np.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def check_finite(block: np.ndarray, name: str) -> None:
+    """Refuses weights that are no numbers: the model would be one of NaN from its first step.
+
+    Raises:
+      UserError: how many of a block are not finite.
+    """
+    if block.dtype == BFLOAT16:  # exponent of ones; NumPy's own test would convert every number
+        bad = (block.view(np.uint16) & 0x7F80) == 0x7F80
+    elif block.dtype.kind == "f":
+        bad = ~np.isfinite(block)
+    else:
+        return
+    if bad.any():
+        raise errors.UserError(
+            f"{name} holds {int(bad.sum())} numbers that are NaN or infinite (of {block.size} read last): the file is "
+            "damaged, or of a run that diverged"
+        )

@@ -243,21 +243,23 @@ def load(
             continue
         parts = placed.leaves[path]
         report = functools.partial(on_read, path)
-        leaves[path] = placing.assemble(leaf, _pieces(weights, parts, leaf.shape, report))
+        leaves[path] = placing.assemble(leaf, _pieces(weights, parts, leaf.shape, report, title))
         read += [key for _, held in parts.values() for key in held]
     return Loaded(nest(leaves), read, placed.missing, placed.unused)
 
 
-def _pieces(weights: source.Source, parts, shape: tuple[int, ...], report) -> Iterator[placing.Piece]:
+def _pieces(weights: source.Source, parts, shape: tuple[int, ...], report, title: str) -> Iterator[placing.Piece]:
     """All blocks of one leaf: (start, array), both with the leaf's number of axes."""
     for index, (row, held) in sorted(parts.items()):
         wanted, ones = shape[len(index) :], (1,) * len(index)
         if row.load is None:
             for start, block in weights.pieces(held[0], source.ELEMENTS):
+                source.check_finite(block, f"{title}: {held[0]}")
                 yield index + start, block.reshape(ones + block.shape)
                 report(block.nbytes)
         else:
             block = np.asarray(row.load(weights.read(held[0]), wanted))
+            source.check_finite(block, f"{title}: {held[0]}")
             yield index + (0,) * len(wanted), block.reshape(ones + block.shape)
             report(block.nbytes)
 

@@ -44,7 +44,7 @@ def open_source(path: str, item: str = "model") -> source.Source:
     except pickle.UnpicklingError as error:
         raise errors.UserError(
             f"{path} holds more than weights, and loading it would run code from it: refused. Save the state dict "
-            f"alone (torch.save(model.state_dict(), ...)). torch says: {str(error).splitlines()[0][:200]}"
+            "alone where you trust it (torch.save(model.state_dict(), ...))"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise errors.UserError(

@@ -117,7 +117,10 @@ def trunk_sizes(shapes: Mapping[str, tuple[int, ...]], layers: str, head_dim: in
     head_dim = head_dim or HEAD_DIM
     q, k = (shapes[f"{layers}0.self_attn.{name}_proj.weight"] for name in "qk")
     if q[0] % head_dim or k[0] % head_dim:
-        raise errors.UserError(f"q_proj {q} and k_proj {k} hold no whole heads of size {head_dim}: another model?")
+        raise errors.UserError(
+            f"q_proj {q} and k_proj {k} hold no whole heads of size {head_dim}: keep the config.json of the weights "
+            "beside them, or say the size with --change=head_dim=N; else it is another model"
+        )
     return {
         "layers": stacked(shapes, layers),
         "heads": q[0] // head_dim,

@@ -137,7 +137,7 @@ def _tool(name, *arguments):
 
 
 def test_annotation_leaves_them_invalid(damaged, tmp_path):
-    made = _tool("annotate_depth", damaged, f"--output={tmp_path}/depth", "--splits=train")
+    made = _tool("annotate_depth", damaged, f"--output={tmp_path}/depth", "--splits=train", "--estimator=stand_in")
     bad = [*FRAMES[:1], *range(10, 19), *FRAMES[1:]]
     assert made["splits"]["train"]["quarantined_frames"] == len(bad)
     values = sidecar.open_sidecar(str(tmp_path / "depth"), "train").values
@@ -188,7 +188,8 @@ def test_tokens_without_depth_are_invalid_and_do_not_count(damaged, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout.splitlines()[-1])
     tokens = sidecar.open_sidecar(str(tmp_path / "tokens" / "libero_object"), "train")
-    assert tokens.metadata.details == {"grid": 4, "codes": 16, "invalid": 65535}
+    details = {"grid": 4, "codes": 16, "invalid": 65535, "depth": "holes", "backend": "cpu"}
+    assert tokens.metadata.details == details
     bad = split.quarantined
     invalid = tokens.values == sidecar.INVALID_TOKEN
     assert invalid[bad].all()

@@ -41,13 +41,14 @@ def test_index_builds_opens_verifies_and_notices_damage(libero_dir):
 
 @pytest.mark.parametrize("tool", ["index_rlds", "annotate_depth"])
 def test_missing_folder_is_a_plain_message(tool, tmp_path):
-    more = ["--output=" + str(tmp_path / "out")] if tool == "annotate_depth" else []
+    more = [f"--output={tmp_path}/out", "--estimator=stand_in"] if tool == "annotate_depth" else []
     done = _run(tool, tmp_path / "gone", *more)
     assert done.returncode == 2 and "no data set folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_bridge_is_annotated_by_the_stand_in_and_read(bridge_dir, tmp_path):
     arguments = (bridge_dir, f"--index_dir={tmp_path}/index", f"--output={tmp_path}/depth", "--splits=train")
+    arguments += ("--estimator=stand_in",)
     done = _run("annotate_depth", *arguments)
     summary = _json(done)
     assert "no depth" in summary["estimator"] and "NO depth" in done.stderr

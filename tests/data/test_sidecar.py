@@ -81,7 +81,7 @@ def test_metric_labels_are_millimetres():
 def test_stand_in_says_what_it_is():
     estimator = depth_labels.find("stand_in")
     assert "no depth" in estimator.name and estimator.kind == "relative"
-    out = estimator.estimate(np.zeros((2, 6, 8, 3), np.uint8))
+    (out,) = estimator.estimate([np.zeros((2, 6, 8, 3), np.uint8)])
     assert out.shape == (2, 6, 8) and (np.diff(out[0, :, 0]) > 0).all()
     with pytest.raises(errors.UserError, match="there is stand_in"):
         depth_labels.find("midas")

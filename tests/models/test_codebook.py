@@ -77,3 +77,19 @@ def test_straight_through_passes_value_and_gradient():
 def test_usage_counts():
     used, perplexity = codebook.usage(jnp.asarray([0, 0, 1, 1]), 8)
     assert used == 2 and abs(perplexity - 2.0) < 1e-5
+
+
+def test_spherical_update_is_the_direction_of_the_mean():
+    z = codebook.on_sphere(jax.random.normal(jax.random.key(0), (40, 6)) + 1.0)
+    np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), np.sqrt(6), rtol=1e-5)
+    state = codebook.start_from_data(codebook.init_state(4, 6), z, jax.random.key(1))
+    index = codebook.nearest(z, state["codebook"])
+    out = codebook.ema_update(state, z, index, jax.random.key(2), decay=0.0, spherical=True)
+    for k in range(4):
+        mean = np.asarray(z)[np.asarray(index) == k].mean(axis=0)
+        np.testing.assert_allclose(out["codebook"][k], np.sqrt(6) * mean / np.linalg.norm(mean), rtol=1e-4)
+
+
+def test_the_gradient_onto_the_sphere_is_finite_at_the_origin():
+    grad = jax.grad(lambda z: codebook.on_sphere(z)[0])(jnp.zeros(3))
+    assert np.isfinite(grad).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors, video_depth
-from qdepth_jax.models import depth_anything, dinov2, dpt
+from qdepth_jax.models import attention, depth_anything, dinov2, dpt
 from qdepth_jax.weights import depth_anything as depth_table
 from qdepth_jax.weights import table
 
@@ -78,6 +78,16 @@ def test_scanned_and_unrolled_trunks_agree(golden):
     frames, flat = jnp.asarray(arrays["ref/frames"][:, :2]), dataclasses.replace(TINY, scan=False)
     found, expected = (jax.jit(lambda p, c=c: depth_anything.estimate(c, p, frames))(params) for c in (flat, TINY))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_attention_by_few_heads_is_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 12, 5, 8)).astype(np.float32)) for _ in range(3))
+    expected = attention.attend(q, k, v, mask=None)
+    for numbers in (1, 2 * 144, 3 * 144, 7 * 144):  # 1, 2, 2 and 5 of the 10 heads at once
+        monkeypatch.setattr(dinov2, "LOGITS", numbers)
+        monkeypatch.setattr(dinov2, "LONG", 1)
+        np.testing.assert_allclose(dinov2.attend(q, k, v), expected, atol=1e-6)
 
 
 # The authors' counts (READMEs). Those of the video networks leave out the position table and the residual unit of the

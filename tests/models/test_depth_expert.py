@@ -41,6 +41,35 @@ def test_cross_entropy_of_an_untrained_decoder_starts_at_ln_c(scale, offset, ran
     assert accuracy < 0.1
 
 
+@pytest.mark.parametrize("used", [1, 6, 40, 100, 200, 256])
+def test_a_collapsed_codebook_starts_at_ln_c_too(used):
+    """Some codes in use far out, the rest near zero as they were started: what the plain objective leaves behind."""
+    codes = jax.random.normal(jax.random.key(used), (256, 32))
+    codes = jnp.where(jnp.arange(256)[:, None] < used, codes, codes / 256)
+    logits = depth_expert.code_logits(jnp.zeros((1, 800, 32)), codes, 0.0)
+    targets, everywhere = jnp.arange(800)[None] % used, jnp.ones((1, 800), bool)
+    loss, _ = depth_expert.code_loss(logits, targets, everywhere)
+    assert float(loss) == pytest.approx(np.log(256), rel=0.1)
+    naive, _ = depth_expert.code_loss(
+        depth_expert.code_logits(jnp.zeros((1, 800, 32)), codes, 1.0), targets, everywhere
+    )
+    assert used > 100 or float(naive) > 1.1 * np.log(256), "with the fixed temperature it does not"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_start_temperature_holds_for_the_worst_targets(seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.normal(size=(64, 5)) * rng.exponential(size=(64, 1)) ** 2 + rng.normal(size=5)
+    logits = depth_expert.code_logits(jnp.zeros((1, 1, 5)), jnp.asarray(codes, jnp.float32), 0.0)
+    loss = -np.asarray(jax.nn.log_softmax(logits))[0, 0]
+    assert 0.04 * np.log(64) < np.abs(loss - np.log(64)).max() < 0.1 * np.log(64), "and it is no larger than needed"
+
+
+def test_codes_equally_far_from_their_mean_need_no_more_than_one():
+    codes = jnp.concatenate([jnp.eye(32), -jnp.eye(32)])
+    assert depth_expert.start_temperature(depth_expert.unit_codebook(codes * 7 + 3)[0]) == 1.0
+
+
 def test_the_codes_own_vector_is_its_most_likely_code():
     codebook = jax.random.normal(jax.random.key(0), (16, 6)) * 4 + 2
     own, _, _ = depth_expert.unit_codebook(codebook)
@@ -75,7 +104,7 @@ def test_pixel_targets_are_nearest_pixels_in_token_order():
     np.testing.assert_array_equal(depth_expert.pixel_targets(big, config)[0], x)
 
 
-@pytest.mark.parametrize("change", [{"head": "voxels"}, {"temperature": 0.0}, {"loss_weight": -1.0}])
+@pytest.mark.parametrize("change", [{"head": "voxels"}, {"temperature": -1.0}, {"loss_weight": -1.0}])
 def test_bad_configs(change):
     with pytest.raises(errors.UserError):
         depth_expert.DepthConfig(**change)

@@ -33,3 +33,12 @@ def test_bilinear_with_corners_on_corners():
     np.testing.assert_allclose(found[1, :, 2, 0], expected, atol=2e-6)
     np.testing.assert_array_equal(resize.bilinear_corners(x, 5, 3), x)
     np.testing.assert_array_equal(resize.bilinear_corners(x, 1, 3)[:, 0], x[:, 0])
+
+
+@pytest.mark.parametrize(("axis", "out"), [(1, 9), (2, 4), (1, 3), (2, 1)])
+def test_linear_steps_as_products_and_as_gathers_agree(axis, out):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32))
+    found = resize.linear_product(x, axis, out)
+    np.testing.assert_allclose(found, resize.linear_gathered(x, axis, out), atol=1e-6)
+    np.testing.assert_array_equal(jnp.take(found, 0, axis), jnp.take(x, 0, axis))
+    assert found.shape[axis] == out

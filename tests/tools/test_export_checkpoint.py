@@ -17,7 +17,7 @@ from qdepth_jax import checkpoint, earlier_stages, errors, export_model, exporte
 from qdepth_jax import config as config_lib
 from qdepth_jax.data import normalise
 from qdepth_jax.eval import robot
-from qdepth_jax.models import gemma, paligemma, policy, sampling
+from qdepth_jax.models import gemma, paligemma, policy, sampling, tokenizer
 from qdepth_jax.weights import hf_paligemma, importing, open_pi_zero, table
 
 quiet = functools.partial(export_model.write_export, say=lambda line: None)
@@ -72,6 +72,30 @@ def test_what_is_loaded_is_the_run_s_model(runs, tmp_path, form):
     assert decoder.kind == "tokenizer" and decoder.model == stored_runs.TOKENIZER
     found, _, _ = earlier_stages.load_tokenizer(loaded.depth_tokenizer)
     assert found == stored_runs.TOKENIZER
+
+
+@pytest.mark.parametrize("form", [pytest.param("orbax", marks=pytest.mark.slow), "safetensors"])
+def test_a_frozen_tokenizer_keeps_its_identity_and_its_tokens(runs, tmp_path, form):
+    workdir, out = runs[0] / "qdepth" / "tokenizer", str(tmp_path / "frozen")
+    result = quiet(str(workdir), out, options(format=form))
+    config, variables, _ = earlier_stages.load_tokenizer(str(workdir))
+    identity = tokenizer.identity(config, variables["params"], variables["state"])
+    assert result["identity"] == stored_model.read_manifest(out)["identity"] == identity
+    assert identity in (tmp_path / "frozen" / "README.md").read_text()
+    again, frozen, meta = earlier_stages.load_tokenizer(out)
+    assert again == config and tokenizer.identity(again, frozen["params"], frozen["state"]) == identity
+    # Where its data lies is known, so that tools/tokenize_depth.py --tokenizer=EXPORT needs no more than the folder.
+    assert meta["config"]["datasets"] == stored_model.find(str(workdir)).meta["config"]["datasets"]
+    raw = np.random.default_rng(0).integers(500, 3500, (3, 8, 8)).astype(np.uint16)
+    x, valid = tokenizer.preprocess(config, jnp.asarray(raw), jnp.full((3,), 1e-3), jnp.zeros(3))
+    codes = [tokenizer.encode(config, v["params"], v["state"], x, valid) for v in (variables, frozen)]
+    np.testing.assert_array_equal(*codes)
+
+
+def test_a_tokenizer_in_half_precision_is_refused(runs, tmp_path):
+    with pytest.raises(errors.UserError, match="would change which tokens"):
+        quiet(str(runs[0] / "qdepth" / "tokenizer"), str(tmp_path / "x"), options(dtype="bfloat16"))
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
@@ -189,7 +213,7 @@ def header_of(path):
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_paligemma_goes_out_and_comes_back_by_import(version, tmp_path):
     expert = gemma.ExpertConfig(width=32, mlp=48, post_norms=version == 2)
-    extra = {"softcap": 50.0, "final_softcap": 30.0, "window": 4096, "query_scale": 16.0} if version == 2 else {}
+    extra = {"softcap": 50.0, "final_softcap": 30.0, "window": 0, "query_scale": 16.0} if version == 2 else {}
     model = paligemma.PaligemmaConfig(
         siglip=stored_runs.BASELINE.siglip,
         vlm=expert,
@@ -269,6 +293,22 @@ def test_terms_follow_the_weights_through_the_stages(runs, tmp_path):
     assert "could not be read" in (tmp_path / "lost" / "NOTICE.md").read_text()
     quiet(str(tmp_path / "stage"), str(tmp_path / "told"), options(origin=("openpi",)))
     assert "openpi weights" in (tmp_path / "told" / "NOTICE.md").read_text()
+    # What a user tells never takes the place of what is recorded.
+    quiet(str(tmp_path / "out"), str(tmp_path / "both"), options(origin=("openpi",)))
+    assert all(text in (tmp_path / "both" / "NOTICE.md").read_text() for text in ("openpi weights", "big_vision's"))
+    with pytest.raises(errors.UserError, match="--derived_from=foo is unknown: use big_vision"):
+        options(origin=("foo",))
+
+
+def test_what_a_killed_process_left_is_named(runs, tmp_path):
+    (tmp_path / ".out.1.tmp").mkdir()
+    said = []
+    export_model.write_export(
+        str(runs[0] / "baseline"), str(tmp_path / "out"), options(format="safetensors"), said.append
+    )
+    assert any(".out.1.tmp" in line for line in said)
+    with pytest.raises(errors.UserError, match="cannot be written"):
+        quiet(str(runs[0] / "baseline"), "/proc/x/out", options(format="safetensors"))
 
 
 def test_an_existing_output_is_never_touched(runs, tmp_path):

@@ -104,10 +104,29 @@ def test_the_command(run, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["model_kind"] == "policy"
         assert inspect(str(run[0]), str(run[0]), "--values", "--items=params,train") == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["same"]
-        with pytest.raises(errors.UserError, match="compares two paths"):
-            inspect(str(run[0]))
+        assert inspect(str(run[0])) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["verified"] == 53
     with stored_runs.command("inspect_checkpoint") as inspect:
         with pytest.raises(errors.UserError, match="one or two paths"):
             inspect()
         with pytest.raises(errors.UserError, match="no checkpoints in"):
             inspect(str(run[0] / "checkpoints"))
+
+
+def test_values_are_read_and_not_only_their_sums(run, tmp_path, capsys):
+    """A bit that flipped in a file leaves the recorded sums equal: only reading tells."""
+    for name in ("a", "b"):
+        export_model.write_export(
+            str(run[0]), str(tmp_path / name), export_model.Options(format="safetensors"), lambda line: None
+        )
+    path = tmp_path / "b" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(bytes(data))
+    with stored_runs.command("inspect_checkpoint") as inspect:
+        assert inspect(str(tmp_path / "a"), "--values") == 0
+        with pytest.raises(errors.UserError, match="other numbers than were saved"):
+            inspect(str(tmp_path / "a"), str(tmp_path / "b"), "--values")
+    path.write_bytes(bytes(data[:-8]))
+    with pytest.raises(errors.UserError, match=r"model\.safetensors has .* bytes, .* were written"):
+        checkpoint_report.describe(find(tmp_path / "b"), [])

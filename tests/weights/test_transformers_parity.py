@@ -1,10 +1,14 @@
 """PaliGemma 1 and 2 against Hugging Face's own code: logits and greedy tokens of small random models in float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qdepth_jax import checkpoint, export_model
+from qdepth_jax import config as config_lib
 from qdepth_jax.models import paligemma
 from qdepth_jax.weights import hf_paligemma, table
 
@@ -82,3 +86,36 @@ def test_logits_and_greedy_tokens(name):
         causal = np.arange(whole.shape[1])[None].repeat(2, 0) >= text.shape[1]
         again = jax.jit(lambda p: paligemma.logits(config, p, images, whole, np.ones_like(causal), causal))(params)
         np.testing.assert_array_equal(jnp.argmax(again[:, PATCHES + text.shape[1] - 1 :], axis=-1), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TRUNKS, "PaliGemma 2 without windows"])
+def test_an_export_is_read_by_transformers(name, tmp_path):
+    """Our folder, opened by their own from_pretrained: no key missing, the same logits, and tokens written."""
+    trunk = TRUNKS[name.removesuffix(" without windows")]
+    _, config, params = build(trunk, seed=5)
+    if name.endswith("without windows"):  # as big_vision's files are imported
+        config = dataclasses.replace(config, window=0)
+    experiment = {"name": "x", "model_kind": "paligemma", "model": config_lib.to_json(config_lib.section(config))}
+    checkpoint.save_params(str(tmp_path / "run"), jax.device_put(params, jax.devices()[0]), {"config": experiment})
+    options = export_model.Options(format="hf_paligemma")
+    export_model.write_export(str(tmp_path / "run"), str(tmp_path / "hf"), options, lambda line: None)
+    theirs, report = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        str(tmp_path / "hf"), output_loading_info=True, attn_implementation="eager", torch_dtype=torch.float32
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    theirs.config.image_token_index = theirs.config.image_token_id = IMAGE_TOKEN  # of this small vocabulary
+    theirs.model.config.image_token_id = IMAGE_TOKEN
+    rng = np.random.default_rng(1)
+    images = rng.uniform(-1, 1, (2, 28, 28, 3)).astype(np.float32)
+    text = rng.integers(2, IMAGE_TOKEN, (2, 5)).astype(np.int32)
+    ids = torch.from_numpy(np.concatenate([np.full((2, PATCHES), IMAGE_TOKEN), text], axis=1)).long()
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    given = {"pixel_values": pixels, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    valid = np.ones_like(text, bool)
+    with torch.no_grad(), jax.default_matmul_precision("highest"):
+        ours = jax.jit(lambda p: paligemma.logits(config, p, images, text, valid))(params)
+        np.testing.assert_allclose(theirs.eval()(input_ids=ids, **given).logits.numpy(), ours, atol=2e-5)
+        written = theirs.generate(input_ids=ids, **given, max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
+        tokens = jax.jit(lambda p: paligemma.generate(config, p, images, text, valid, STEPS, eos=-1))(params)
+        np.testing.assert_array_equal(tokens, written[:, ids.shape[1] :].numpy())
