@@ -57,15 +57,14 @@ test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # The slow tests that the gate runs too: real BridgeData through every command (skips without the sample), every mesh,
-# several processes, elastic resume, fewer kills than `make test-slow`, the experiments that share a program, damaged
-# checkpoints, and all that is slow about data and conversion.
+# several processes, elastic resume, fewer kills than `make test-slow`, damaged checkpoints, weights in and out, and all
+# that is slow about data and conversion.
 test-gate: $(VENV)/.test
-	QDEPTH_KILLS=3 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 -m slow tests/test_bridge.py tests/test_experiments.py \
+	QDEPTH_KILLS=3 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 -m slow tests/test_bridge.py \
 	  tests/test_train_step.py tests/test_resume.py tests/test_elastic.py tests/test_multihost.py \
-	  tests/test_distributed.py tests/test_checkpoint.py tests/test_sharding.py tests/test_optim.py tests/test_benchmarks.py \
-	  tests/test_data_changes.py tests/data tests/convert tests/models/test_augment.py tests/weights \
-	  tests/test_earlier_stages.py tests/tools/test_import_weights.py tests/tools/test_export_checkpoint.py \
-	  tests/tools/test_inspect_checkpoint.py tests/tools/test_check_parity.py
+	  tests/test_distributed.py tests/test_checkpoint.py tests/test_sharding.py tests/test_optim.py \
+	  tests/test_data_changes.py tests/data tests/convert tests/weights tests/test_earlier_stages.py \
+	  tests/test_tokenisation.py tests/tools/test_export_checkpoint.py tests/models/test_real_time.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
