@@ -116,9 +116,9 @@ def command(name):
 
 
 @contextlib.contextmanager
-def tool_module(name):
-    """A command of tools/ as a module. Flags of other commands, which may have the same names, are away meanwhile."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+def tool_module(name, folder="tools"):
+    """A command as a module. Flags of other commands, which may have the same names, are away meanwhile."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     tool = importlib.util.module_from_spec(spec)
     absl = {flag for flag in flags.FLAGS if (flags.FLAGS.find_module_defining_flag(flag) or "").startswith("absl.")}
     others = {flag: flags.FLAGS[flag] for flag in flags.FLAGS if flag not in absl}

@@ -100,8 +100,9 @@ STEPS = [
     pytest.param("openpi", "pi05", marks=pytest.mark.slow),
     ("demo", "policy"),
     ("demo", "tokenizer"),
-    ("tokenizer", "libero"),
-    ("baseline", "bridge"),
+    # The demo's programs at other sizes.
+    pytest.param("tokenizer", "libero", marks=pytest.mark.slow),
+    pytest.param("baseline", "bridge", marks=pytest.mark.slow),
     # A head, a number, a table or an offset away from bridge: the same program but for that.
     *(pytest.param(name, "bridge", marks=pytest.mark.slow) for name in VARIANTS if name != "baseline"),
 ]

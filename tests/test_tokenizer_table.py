@@ -4,8 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import stored_runs
 
-from benchmarks import tokenizer_table
+
+@pytest.fixture(scope="module")
+def tokenizer_table():
+    with stored_runs.tool_module("tokenizer_table", "benchmarks") as module:
+        yield module
 
 
 def result(kind, seed, rmse):
@@ -16,7 +21,7 @@ def result(kind, seed, rmse):
     return {"kind": kind, "seed": seed, "held_out": held, "by_data_set": {}, "soft": soft} | rest
 
 
-def test_a_row_is_the_mean_of_its_seeds_with_the_range():
+def test_a_row_is_the_mean_of_its_seeds_with_the_range(tokenizer_table):
     text = tokenizer_table.table([result("ema", 0, 0.04), result("ema", 1, 0.06), result("fsq", 0, 0.05)])
     ema, fsq = text.splitlines()[2:]
     assert ema.startswith("| `ema` | 2 | 250 (250 to 250) |") and fsq.startswith("| `fsq` | 1 | 250 |")
@@ -24,7 +29,7 @@ def test_a_row_is_the_mean_of_its_seeds_with_the_range():
     assert "| 4.17 (3.33 to 5.00) |" in ema and ema.endswith("| 100 |") and "| 4.00 |" in fsq
 
 
-def test_files_hold_every_finished_run(tmp_path):
+def test_files_hold_every_finished_run(tmp_path, tokenizer_table):
     for kind, seed in (("ema", 0), ("l2", 0)):
         (tmp_path / f"{kind}_{seed}").mkdir()
         (tmp_path / f"{kind}_{seed}" / "RESULT.json").write_text(json.dumps(result(kind, seed, 0.05)))
@@ -36,7 +41,7 @@ def test_files_hold_every_finished_run(tmp_path):
 
 
 @pytest.mark.parametrize("used", [4, 256])
-def test_cross_entropy_starts_at_ln_k_with_the_frequencies_of_the_data(used):
+def test_cross_entropy_starts_at_ln_k_with_the_frequencies_of_the_data(used, tokenizer_table):
     codes = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
     codes[used:] /= 256
     count = np.where(np.arange(256) < used, 10.0, 0.0)

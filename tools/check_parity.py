@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
     layout = recognise(path, arrays)
     try:
         rows = compare(layout, arrays, _ABSOLUTE.value, _RELATIVE.value)
+    except errors.UserError:
+        raise
     except (TypeError, ValueError, IndexError, KeyError) as error:  # from inside the model: shapes that do not meet
         shapes = {name: array.shape for name, array in arrays.items() if not name.startswith(("w/", "params/"))}
         raise errors.UserError(

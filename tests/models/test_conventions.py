@@ -85,7 +85,8 @@ def test_conventions_that_contradict():
     config = tiny("pi0", action_used=5, depth=None)
     shapes = jax.eval_shape(lambda: policy.init(config, KEY))["params"]
     with pytest.raises(errors.UserError, match="actions of 5 numbers, the batch has 7"):
-        jax.eval_shape(lambda p: policy.loss(config, p, {}, synthetic.policy_batch(config, 2), KEY, 0), shapes)
+        other = synthetic.policy_batch(dataclasses.replace(config, action_used=7), 2)
+        jax.eval_shape(lambda p: policy.loss(config, p, {}, other, KEY, 0), shapes)
 
 
 FULL = {

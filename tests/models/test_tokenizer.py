@@ -35,7 +35,9 @@ def make_batch(n=8, size=32, seed=0):
     }
 
 
-@pytest.mark.parametrize("quantiser", ["ema", "plain", "fsq", pytest.param("l2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "quantiser", ["ema", "plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsq", "l2"))]
+)
 def test_each_quantiser_learns_and_decodes_what_it_encodes(quantiser):
     config = dataclasses.replace(TINY, quantiser=quantiser)
     objective, batch, key = tokenizer.make_objective(config), make_batch(), jax.random.key(0)
