@@ -112,6 +112,7 @@ def assert_same_losses(found, expected):
     assert_close({k: found[k] for k in names}, {k: expected[k] for k in names})
 
 
+@pytest.mark.slow
 def test_eight_devices_accumulating_and_recomputing_equal_one_in_everything():
     """Loss, gradients, updated and averaged parameters, and both moments in bfloat16."""
     _, end, metrics = reference()
