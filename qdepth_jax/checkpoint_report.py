@@ -28,7 +28,7 @@ def describe(stored: stored_model.Stored, items: list[str], depth: int = 0) -> t
     """
     chosen, placed = _chosen(stored, items), stored_model.shardings(stored)
     if stored.form != "orbax":
-        stored_model.open_files(stored).close()  # sizes of the files
+        stored_model.check_files(stored)
     lines, totals = [f"{stored.path}: {stored.form}, step {stored.meta['step']}", ""], {}
     for item in chosen:
         rows: dict[str, list[Any]] = {}

@@ -302,11 +302,11 @@ def _file_reader(stored: Stored, item: str):
     return read
 
 
-def open_files(stored: Stored) -> source.Source:
-    """The weight files of an export, after a look at their sizes.
+def check_files(stored: Stored) -> None:
+    """Whether the weight files of an export are there and as long as they were written; none is opened.
 
     Raises:
-      UserError: one is missing or has another size than was written.
+      UserError: one is missing or has another size.
     """
     for name, size in stored.manifest["weights"]["files"].items():
         path = stored.folder / name
@@ -314,6 +314,11 @@ def open_files(stored: Stored) -> source.Source:
             raise errors.UserError(f"{stored.path!r} is damaged: {name} is missing")
         if (found := path.stat().length) != size:
             raise errors.UserError(f"{stored.path!r} is damaged: {name} has {found} bytes, {size} were written")
+
+
+def open_files(stored: Stored) -> source.Source:
+    """The weight files of an export, after `check_files`."""
+    check_files(stored)
     if stored.form == "open_pi_zero_pt":
         return torch_pt.open_source(str(stored.folder / "model.pt"))
     return safetensors_files.open_source(str(stored.folder))

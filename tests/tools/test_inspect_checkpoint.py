@@ -1,6 +1,7 @@
 """What the inspection says of a run, an import and an export, and of what differs between two of them."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -130,3 +131,12 @@ def test_values_are_read_and_not_only_their_sums(run, tmp_path, capsys):
     path.write_bytes(bytes(data[:-8]))
     with pytest.raises(errors.UserError, match=r"model\.safetensors has .* bytes, .* were written"):
         checkpoint_report.describe(find(tmp_path / "b"), [])
+
+
+def test_files_of_torch_are_inspected_without_it(run, tmp_path, monkeypatch):
+    export_model.write_export(
+        str(run[0]), str(tmp_path / "a"), export_model.Options(format="safetensors"), lambda line: None
+    )
+    monkeypatch.setitem(sys.modules, "torch", None)
+    lines, summary = checkpoint_report.describe(find(tmp_path / "a")._replace(form="open_pi_zero_pt"), [])
+    assert summary["form"] == "open_pi_zero_pt" and any("llm/embedder" in line for line in lines)
