@@ -1,7 +1,7 @@
-"""Attention of a few new tokens to a cache and to themselves, without joining the two: what sampling runs at every step.
+"""Attention of a few new tokens to a cache and to themselves, as sampling runs it at every flow step.
 
-Joining keys and values would copy the cache in every layer of every flow step; here the logits are joined, which have a
-few rows. No backward pass of its own: only guided real-time chunking differentiates through it, for a handful of rows.
+Joining keys and values would copy the cache in every layer of every step; here the logits are joined, which have a few
+rows. No backward pass of its own: only guided real-time chunking differentiates through it, for a handful of rows.
 
 Axis letters: B batch, T query, S cached key, N heads, K kv heads, H head dim, X = (B, K) folded,
 M = (heads of one kv head, T) folded.
