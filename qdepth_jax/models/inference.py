@@ -10,12 +10,12 @@ Kernels are kept in the dtype of the activations, to which the network would rou
 the same and memory is half. With weights="int8" those that run once for a prediction are integers (int8.py): vision,
 vlm and depth expert, nine tenths of all. The action expert stays: it speaks the actions and runs at every flow step.
 
-Packed trees are for one device. A scanned network (config.scan) reads its stacked arrays layer by layer without a copy;
-they stay stacked.
+Packed trees are for one device. A scanned network (config.scan) needs its layers stacked; they stay so.
 
 Axis letters: N heads, K kv heads, H head dim, D width, F mlp width; each without the layer axis.
 """
 
+import dataclasses
 import math
 import re
 from typing import NamedTuple
@@ -27,7 +27,7 @@ import numpy as np
 from flax import struct
 
 from qdepth_jax import errors
-from qdepth_jax.models import int8
+from qdepth_jax.models import flow, int8
 
 WEIGHTS = ("float", "int8")
 
@@ -35,6 +35,38 @@ STACKED = r"llm/layers/.*|img/Transformer/encoderblock/.*"
 PAIRS = r".*/(gating_einsum|kv_einsum/w)"  # gate and up, keys and values: the network uses them one by one
 ROUNDED = r".*/(kernel|w|gating_einsum|linear|input_embedding)"  # what the network casts before any use
 INT8 = r"llm/layers/(vlm|depth)/.*|img/Transformer/encoderblock/.*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """How a trained policy is run; chosen when it is loaded, never stored with it.
+
+    Attributes:
+      flow_steps: of the sampler; 0 = as the policy's config says.
+      solver: of flow.SOLVERS. midpoint and heun run the action expert twice in a step.
+      weights: of WEIGHTS.
+      unroll: cut a scanned network into its layers: a faster program that takes several times as long to compile.
+    """
+
+    flow_steps: int = 0
+    solver: str = "euler"
+    weights: str = "float"
+    unroll: bool = False
+
+    def __post_init__(self):
+        flow.check_solver(self.solver)
+        if self.flow_steps < 0:
+            raise errors.UserError(f"flow_steps={self.flow_steps} must be at least 1, or 0 for those of the policy")
+        if self.weights not in WEIGHTS:
+            raise errors.UserError(f"weights {self.weights!r} are unknown: use one of {WEIGHTS}")
+
+
+def configured(config, options: Inference):
+    """The PolicyConfig of a policy that is run with these options."""
+    changes = {"scan": config.scan and not options.unroll}
+    if options.flow_steps:
+        changes["flow"] = dataclasses.replace(config.flow, steps=options.flow_steps)
+    return dataclasses.replace(config, **changes)
 
 
 class Kernel(NamedTuple):
@@ -114,6 +146,13 @@ def _leaf(config, path: str, leaf: np.ndarray, weights: str):
         return int8.quantise(x, tuple(order.index(axis) for axis in kernel.summed)) if small else x
 
     return Layers(tuple(tuple(map(part, layer)) if pairs else part(layer) for layer in leaf), order)
+
+
+def apart(config, cache):
+    """The cache of a prefill in parts, as layers are packed: cut before the loop over flow steps instead of in it."""
+    if config.scan:
+        return cache
+    return jax.tree.map(lambda x: Layers(tuple(x), tuple(range(x.ndim - 1))), cache)
 
 
 def unpack(params):

@@ -40,12 +40,13 @@ def run_prefix(config: policy.PolicyConfig, params, batch: objective.Batch, dept
         view_mask=there,
         method=policy.Policy.prefill,
     )
+    cache = inference.apart(config, cache)
 
     def velocity(x: Array, t: Array) -> Array:
         visibility.check_cacheable(visibility.resolve(config.visibility))
-        # Unpacked in here: inside the loop over flow steps the compiler sees each packed part at its use.
+        # Unpacked in here: inside the loop over flow steps the compiler sees each part at its use.
         variables = {"params": inference.unpack(params)}
-        return network.apply(variables, cache, text, x, t, there, method=policy.Policy.denoise)
+        return network.apply(variables, inference.unpack(cache), text, x, t, there, method=policy.Policy.denoise)
 
     return Prefix(velocity, prediction)
 
@@ -72,15 +73,19 @@ def sample_actions(
     """
     del state  # Actions need no codebook; the argument keeps the signature of all predictions equal.
     if cached:
-        velocity = run_prefix(config, params, batch).velocity
-    else:
-        network, variables = policy.Policy(config), {"params": inference.unpack(params)}
-        views, text, proprio = policy.prepare_images(config, batch), batch["text"], batch.get("proprio")
-        there = policy.view_mask(config, batch)
+        return integrate(config, run_prefix(config, params, batch).velocity, noise, solver)
+    network, variables = policy.Policy(config), {"params": inference.unpack(params)}
+    views, text, proprio = policy.prepare_images(config, batch), batch["text"], batch.get("proprio")
+    there = policy.view_mask(config, batch)
 
-        def velocity(x: Array, t: Array) -> Array:
-            return network.apply(variables, views, text, proprio, x, t, there).velocity
+    def velocity(x: Array, t: Array) -> Array:
+        return network.apply(variables, views, text, proprio, x, t, there).velocity
 
+    return integrate(config, velocity, noise, solver)
+
+
+def integrate(config: policy.PolicyConfig, velocity: flow.Velocity, noise: Array, solver: str = "euler") -> Array:
+    """The flow from noise f32 [B, Z, A] to actions f32 [B, Z, config.robot_action_dim]."""
     return flow.integrate(velocity, noise, config.flow, solver)[..., : config.robot_action_dim]
 
 
