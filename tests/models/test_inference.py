@@ -174,7 +174,7 @@ def test_options_are_checked():
 @pytest.mark.parametrize("noise_at", [0, 1])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
 def test_order_of_the_solvers(noise_at, solver, order):
-    """dx/dt = x + t (turned where the noise is at 1) against its exact solution: twice the steps, 2^order less error."""
+    """dx/dt = x + t (turned where the noise is at 1) against its exact solution: the error falls with steps^order."""
 
     def velocity(x, t):
         v = x + (1.0 - t if noise_at else t)[:, None, None]
