@@ -3,9 +3,10 @@
   python benchmarks/inference_accuracy.py --checkpoint=runs/demo/policy [--batches=4] [--append_results]
 
 Held-out frames of the policy's own data, one noise for each. Solvers: distance from --reference Euler steps with the
-same noise. Weights: int8 and bfloat16 activations against float32, at the policy's own number of Euler steps. A distance
-is the root mean square over all actions, divided by the spread (standard deviation) of the reference's actions; beside
-it the error to the demonstrated actions, which says whether a distance matters. The last line of stdout is JSON.
+same noise. Weights: int8 and bfloat16 activations against float32, at the policy's own number of Euler steps. A
+distance is the root mean square over all actions, divided by the spread (standard deviation) of the reference's
+actions; beside it the error to the demonstrated actions, which says whether a distance matters. The last line of stdout
+is JSON.
 """
 
 import dataclasses
@@ -200,7 +201,8 @@ def table(result: dict[str, Any]) -> str:
     for name, row in result["weights"].items():
         codes = f"{row['same_codes']:.1%}" if "same_codes" in row else "-"
         lines.append(
-            f"| {name} | {row['bytes'] / 1e6:.2f} | {row['rms']:.5f} | {row['max']:.4f} | {row['error']:.4f} | {codes} |"
+            f"| {name} | {row['bytes'] / 1e6:.2f} | {row['rms']:.5f} | {row['max']:.4f} | {row['error']:.4f} | "
+            f"{codes} |"
         )
     return "\n".join([*lines, ""])
 
