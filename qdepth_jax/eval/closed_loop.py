@@ -83,7 +83,7 @@ def run(
     folder: str | pathlib.Path | None = None,
 ) -> list[Episode]:
     """As `evaluate`, for any list of tasks and starts; their (suite, task, start number) are all different."""
-    _check(policy, jobs, options, folder)
+    check(policy, jobs, options, folder)
     with contextlib.ExitStack() as stack:
         log = None
         if folder is not None:
@@ -125,8 +125,8 @@ def identity(policy: policies.Policy, jobs: Sequence[Job], options: Options) -> 
     }
 
 
-def _check(policy: policies.Policy, jobs: Sequence[Job], options: Options, folder: Any) -> None:
-    """Everything that can be known to be wrong before an environment is built."""
+def check(policy: policies.Policy, jobs: Sequence[Job], options: Options, folder: Any) -> None:
+    """Raises UserError for everything that can be known to be wrong before an environment is built."""
     if not jobs:
         raise errors.UserError("no episodes: give at least one task and one start")
     if options.execute < 1 or options.processes < 0 or min(options.image_size, options.supersample) < 1:
@@ -343,7 +343,7 @@ class _Loop:
                 (folder / _video_name(other)).unlink(missing_ok=True)
         if episode.key not in kept:
             return
-        task, robot = run.job[0], simulator.adapter(run.job[0].adapter).ROBOT
+        robot = simulator.adapter(run.job[0].adapter).ROBOT
         queries, seen = [query for query, _ in run.seen], [seen for _, seen in run.seen]
         if self._policy.depth:
             size = self._policy.batch

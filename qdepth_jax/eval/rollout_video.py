@@ -30,7 +30,7 @@ class Frame:
 def check_install() -> None:
     """Raises UserError if videos cannot be written."""
     try:
-        import imageio
+        import imageio  # noqa: F401
         import imageio_ffmpeg  # noqa: F401
     except ImportError as error:
         raise errors.UserError(
