@@ -368,7 +368,7 @@ def _first(jobs: Sequence[Job], count: int) -> set[episodes_lib.Key]:
     found: dict[simulator.Task, list[episodes_lib.Key]] = {}
     for job in jobs:
         found.setdefault(job[0], []).append(_key(*job))
-    return {key for keys in found.values() for key in keys[:count]}
+    return {key for keys in found.values() for key in sorted(keys)[:count]}
 
 
 def _kept_videos(jobs: Sequence[Job], options: Options, finished: dict) -> set[episodes_lib.Key]:

@@ -5,6 +5,8 @@ equal results for any number of processes). Its actions are in the simulator's o
 """
 
 import dataclasses
+import hashlib
+import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
+from qdepth_jax.sim import expert as expert_lib
 from qdepth_jax.sim import simulator
 
 
@@ -152,8 +155,10 @@ def mean_action(planner: Any, robot: simulator.Robot) -> Policy:
 
 
 def expert() -> Policy:
-    """The scripted expert, with privileged state."""
-    return Policy({"policy": "expert"}, lambda queries: [], inside=True)
+    """The scripted expert, with privileged state: LIBERO's is ours (sim/expert.py), Meta-World brings its own."""
+    source = pathlib.Path(expert_lib.__file__).read_bytes()
+    identity = {"policy": "expert", "source": hashlib.sha256(source).hexdigest()[:16]}
+    return Policy(identity, lambda queries: [], inside=True)
 
 
 def replay(actions: dict[tuple[str, int, int], np.ndarray], identity: dict[str, Any], robot: str) -> Policy:
