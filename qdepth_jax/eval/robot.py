@@ -5,9 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from qdepth_jax import errors, planner
+from qdepth_jax.sim import actions
 
 Observation = dict[str, np.ndarray | str]
 CAMERAS = {"main": "image", "wrist": "wrist_image"}
+to_libero, from_libero = actions.to_libero, actions.from_libero
 
 
 def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observation], np.ndarray]:
@@ -41,14 +43,3 @@ def libero_policy(workdir: str, suite: str, seed: int = 0) -> Callable[[Observat
         return to_libero(planner.plan(loaded, [row])[0])
 
     return act
-
-
-def to_libero(actions: np.ndarray) -> np.ndarray:
-    """Standardised actions f32 [Z, 7] (gripper 1 open, 0 closed) to LIBERO's (gripper -1 open, +1 close)."""
-    gripper = np.where(actions[:, 6:] > 0.5, -1.0, 1.0)
-    return np.concatenate([np.clip(actions[:, :6], -1.0, 1.0), gripper], axis=1).astype(np.float32)
-
-
-def from_libero(actions: np.ndarray) -> np.ndarray:
-    """LIBERO's actions f32 [Z, 7] back to standardised ones: inverse of `to_libero` for what it gives."""
-    return np.concatenate([actions[:, :6], (1.0 - actions[:, 6:]) / 2.0], axis=1).astype(np.float32)

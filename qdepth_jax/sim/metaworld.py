@@ -35,6 +35,11 @@ def _import_metaworld():
     return env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE, policies.ENV_POLICY_MAP
 
 
+def check_install() -> None:
+    """Raises UserError with the fix if Meta-World or its GL library cannot be loaded."""
+    _import_metaworld()
+
+
 def list_tasks() -> list[str]:
     """The 50 task names in alphabetical order; needs no simulator."""
     return sorted(metaworld_instructions.INSTRUCTIONS)
@@ -91,16 +96,18 @@ class MetaWorldEnv:
         data.qpos[:], data.qvel[:] = state[: model.nq], state[model.nq :]
         mujoco.mj_forward(model, data)
 
-    def render(self) -> dict[str, np.ndarray]:
-        """'image' u8 [H, W, 3] and 'depth' f32 [H, W] in metres of the present state."""
+    def render(self, depth: bool = True) -> dict[str, np.ndarray]:
+        """'image' u8 [H, W, 3] and, unless not wanted, 'depth' f32 [H, W] in metres of the present state."""
         if self._renderer is None:
             size = self._image_size
             # Collision geoms are in a group that is not drawn anyway; group 0 holds the objects.
             self._renderer = render_lib.SceneRenderer(self._env.model, size, size, self._supersample, hidden_groups=())
         # Without shadows and reflections: a tenth of the time on a CPU, and there is no published look to agree with.
         rgb, _ = self._renderer.render(self._env.data, CAMERA, sites=True, effects=False)
-        _, depth = self._renderer.render(self._env.data, CAMERA, effects=False)
-        return {"image": rgb[::-1, ::-1].copy(), "depth": depth[::-1, ::-1].copy()}
+        views = {"image": rgb[::-1, ::-1].copy()}
+        if depth:
+            views["depth"] = self._renderer.render(self._env.data, CAMERA, effects=False)[1][::-1, ::-1].copy()
+        return views
 
     def close(self) -> None:
         if self._renderer is not None:
