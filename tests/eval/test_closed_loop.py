@@ -186,7 +186,11 @@ def test_videos_are_kept_by_start_whatever_finished_first(tmp_path, monkeypatch)
     closed_loop.run(weak, [late[0], late[2], late[4]], asked, tmp_path)
     jobs = [(fake_simulator.task(cap=39), simulator.Start(k)) for k in range(5)]
     found = closed_loop.run(weak, jobs, asked, tmp_path)
-    kept = {"fake_task000_start000_success.mp4", "fake_task000_start001_failure.mp4", "fake_task000_start002_failure.mp4"}
+    kept = {
+        "fake_task000_start000_success.mp4",
+        "fake_task000_start001_failure.mp4",
+        "fake_task000_start002_failure.mp4",
+    }
     assert {p.name for p in (tmp_path / "videos").iterdir()} == {e.video for e in found if e.video} == kept
     assert {name: count for name, count, *_ in written}["fake_task000_start001_failure.mp4"] == 13 + 1
     assert {label for _, _, label, _ in written} == {"simulator's depth, m"}
@@ -219,9 +223,7 @@ def test_predicted_depth_is_asked_for_in_batches_of_the_policy(tmp_path, monkeyp
 
 def test_frames_show_three_panels_and_the_range():
     ramp = np.linspace(0.5, 2.0, 64, dtype=np.float32).reshape(8, 8)
-    frames = [
-        rollout_video.Frame(np.full((8, 8, 3), 200, np.uint8), ramp, [-1.0] * k, [0.04] * k) for k in (0, 5, 5)
-    ]
+    frames = [rollout_video.Frame(np.full((8, 8, 3), 200, np.uint8), ramp, [-1.0] * k, [0.04] * k) for k in (0, 5, 5)]
     drawn = rollout_video.draw(frames, "simulator's depth, m")
     assert [x.shape for x in drawn] == [(rollout_video.PANEL, 3 * rollout_video.PANEL, 3)] * 3
     side = rollout_video.PANEL
