@@ -30,7 +30,7 @@ def result():
     # Token t holds the pixels of its own square, row by row.
     tokens = [x[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] for row in range(2) for column in range(2)]
     pixels = np.stack([t.reshape(2, R * R) for t in tokens], axis=1).astype(np.float32)
-    fields = dict.fromkeys((f.name for f in dataclasses.fields(offline.Result)))
+    fields = dict.fromkeys(f.name for f in dataclasses.fields(offline.Result))
     one = np.full(2, 0.001, np.float32)
     return offline.Result(**fields | {"pixels": pixels, "raw_depth": raw, "scale": one, "offset": 0 * one})
 
