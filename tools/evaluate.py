@@ -1,55 +1,166 @@
-"""Closed-loop episodes of a trained policy in LIBERO: success rate with its 95 % interval, and videos.
+"""Closed-loop success rates in a simulator, with 95 % intervals and videos.
 
-  python tools/evaluate.py --checkpoint=WORKDIR --suite=libero_object [--tasks=1,2] [--episodes=5] [--output=DIR]
+  python tools/evaluate.py --checkpoint=WORKDIR --suite=libero_object [--tasks=1,2] [--episodes=50] [--processes=4]
+  python tools/evaluate.py --policy=expert --suite=libero_spatial,metaworld_mt10 --episodes=20 --output=DIR
+  python tools/evaluate.py --policy=replay --data=data/libero_object/1.0.0 --output=DIR
 
-Protocol of the published evaluations: the benchmark's own start states, ten idle steps, the suite's step cap. Needs the
-`sim` extra. The last line of stdout is JSON.
+Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their LIBERO-PRO variants (_lan, _object,
+_swap, _task), metaworld_mt50, metaworld_mt10. Policies:
+
+  trained      the checkpoint                  untrained    its architecture with fresh random weights
+  mean_action  the mean of its training actions, at every step
+  expert       scripted, with privileged state       replay   recorded actions from their recorded starts
+
+Protocol of the published evaluations: the benchmark's own start states, ten idle steps, the suite's step cap. Finished
+episodes are kept in OUTPUT/episodes.jsonl: the same command, given again, runs what is missing. Writes result.json,
+result.md and videos. Needs the `sim` extra; docs/evaluation.md says more. The last line of stdout is JSON.
 """
 
-import dataclasses
 import json
 import pathlib
+import sys
+import time
 
 from absl import flags
 
 from qdepth_jax import command
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a trained policy", required=True)
-_SUITE = flags.DEFINE_string("suite", "libero_object", "LIBERO suite or LIBERO-PRO variant")
-_TASKS = flags.DEFINE_list("tasks", [], "task numbers; default: all of the suite")
-_EPISODES = flags.DEFINE_integer("episodes", 5, "episodes per task, at most 50")
-_EXECUTE = flags.DEFINE_integer("execute", 8, "actions executed of each chunk before planning again")
-_IMAGE = flags.DEFINE_integer("image_size", 128, "side of the rendered images; that of the training data")
-_MAX_STEPS = flags.DEFINE_integer("max_steps", 0, "step cap; 0 = the suite's official one")
+POLICIES = ("trained", "untrained", "mean_action", "expert", "replay")
+_POLICY = flags.DEFINE_string("policy", "trained", ", ".join(POLICIES))
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "workdir of a run or an export; for all but expert and replay")
+_SUITE = flags.DEFINE_list("suite", [], "one or more suites")
+_TASKS = flags.DEFINE_list("tasks", [], "task numbers or names; default: all of the suite")
+_EPISODES = flags.DEFINE_integer("episodes", 50, "starts per task; of a replay: episodes per split", lower_bound=1)
+_FIRST = flags.DEFINE_integer("first_start", 0, "number of the first start", lower_bound=0)
+_DATA = flags.DEFINE_string("data", "", "replay: version directory of a demonstration data set")
+_DATASET = flags.DEFINE_string("dataset", "", "whose statistics are used; default: those of the suite")
+_EXECUTE = flags.DEFINE_integer("execute", 8, "actions executed of each chunk before planning again", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 2, "simulators, about 1.5 GB of memory each", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", 4, "rows of the compiled program, whatever the processes", lower_bound=1)
+_IMAGE = flags.DEFINE_integer("image_size", 256, "side of the rendered pictures: that of the training data's")
+_SUPERSAMPLE = flags.DEFINE_integer("supersample", 2, "RGB samples per pixel and axis", lower_bound=1)
+_MAX_STEPS = flags.DEFINE_integer("max_steps", 0, "step cap; 0 = the suite's official one", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "of the flow noise")
-_OUTPUT = flags.DEFINE_string("output", None, "folder for result.json and videos; default WORKDIR/evaluation/SUITE")
+_WEIGHTS_SEED = flags.DEFINE_integer("weights_seed", 0, "untrained: of the random weights")
+_VIDEOS = flags.DEFINE_integer("videos", 1, "videos per task, of its first starts", lower_bound=0)
+_FAILURES = flags.DEFINE_integer("failure_videos", 2, "videos per task, of its first failures", lower_bound=0)
+_RETRY = flags.DEFINE_bool("retry_crashes", False, "run episodes again in which the simulator had crashed")
+_OUTPUT = flags.DEFINE_string("output", "", "default: CHECKPOINT/evaluation/SUITE, or evaluation/SUITE")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     # Heavy imports only now: --help answers at once.
     from qdepth_jax import errors
-    from qdepth_jax.eval import robot
-    from qdepth_jax.sim import libero, rollout
+    from qdepth_jax.eval import closed_loop, episodes
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
-    policy = robot.libero_policy(_CHECKPOINT.value, _SUITE.value, _SEED.value)
-    tasks = libero.list_tasks(_SUITE.value)
-    if _TASKS.value:
-        unknown = [t for t in _TASKS.value if not t.isdigit() or int(t) >= len(tasks)]
-        if unknown:
-            raise errors.UserError(f"tasks {unknown} do not exist: {_SUITE.value} has 0..{len(tasks) - 1}")
-        tasks = [tasks[int(t)] for t in _TASKS.value]
-    output = pathlib.Path(_OUTPUT.value or pathlib.Path(_CHECKPOINT.value) / "evaluation" / _SUITE.value)
-    output.mkdir(parents=True, exist_ok=True)
-    episodes = rollout.run_tasks(
-        policy, tasks, _EPISODES.value, _EXECUTE.value, image_size=_IMAGE.value, max_steps=_MAX_STEPS.value or None,
-        video_dir=output / "videos",
-    )  # fmt: skip
-    summary = {"suite": _SUITE.value, "checkpoint": _CHECKPOINT.value, **rollout.summary(episodes)}
-    everything = summary | {"results": [dataclasses.asdict(e) for e in episodes]}
-    (output / "result.json").write_text(json.dumps(everything, indent=1) + "\n")
-    print(json.dumps(summary))
+    _check_flags()
+    options = closed_loop.Options(
+        execute=_EXECUTE.value,
+        processes=_PROCESSES.value,
+        image_size=_IMAGE.value,
+        supersample=_SUPERSAMPLE.value,
+        max_steps=_MAX_STEPS.value,
+        videos=_VIDEOS.value,
+        failure_videos=_FAILURES.value,
+        retry_crashes=_RETRY.value,
+    )
+    began = time.monotonic()
+    if _POLICY.value == "replay":
+        return _replay(options)
+    plans = [_prepared(suite, options) for suite in _SUITE.value]  # whatever is wrong is said before anything runs
+    found = []
+    for suite, policy, jobs, header in plans:
+        results = closed_loop.run(policy, jobs, options, _folder(suite))
+        episodes.write_results(_folder(suite), header, results)
+        found += results
+    if len(plans) > 1:
+        episodes.write_results(_folder(""), {"protocol": [header for *_, header in plans]}, found)
+    line = {"policy": _POLICY.value, **episodes.summary(found), "seconds": round(time.monotonic() - began, 1)}
+    print(json.dumps(line | {"output": str(_folder(_SUITE.value[0] if len(plans) == 1 else ""))}))
+    return 0
+
+
+def _check_flags() -> None:
+    from qdepth_jax import errors
+
+    kind = _POLICY.value
+    if kind not in POLICIES:
+        raise errors.UserError(f"--policy={kind}: use one of {', '.join(POLICIES)}")
+    needed = {"replay": ("data",), "expert": ("suite",)}.get(kind, ("suite", "checkpoint"))
+    given = {"data": _DATA.value, "suite": _SUITE.value, "checkpoint": _CHECKPOINT.value}
+    if missing := [f"--{name}" for name in needed if not given[name]]:
+        raise errors.UserError(f"--policy={kind} needs {' and '.join(missing)}")
+    if useless := [f"--{name}" for name, value in given.items() if value and name not in needed]:
+        raise errors.UserError(f"--policy={kind} does not use {' and '.join(useless)}")
+    if len(set(_SUITE.value)) < len(_SUITE.value):
+        raise errors.UserError(f"--suite={','.join(_SUITE.value)} names a suite twice")
+
+
+def _prepared(suite: str, options):
+    """(suite, policy, jobs, header of the results), checked as far as possible."""
+    from qdepth_jax.eval import closed_loop
+    from qdepth_jax.sim import simulator
+
+    tasks = simulator.list_tasks(suite, _TASKS.value)
+    starts = range(_FIRST.value, _FIRST.value + _EPISODES.value)
+    jobs = [(task, simulator.Start(number)) for task in tasks for number in starts]
+    policy = _policy(suite, simulator.adapter(tasks[0].adapter).ROBOT)
+    closed_loop.check(policy, jobs, options, _folder(suite))
+    header = {
+        "suite": suite,
+        "checkpoint": _CHECKPOINT.value,
+        "tasks": [task.name for task in tasks],
+        "starts": [starts[0], starts[-1]],
+        "step_cap": options.max_steps or tasks[0].step_cap,
+        **closed_loop.identity(policy, jobs, options),
+    }
+    return suite, policy, jobs, header
+
+
+def _policy(suite: str, robot):
+    from qdepth_jax import errors, planner
+    from qdepth_jax.eval import policies
+
+    if _POLICY.value == "expert":
+        return policies.expert()
+    path, dataset = _CHECKPOINT.value, _DATASET.value or suite
+    shows = _POLICY.value != "mean_action" and (_VIDEOS.value or _FAILURES.value)
+    try:
+        loaded = planner.load(path, dataset, decode_depth=bool(shows))
+    except errors.UserError as error:
+        loaded = planner.load(path, dataset)  # says so itself if the reason was another than depth
+        print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
+    if _POLICY.value == "mean_action":
+        return policies.mean_action(loaded, robot)
+    if _POLICY.value == "untrained":
+        policies.check(loaded, robot)
+        return policies.trained(policies.untrained(loaded, _WEIGHTS_SEED.value), robot, _BATCH.value, _SEED.value)
+    return policies.trained(loaded, robot, _BATCH.value, _SEED.value)
+
+
+def _replay(options) -> int:
+    """Exit code 1 if a replay ends otherwise than its recording."""
+    from qdepth_jax.eval import closed_loop, episodes, replays
+
+    policy, jobs, recordings = replays.replay(_DATA.value, _EPISODES.value)
+    folder = _folder(f"{jobs[0][0].suite}_replay")
+    results = closed_loop.run(policy, jobs, options, folder)
+    flags_found = replays.same_flags(results, recordings)
+    header = {"data": _DATA.value, **flags_found, **closed_loop.identity(policy, jobs, options)}
+    episodes.write_results(folder, header, results)
+    crashes = sum(bool(episode.crash) for episode in results)
+    print(json.dumps({"policy": "replay", **flags_found, "crashes": crashes, "output": str(folder)}))
+    return 1 if flags_found["other_flag"] or not flags_found["replayed"] else 0
+
+
+def _folder(suite: str) -> pathlib.Path:
+    """Of the results of one suite, or of all ("")."""
+    if _OUTPUT.value:
+        return pathlib.Path(_OUTPUT.value) / (suite if len(_SUITE.value) > 1 else "")
+    name = suite if _POLICY.value in ("trained", "replay") else "_".join(filter(None, (suite, _POLICY.value)))
+    return pathlib.Path(_CHECKPOINT.value) / "evaluation" / name
 
 
 if __name__ == "__main__":

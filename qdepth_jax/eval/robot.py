@@ -6,9 +6,11 @@ import numpy as np
 
 from qdepth_jax import errors, planner
 from qdepth_jax.models import inference
+from qdepth_jax.sim import actions
 
 Observation = dict[str, np.ndarray | str]
 CAMERAS = {"main": "image", "wrist": "wrist_image"}
+to_libero, from_libero = actions.to_libero, actions.from_libero
 
 
 def libero_policy(
@@ -45,14 +47,3 @@ def libero_policy(
         return to_libero(planner.plan(loaded, [row])[0])
 
     return act
-
-
-def to_libero(actions: np.ndarray) -> np.ndarray:
-    """Standardised actions f32 [Z, 7] (gripper 1 open, 0 closed) to LIBERO's (gripper -1 open, +1 close)."""
-    gripper = np.where(actions[:, 6:] > 0.5, -1.0, 1.0)
-    return np.concatenate([np.clip(actions[:, :6], -1.0, 1.0), gripper], axis=1).astype(np.float32)
-
-
-def from_libero(actions: np.ndarray) -> np.ndarray:
-    """LIBERO's actions f32 [Z, 7] back to standardised ones: inverse of `to_libero` for what it gives."""
-    return np.concatenate([actions[:, :6], (1.0 - actions[:, 6:]) / 2.0], axis=1).astype(np.float32)

@@ -182,7 +182,7 @@ def episode_frame(action: np.ndarray, instruction: str) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a replay needs of one stored LIBERO episode. action f32 [T, 7]; initial_state f32 [D]."""
+    """What a replay needs of one stored episode. action f32 [T, A]; initial_state f32 [D]; success: as recorded."""
 
     file_path: str
     suite: str
@@ -190,10 +190,11 @@ class Recording:
     seed: int
     initial_state: np.ndarray
     action: np.ndarray
+    success: bool
 
 
 def read_recordings(directory: str | os.PathLike, limit: int | None = None) -> list[Recording]:
-    """The episodes of a LIBERO demonstration data set without their images; at most `limit` per split."""
+    """The episodes of a demonstration data set without their images; at most `limit` per split."""
     info = Path(directory) / "dataset_info.json"
     if not info.is_file():
         raise errors.UserError(f"{directory} is no version directory of a data set: {info} is missing")
@@ -220,7 +221,8 @@ def _recording(payload: bytes) -> Recording:
             task_id=int(features[meta + "task_id"].value[0]),
             seed=int(features[meta + "seed"].value[0]),
             initial_state=np.array(features[meta + "initial_state"].value),
-            action=np.array(features["steps/action"].value).reshape(-1, 7),
+            action=np.array(features["steps/action"].value).reshape(len(features["steps/reward"].value), -1),
+            success=bool(features[meta + "success"].value[0]),
         )
     except KeyError as error:
         raise errors.UserError(f"the episode has no {error}: it was not made by tools/collect_demos.py") from error

@@ -20,6 +20,7 @@ import numpy as np
 
 from qdepth_jax import errors
 from qdepth_jax.sim import render as render_lib
+from qdepth_jax.sim import simulator
 
 ACTION_DIM = 7
 SETTLE_STEPS = 10  # idle steps before every episode: objects fall onto the table (openvla and openpi do the same)
@@ -38,8 +39,7 @@ STEP_CAPS = {
 INSTRUCTION_IN_PROBLEM_FILE = ("_lan", "_task")
 
 
-class SimulatorFailure(RuntimeError):
-    """The simulator could not go on (diverged, or found no valid placement): neither a success nor a failure."""
+SimulatorFailure = simulator.SimulatorFailure
 
 
 @dataclasses.dataclass(frozen=True)

