@@ -90,6 +90,7 @@ def load(
     base = next((name for name in stored if not dataset or re.fullmatch(f"{name}(_.*)?", dataset)), None)
     if base is None:
         raise errors.UserError(f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}")
+    decoder = _decoder(path, found) if decode_depth else None
     options = options or inference.Inference()
     config = inference.configured(config, options)
     variables = found.variables | {"params": inference.pack(config, found.variables["params"], options.weights, True)}
@@ -101,7 +102,7 @@ def load(
         stored[base]["action"],
         stored[base]["proprio"],
         text.TextTokenizer(found.text_tokenizer),
-        _decoder(path, found) if decode_depth else None,
+        decoder,
         options.solver,
     )
 
@@ -122,10 +123,13 @@ def _decoder(path: str, found: exported.Exported) -> tuple[tokenizer.TokenizerCo
 
 def identity(planner: Planner) -> str:
     """16 hex digits of weights, statistics and sampler: what the answers depend on besides the observation."""
-    digest = hashlib.sha256(repr((planner.config, planner.solver, planner.action, planner.proprio)).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(planner.variables):
+    # Euler, which is how every policy was sampled before there was a choice, leaves no trace: names stay valid.
+    solver = () if planner.solver == "euler" else (planner.solver,)
+    digest = hashlib.sha256(repr((planner.config, planner.action, planner.proprio, *solver)).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(planner.variables, is_leaf=inference.is_layers)
+    for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
+        digest.update(inference.on_host(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()[:16]
 
 

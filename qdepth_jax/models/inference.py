@@ -157,18 +157,28 @@ def apart(config, cache):
 
 def unpack(params):
     """Packed parameters as the network takes them, inside a program; a tree that is not packed comes back as it is."""
+    return jax.tree.map(lambda x: _whole(x, jnp), params, is_leaf=is_layers)
 
-    def whole(x):
-        if not isinstance(x, Layers):
-            return x
-        back = tuple(np.argsort(x.order))
 
-        def part(p):
-            return int8.dequantise(p).transpose(back)
+def on_host(leaf) -> np.ndarray:
+    """One leaf (of a flattening with is_leaf=is_layers) as it was trained, but for what packing rounded."""
+    return np.asarray(_whole(jax.tree.map(np.asarray, leaf), np))
 
-        return jnp.stack([jnp.stack([part(q) for q in p]) if isinstance(p, tuple) else part(p) for p in x.parts])
 
-    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, Layers))
+def is_layers(x) -> bool:
+    return isinstance(x, Layers)
+
+
+def _whole(x, maths):
+    """A leaf with its layers stacked; maths is jax.numpy in a program and NumPy outside."""
+    if not isinstance(x, Layers):
+        return x
+    back = tuple(np.argsort(x.order))
+
+    def part(p):
+        return int8.dequantise(p).transpose(back)
+
+    return maths.stack([maths.stack(list(map(part, p))) if isinstance(p, tuple) else part(p) for p in x.parts])
 
 
 def size_in_bytes(tree) -> int:
