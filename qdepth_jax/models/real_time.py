@@ -63,6 +63,7 @@ def sample_actions(
       f32 [B, Z, robot_action_dim], normalised actions.
     """
     del state  # as in sampling.sample_actions
+    check_solver(variant, solver)
     velocity = sampling.run_prefix(config, params, batch).velocity
     return continue_chunk(config, velocity, noise, previous, weights, variant, solver)
 
