@@ -8,7 +8,8 @@ network, which need not know (tests/models/test_inference.py reads the compiled 
 
 Kernels are kept in the dtype of the activations, to which the network would round them at every use: the numbers are
 the same and memory is half. With weights="int8" those that run once for a prediction are integers (int8.py): vision,
-vlm and depth expert, nine tenths of all. The action expert stays: it speaks the actions and runs at every flow step.
+vlm and depth expert, three quarters of all. The action expert stays: it speaks the actions and runs at every flow
+step.
 
 Packed trees are for one device. A scanned network (config.scan) needs its layers stacked; they stay so.
 
