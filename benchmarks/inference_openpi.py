@@ -59,8 +59,13 @@ def build(order: sizes.Order) -> tuple[Callable[[int], np.ndarray], dict[str, An
 
     def draw(path, leaf) -> np.ndarray:
         nonlocal count, held
-        value = 0.02 * rng.standard_normal(leaf.shape, np.float32)
-        np.save(folder / f"params.{jax.tree_util.keystr(path, simple=True, separator='.')}.npy", value)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        # Kernels as wide as what they sum over, or nearly so: a network that forgets its input would hide an error.
+        wide = max(leaf.shape[:-1][-2:]) ** -0.5 if name.rpartition(".")[2] not in ("bias", "scale") else 0.02
+        value = wide * rng.standard_normal(leaf.shape, np.float32)
+        if ".img." in name and name.endswith("scale"):
+            value += 1.0
+        np.save(folder / f"params.{name}.npy", value)
         count, held = count + value.size, held + value.nbytes
         return jnp.asarray(value)
 
