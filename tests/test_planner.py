@@ -1,5 +1,7 @@
 """From observations to rows of the network: resizing and noise are those of training and evaluation, to the bit."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -34,8 +36,8 @@ def test_programs_are_filled_and_cut():
 
 
 def test_packing_renames_no_policy_and_another_sampler_does():
-    config = policy.sized("tiny", layers=1, scan=False, depth=None)
-    params = stored_runs.random_like(stored_runs.shapes("policy", config), 0)["params"]
+    params = stored_runs.random_like(stored_runs.shapes("policy", stored_runs.QDEPTH), 0)["params"]
+    config = dataclasses.replace(stored_runs.QDEPTH, scan=False)
     given = planner.Planner(config, {"params": params, "state": {}}, None, "", None, None, None, None)
     packed, small = (
         given._replace(variables={"params": inference.pack(config, params, weights), "state": {}})
