@@ -62,11 +62,10 @@ def _config(order: sizes.Order):
     config = train_step_ours.policy_config(order)
     if order.contestant != "ours_pi0":
         return config
-    # openpi: one picture, state and action of the same size, a mask for padding (text 0 is padding in both).
+    # openpi: state and action of the same size, one rotary base for both experts; text 0 is padding here and there.
     size = sizes.SIZES[order.size]
-    return dataclasses.replace(
-        config, **policy_config.CONVENTIONS["pi0"], proprio_dim=size.action_dim, faithful=True, missing_views=False
-    )
+    action = dataclasses.replace(config.action, rope_theta=config.vlm.rope_theta)
+    return dataclasses.replace(config, **policy_config.CONVENTIONS["pi0"], proprio_dim=size.action_dim, action=action)
 
 
 def _weights(config, order: sizes.Order, folder: pathlib.Path) -> Any:
