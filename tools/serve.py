@@ -35,7 +35,7 @@ _DEPTH = flags.DEFINE_bool("depth", False, "answer with decoded depth to request
 _RTC = flags.DEFINE_string("rtc", "inpaint", "real-time chunking: inpaint, guided (the paper's, slower) or off")
 _STEPS = flags.DEFINE_integer("flow_steps", 0, "steps from noise to actions; 0 = as the policy's config says")
 _SOLVER = flags.DEFINE_string("solver", "euler", "of the flow: euler, midpoint or heun (twice the work in a step)")
-_WEIGHTS = flags.DEFINE_string("weights", "float", "float, or int8: a quarter of the memory; docs/inference.md")
+_WEIGHTS = flags.DEFINE_string("weights", "float", "float, or int8: less than half of the memory; docs/inference.md")
 _UNROLL = flags.DEFINE_bool("unroll", False, "cut scanned layers apart: faster programs, compiled several times slower")
 _SEED = flags.DEFINE_integer("seed", 0, "of the flow noise of requests that bring none")
 _DRAIN = flags.DEFINE_float("drain_s", 30.0, "SIGTERM waits so long for what is in flight")

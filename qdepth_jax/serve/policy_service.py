@@ -24,7 +24,7 @@ class Options:
     batch_sizes: programs that are compiled. max_side: of a picture.
     depth: answer with depth where asked. seed: of requests that bring none.
     rtc: of real_time.VARIANTS, or "off": half as many programs to compile.
-    inference: steps and solver of the flow, and how weights are held.
+    how: steps and solver of the flow, and how weights are held.
     """
 
     dataset: str = ""
@@ -35,7 +35,7 @@ class Options:
     depth: bool = False
     rtc: str = "inpaint"
     seed: int = 0
-    inference: inference.Inference = inference.Inference()
+    how: inference.Inference = inference.Inference()
 
     def __post_init__(self):
         if not self.batch_sizes or sorted(set(self.batch_sizes)) != list(self.batch_sizes) or self.batch_sizes[0] < 1:
@@ -45,7 +45,7 @@ class Options:
         if self.rtc not in (*real_time.VARIANTS, "off"):
             raise errors.UserError(f"--rtc={self.rtc} is unknown: use one of {', '.join(real_time.VARIANTS)}, off")
         if self.rtc != "off":
-            real_time.check_solver(self.rtc, self.inference.solver)
+            real_time.check_solver(self.rtc, self.how.solver)
         if self.max_side < 8:
             raise errors.UserError(f"--max_side={self.max_side} is smaller than the smallest picture, 8")
 
@@ -54,7 +54,7 @@ class Service:
     """One policy, ready to answer."""
 
     def __init__(self, path: str, options: Options):
-        loaded = planner.load(path, options.dataset, options.depth, options.inference)
+        loaded = planner.load(path, options.dataset, options.depth, options.how)
         units = options.units or observation.units_of(loaded.dataset)
         if units == "libero" and loaded.config.robot_action_dim != 7:
             raise errors.UserError(f"LIBERO's actions have 7 numbers, this policy's {loaded.config.robot_action_dim}")
@@ -169,7 +169,7 @@ class Service:
             },
             "rtc": self.options.rtc,
             "flow": {"steps": config.flow.steps, "solver": self.planner.solver},
-            "weights": self.options.inference.weights,
+            "weights": self.options.how.weights,
             "batch_sizes": list(self.options.batch_sizes),
             "max_frame_bytes": self.max_frame,
             "depth": self._depth_metadata(),
