@@ -15,7 +15,6 @@ from qdepth_jax.eval import closed_loop, policies, replays
 from qdepth_jax.models import policy
 from qdepth_jax.sim import demos, libero_tasks, metaworld_tasks, simulator
 
-
 WORDS = pathlib.Path(__file__).resolve().parents[2] / "data" / "text_tokenizer" / "libero.model"
 
 
