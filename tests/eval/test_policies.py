@@ -8,6 +8,7 @@ import fake_simulator
 import jax
 import numpy as np
 import pytest
+import stored_runs
 
 from qdepth_jax import errors, planner
 from qdepth_jax.data import normalise, text
@@ -119,3 +120,15 @@ def test_a_trained_policy_plans_alike_in_any_batch_and_any_number_of_processes(m
     assert alone == closed_loop.evaluate(found, tasks, range(3), dataclasses.replace(options, processes=3))
     assert len({e.steps for e in alone}) > 1
     jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_a_policy_with_a_depth_expert_says_depth_in_metres(tmp_path):
+    stored_runs.write_qdepth(tmp_path)
+    robot = simulator.Robot("fake", ("main",), 7, 7, 10.0, lambda x: x)
+    held = planner.load(str(tmp_path / "policy"), decode_depth=True)
+    found = policies.trained(held, robot, batch=2)
+    assert found.depth_unit == "m" and found.views == ("main",)
+    depth = found.depth([query(state=np.zeros(7)), query(start=3, state=np.ones(7))])
+    assert depth.shape == (2, 8, 8)
+    assert policies.trained(held._replace(decoder=None), robot, batch=2).depth is None
