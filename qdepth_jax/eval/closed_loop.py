@@ -215,7 +215,7 @@ class _Loop:
                 for worker in heard:
                     self._hear(worker, worker.receive())
                 for worker, run in list(self._workers.items()):
-                    if run and not run.query and time.monotonic() - worker.heard > self._options.patience_s:
+                    if run and not run.query and worker.silence > self._options.patience_s:
                         self._replace(worker, f"said nothing for {self._options.patience_s:.0f} s", patience=0.0)
         finally:
             self._bar.close()
@@ -243,7 +243,6 @@ class _Loop:
             )
             self._present[worker] = task
             self._workers[worker] = _Run(job, time.monotonic())
-            worker.heard = time.monotonic()
             worker.send(("run", task, start, ask))
 
     def _shown(self, task: simulator.Task) -> tuple[str, ...]:
@@ -258,7 +257,6 @@ class _Loop:
             robot = simulator.adapter(run.job[0].adapter).ROBOT
             chunk = workers.checked_chunk(chunk, robot.action_dim)
             run.query = None
-            worker.heard = time.monotonic()
             worker.send(("actions", chunk[: self._options.execute]))
 
     def _hear(self, worker: workers.Worker, message: tuple | None) -> None:

@@ -6,6 +6,7 @@ Messages to the parent: ("ready",), ("seen", Seen), ("done", Outcome, Seen | Non
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -47,6 +48,7 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
         os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
+        logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it tells at every start that it has no accelerator
     env, present = None, None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(("ready",))
@@ -73,9 +75,11 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
 
 def _episode(connection: multiprocessing.connection.Connection, env: simulator.Env, start, ask: Ask) -> tuple:
     ends: list[rollout.Seen] = []
-    expert = rollout.expert_act(env) if ask.expert else None
+    expert, parent = rollout.expert_act(env) if ask.expert else None, os.getppid()
 
     def act(seen: rollout.Seen):
+        if os.getppid() != parent:  # an expert asks nobody, so it would not notice
+            raise EOFError("the evaluation is gone")
         if expert is None or ask.views:
             connection.send(("seen", seen))
         if expert is not None:
@@ -99,7 +103,12 @@ def _closed(env: simulator.Env | None) -> None:
 
 
 class Worker:
-    """A worker as its parent sees it. `heard`: when it last said something (time.monotonic)."""
+    """A worker as its parent sees it.
+
+    Attributes:
+      ready: it has begun. heard: when it last said something (time.monotonic).
+      silence: seconds that the parent has waited for it since.
+    """
 
     def __init__(self, setting: Setting, process: bool = True):
         context = multiprocessing.get_context("spawn")  # a forked GL context or simulator is not usable
@@ -109,10 +118,11 @@ class Worker:
         self._life.start()
         if process:
             theirs.close()  # so that the end of the process is the end of the pipe
-        self.heard, self.ready = time.monotonic(), False
+        self.heard, self.silence, self.ready = time.monotonic(), 0.0, False
 
     def send(self, message: tuple) -> None:
         """What a dead worker does not take is noticed when it is listened to."""
+        self.silence = 0.0
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(message)
 
@@ -122,7 +132,7 @@ class Worker:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):
             return None
-        self.heard = time.monotonic()
+        self.heard, self.silence = time.monotonic(), 0.0
         return message
 
     def stop(self, patience: float = 5.0) -> str:
@@ -140,7 +150,12 @@ class Worker:
 
 def listen(workers: list[Worker], seconds: float) -> list[Worker]:
     """Those that have something to say (or are dead), after at most so many seconds."""
+    began = time.monotonic()
     ready = multiprocessing.connection.wait([worker.connection for worker in workers], seconds)
+    # Not more than was asked for: while a machine sleeps or a job is suspended, nobody is silent.
+    passed = min(time.monotonic() - began, seconds)
+    for worker in workers:
+        worker.silence += passed
     return [worker for worker in workers if worker.connection in ready]
 
 

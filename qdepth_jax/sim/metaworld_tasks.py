@@ -43,7 +43,15 @@ def list_tasks(suite: str) -> list[simulator.Task]:
 
 
 def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
-    return Env(task, image_size, supersample)
+    try:
+        return Env(task, image_size, supersample)
+    except (OSError, ValueError) as error:  # MuJoCo raises ValueError for files that it cannot open
+        if isinstance(error, errors.UserError):
+            raise
+        raise errors.UserError(
+            f"the scene of Meta-World's {task.name} cannot be built: {error}. If an asset is missing: "
+            "pip install --force-reinstall metaworld==3.1.1"
+        ) from error
 
 
 def versions() -> dict[str, str]:
