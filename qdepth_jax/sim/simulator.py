@@ -24,8 +24,6 @@ from qdepth_jax import errors
 ADAPTERS = (
     (r"libero_(spatial|object|goal|10|90)(_.*)?", "qdepth_jax.sim.libero_tasks"),
     (r"metaworld(_.*)?", "qdepth_jax.sim.metaworld_tasks"),
-    (r"simpler_widowx", "qdepth_jax.sim.simpler_widowx"),
-    (r"simpler_google", "qdepth_jax.sim.simpler_google"),
 )
 
 
@@ -41,7 +39,6 @@ class Robot:
       views: cameras there are; a policy may use some of them. The first is the main view, the one with depth.
       state_dim, action_dim: numbers of a state and of an action.
       rate_hz: control steps per second.
-      dataset: whose statistics a policy for it carries; "" = a data set named like the suite.
       to_simulator: standardised actions f32 [Z, A] (data/recipes.py) -> those that `Env.step` takes, f32 [Z, A].
     """
 
@@ -51,7 +48,6 @@ class Robot:
     action_dim: int
     rate_hz: float
     to_simulator: Callable[[np.ndarray], np.ndarray]
-    dataset: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
