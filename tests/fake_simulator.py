@@ -24,6 +24,10 @@ def list_tasks(suite: str) -> list[simulator.Task]:
     return [task(0, "first"), task(1, "second")]
 
 
+def robot(suite: str) -> simulator.Robot:
+    return ROBOT
+
+
 def versions() -> dict[str, str]:
     return {"fake": "1"}
 
@@ -42,6 +46,9 @@ class Env:
     def reset(self, start: simulator.Start) -> None:
         self._start, self._x, self._opening = start.number, 0.0 if start.seed is None else start.seed / 1000, 1.0
 
+    def instruction(self) -> str:
+        return self._task.instruction
+
     def state(self) -> np.ndarray:
         return np.asarray([self._x, self._start], np.float32)
 
@@ -51,6 +58,9 @@ class Env:
     def pictures(self, views) -> dict[str, np.ndarray]:
         grey = np.full((self._size, self._size, 3), int(255 * min(self._x, 1)) % 256, np.uint8)
         return {view: grey[..., 0] / 255.0 if view == "depth" else grey for view in views}
+
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        return chunk
 
     def step(self, action: np.ndarray) -> bool:
         here = str(self._start)

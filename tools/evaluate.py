@@ -106,7 +106,7 @@ def _prepared(suite: str, options):
     tasks = simulator.list_tasks(suite, _TASKS.value)
     starts = range(_FIRST.value, _FIRST.value + _EPISODES.value)
     jobs = [(task, simulator.Start(number)) for task in tasks for number in starts]
-    policy = _policy(suite, simulator.adapter(tasks[0].adapter).ROBOT)
+    policy = _policy(suite, simulator.robot_of(tasks[0]))
     closed_loop.check(policy, jobs, options, _folder(suite))
     header = {
         "suite": suite,

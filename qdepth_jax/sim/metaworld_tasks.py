@@ -54,6 +54,10 @@ def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
         ) from error
 
 
+def robot(suite: str) -> simulator.Robot:
+    return ROBOT
+
+
 def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("metaworld", "mujoco")}
 
@@ -68,6 +72,9 @@ class Env:
         # A recorded start is its seed: the goal is not part of a simulator state.
         self._env.reset(start.number if start.seed is None else start.seed)
 
+    def instruction(self) -> str:
+        return self._env.instruction
+
     def state(self) -> np.ndarray:
         return self._env.proprio()
 
@@ -77,6 +84,9 @@ class Env:
     def pictures(self, views: Sequence[str]) -> dict[str, np.ndarray]:
         seen = self._env.render(depth="depth" in views) if views else {}
         return {view: seen[{"main": "image"}.get(view, view)] for view in views}
+
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        return chunk
 
     def step(self, action: np.ndarray) -> bool:
         return self._env.step(action)

@@ -39,7 +39,14 @@ def loaded(action_dim=7, state_dim=8, **fields):
 def query(task=0, start=0, plan=0, wanted=4, step=0, state=(0.0, 0.0)):
     picture = np.full((8, 8, 3), (10 * start + plan) % 256, np.uint8)
     return policies.Query(
-        fake_simulator.task(task), start, plan, step, wanted, {"main": picture}, np.asarray(state, np.float32)
+        fake_simulator.task(task),
+        start,
+        plan,
+        step,
+        wanted,
+        f"go {task}",
+        {"main": picture},
+        np.asarray(state, np.float32),
     )
 
 
