@@ -11,7 +11,7 @@ import numpy as np
 
 from qdepth_jax import depth, device_groups, errors, progress
 from qdepth_jax.data import definition as definition_lib
-from qdepth_jax.data import episode_reader, index, sidecar
+from qdepth_jax.data import episode_reader, index, sidecar, sidecar_sums
 from qdepth_jax.eval import depth_metrics
 from qdepth_jax.models import tokenizer
 
@@ -42,6 +42,11 @@ class Source:
         """Who made the depth."""
         return self.annotated.metadata.identity if self.annotated else "the data set's own"
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the depth sidecar, all its settings and bytes; "" of the data set's own depth, which the index names."""
+        return sidecar_sums.digest(self.annotated) if self.annotated else ""
+
     def read(
         self, reader: episode_reader.EpisodeReader, episode: int, steps: np.ndarray
     ) -> tuple[np.ndarray, float, float]:
@@ -62,6 +67,7 @@ def open_source(
     source = Source(opened, split, definition, view, annotated)
     if annotated:
         sidecar.check(annotated, kind="depth", fingerprint=opened.fingerprint, camera=source.camera)
+        sidecar_sums.say_without(annotated)
     return source
 
 
@@ -107,6 +113,7 @@ def tokenise_split(
             "codes": config.num_codes,
             "invalid": sidecar.INVALID_TOKEN,
             "depth": source.identity,
+            **({"depth_digest": source.digest} if source.digest else {}),
             "backend": devices[0].platform,
         },
     )
@@ -133,6 +140,7 @@ def tokenise_split(
         "unfinished_episodes": 0 if directory else missing,
         "identity": identity,
         "depth": source.identity,
+        "depth_digest": source.digest,
         "quarantined_frames": len(split.quarantined),
         "encoded_now": len(pending),
     }

@@ -131,6 +131,20 @@ def test_depth_of_other_data_or_another_camera_is_refused(data, variables, tmp_p
         tokenise(source_of(data, tmp_path / "depth"), tmp_path / "tokens", variables, share=(1, 2))
 
 
+def test_processes_with_depth_of_one_name_and_other_settings_are_refused(data, variables, tmp_path):
+    opened = index.open_index(data)
+    for size in (28, 56):
+        one = depth_labels.Estimator(
+            "one name", "metric", lambda episodes: (np.full(f.shape[:3], 0.3) for f in episodes),
+            details={"input_size": size},
+        )  # fmt: skip
+        annotation.annotate_split(opened, LIBERO, opened.split("train"), "main", str(tmp_path / str(size)), one)
+    found = tokenise(source_of(data, tmp_path / "28"), tmp_path / "tokens", variables, share=(0, 2))
+    assert found["directory"] is None and len(found["depth_digest"]) == 16
+    with pytest.raises(errors.UserError, match=r"details\.depth_digest"):
+        tokenise(source_of(data, tmp_path / "56"), tmp_path / "tokens", variables, share=(1, 2))
+
+
 def test_a_split_without_any_depth_gets_invalid_tokens(data, variables, tmp_path):
     opened = index.open_index(data)
     split = opened.split("train")

@@ -7,7 +7,7 @@ data set read `good_steps` and say what stands at the others.
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import depth_images, frame_reader, index, quarantine, sidecar
+from qdepth_jax.data import depth_images, frame_reader, index, quarantine, sidecar, sidecar_sums
 
 
 class EpisodeReader:
@@ -82,11 +82,15 @@ class EpisodeReader:
         Returns:
           raw u16 [T, H, W] (of `steps`: [n, H, W]), scale, offset; value = raw * scale + offset (see
           `qdepth_jax.depth`).
+
+        Raises:
+          UserError: no such depth, or the bytes of the sidecar are not those that were written.
         """
         if annotated is not None:
             row = self._split.episodes[episode]
-            raw = annotated.values[row["start"] : row["start"] + row["length"]][self._steps(episode, steps)]
-            return np.array(raw), float(annotated.scale[episode]), float(annotated.offset[episode])
+            raw = np.array(annotated.values[row["start"] : row["start"] + row["length"]])
+            sidecar_sums.check_episode(annotated, episode, int(row["start"]), raw)
+            return raw[self._steps(episode, steps)], float(annotated.scale[episode]), float(annotated.offset[episode])
         if feature not in self._split.dataset.features:
             raise errors.UserError(
                 f"data set {self._split.dataset.name} in {self._split.dataset.directory} has no depth feature "
