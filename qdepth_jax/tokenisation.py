@@ -42,6 +42,13 @@ class Source:
         """Who made the depth."""
         return self.annotated.metadata.identity if self.annotated else "the data set's own"
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """What there is to say of the depth: identity, kind, licence, notice ("" = nothing), digest of its sidecar."""
+        details = self.annotated.metadata.details if self.annotated else {"licence": "of the data set"}
+        told = {name: details.get(name, "") for name in ("licence", "notice")}
+        return {"identity": self.identity, "kind": self.kind, **told, "digest": self.digest}
+
     @functools.cached_property
     def digest(self) -> str:
         """Of the depth sidecar, all its settings and bytes; "" of the data set's own depth, which the index names."""
@@ -53,6 +60,11 @@ class Source:
         """raw u16 [n, H, W], scale, offset of the steps i64 [n] of an episode."""
         feature = f"steps/{self.definition.depth[self.view]}"
         return reader.depth_of(feature, self.definition.depth_metres, self.annotated, episode, steps)
+
+    def pictures(self, reader: episode_reader.EpisodeReader, episode: int, steps: np.ndarray) -> np.ndarray:
+        """u8 [n, H, W, 3], red, green, blue, of the camera at the steps i64 [n] of an episode."""
+        swapped = self.view in definition_lib.swapped_channels(self.definition, self.split.dataset)
+        return reader.images(self.camera, episode, steps=steps, swapped=swapped)
 
 
 def open_source(
@@ -124,6 +136,7 @@ def tokenise_split(
     good = {episode: reader.good_steps(episode) for episode in pending}
     some = (source.read(reader, episode, good[episode]) for episode in pending if len(good[episode]))
     encoded = encode(config, variables, some, devices)
+    advance = bar.begin  # the first episode waits for compilation
     for episode in pending:
         steps, sums = good[episode], depth_metrics.no_sums(config.num_codes)
         tokens = np.full((reader.length(episode), *metadata.row_shape), sidecar.INVALID_TOKEN, np.uint16)
@@ -131,7 +144,8 @@ def tokenise_split(
             tokens[steps], sums = next(encoded)
         start = int(split.episodes["start"][episode])
         writer.write(episode, start, tokens, figures=depth_metrics.as_row(sums))
-        bar.update(len(tokens))
+        advance(len(tokens))
+        advance = bar.update
     bar.close()
     reader.close()
     missing, directory = writer.missing(), writer.finish()

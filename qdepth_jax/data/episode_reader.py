@@ -39,17 +39,24 @@ class EpisodeReader:
         )
 
     def images(
-        self, feature: str, episode: int, size: tuple[int, int] | None = None, steps: np.ndarray | None = None
+        self,
+        feature: str,
+        episode: int,
+        size: tuple[int, int] | None = None,
+        steps: np.ndarray | None = None,
+        swapped: bool = False,
     ) -> np.ndarray:
         """u8 [T, H, W, 3] of an image feature; native size, or resized to `size` (height, width).
 
-        With `steps`, i64 [n], only those are read: u8 [n, H, W, 3].
+        With `steps`, i64 [n], only those are read: u8 [n, H, W, 3]. `swapped`: the file holds blue, green, red, as
+        `definitions.swapped_channels` says of a view; what is returned is red, green, blue in either case.
         """
+        decode = frame_reader.decode_bgr if swapped else frame_reader.decode_rgb
         data, steps = self._encoded(feature, episode, steps), self._steps(episode, steps)
         height, width = size or frame_reader.image_size(data[0])
         out = np.empty((len(data), height, width, 3), np.uint8)
         for row, (step, encoded) in enumerate(zip(steps, data, strict=True)):
-            self._decode(frame_reader.decode_rgb, encoded, out[row], episode, step)
+            self._decode(decode, encoded, out[row], episode, step)
         return out
 
     def depth(
