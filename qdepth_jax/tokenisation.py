@@ -83,6 +83,28 @@ def open_source(
     return source
 
 
+def other_labels(source: Source, trained: list[dict[str, Any]]) -> str:
+    """How this depth differs from what a tokenizer was trained on; "" where it does not, or nothing is known.
+
+    Args:
+      trained: identities of the training run's data sets (`data.source.Source.identity`), from its checkpoint.
+    """
+    known = [row for row in trained if "depth" in row]
+    known = [row for row in known if row["name"] == source.definition.name] or known
+    here = source.annotated.metadata.identity if source.annotated else ""
+    if known and here not in [row["depth"] for row in known]:
+        learnt = " and of ".join(sorted({row["depth"] or "the data set's own" for row in known}))
+        return f"the tokenizer learnt depth of {learnt}, this is depth of {source.identity}"
+    same = [row for row in known if row["split"].partition("[")[0] == source.split.name and "depth_digest" in row]
+    same = [row for row in same if row["fingerprint"] == source.opened.fingerprint]
+    if same and source.digest not in [row["depth_digest"] for row in same]:
+        return (
+            f"the tokenizer learnt from another sidecar of {source.identity} (digest {same[0]['depth_digest']}, here "
+            f"{source.digest}): other settings, or other bytes"
+        )
+    return ""
+
+
 def tokenise_split(
     config: tokenizer.TokenizerConfig,
     variables: Any,

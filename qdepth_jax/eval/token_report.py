@@ -4,6 +4,7 @@ Everything is read from finished sidecars: what is drawn is what a policy would 
 """
 
 import base64
+import collections
 import dataclasses
 import html
 import io
@@ -61,7 +62,8 @@ def write(
     Args:
       output: folder, created.
       config, variables: the tokenizer that made the tokens.
-      parts: at least one; their splits and cameras become sections.
+      parts: at least one; their splits and cameras become sections. Of several data sets the figures over all of
+        their episodes stand beside their own, by split and camera.
       episodes: drawn of each part, spread over it. frames: of each of those as still pictures; its video has more.
 
     Returns:
@@ -74,7 +76,7 @@ def write(
     folder = pathlib.Path(output)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    sections = []
+    sections, pools = [], collections.defaultdict(list)
     decode = jax.jit(lambda v, codes: tokenizer.decode(config, v["params"], v["state"], codes))
     for part in progress.track(parts, len(parts), "report", "split"):
         if part.tokens.metadata.identity != identity:
@@ -82,8 +84,13 @@ def write(
                 f"{part.tokens.directory} holds tokens of tokenizer {part.tokens.metadata.identity}, not of {identity}"
             )
         rows = _rows(part)
+        pools[part.source.split.name, part.source.view].append(rows)
         found[part.title] = depth_metrics.figures(rows) | {"labels": part.source.labels}
         sections.append((part.title, _section(folder, config, variables, decode, part, rows, episodes, frames)))
+    for (split, view), pool in pools.items():
+        if len(pool) > 1:
+            title = f"all {len(pool)} data sets, {split}, camera {view}"
+            found[title] = depth_metrics.figures([row for rows in pool for row in rows])
     sections = [
         ("Figures", _figures_table(found) + _note(config)),
         *sections,

@@ -99,6 +99,16 @@ def test_page_figures_pictures_and_videos(part, tmp_path):
 
 
 @slow
+def test_several_data_sets_have_their_figures_together_too(part, tmp_path):
+    made, variables = part
+    token_report.write(str(tmp_path), CONFIG, variables, [made, made], episodes=1, frames=1)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    one, both = found["libero_object train, camera main"], found["all 2 data sets, train, camera main"]
+    assert both["frames"] == 2 * one["frames"] and both["rmse"] == pytest.approx(one["rmse"])
+    assert both["episodes"] == 2 * one["episodes"]
+
+
+@slow
 def test_what_is_drawn_is_what_the_sidecar_holds(part):
     made, variables = part
     reader = token_report.episode_reader.EpisodeReader(made.source.split)
