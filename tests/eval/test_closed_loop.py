@@ -86,6 +86,12 @@ def test_a_simulator_that_always_crashes_ends_the_evaluation(tmp_path):
     assert closed_loop.evaluate(policies.expert(), well[:2], [0], options(), tmp_path) == again
 
 
+def test_a_mistake_in_code_is_no_crash():
+    tasks = [fake_simulator.task(0, "bug=1")]
+    with pytest.raises(RuntimeError, match=r"fake bug=1, start 1:[\s\S]*no attribute 'no_such_thing'"):
+        closed_loop.evaluate(policies.expert(), tasks, range(2), options())
+
+
 def test_an_expert_that_gives_up_has_failed():
     found = closed_loop.evaluate(policies.expert(), [fake_simulator.task()], [41], options())
     assert not found[0].success and not found[0].crash and found[0].steps == 0
