@@ -1,7 +1,8 @@
 """Worker processes of closed-loop evaluation: each runs episodes in one environment and asks for actions.
 
 Messages to the parent: ("ready",), ("seen", Seen), ("done", Outcome, Seen | None), ("crash", text),
-("impossible", text), ("broken", text). From the parent: ("run", task, start, Ask), ("actions", [k, A]), and the pipe's end.
+("impossible", text), ("broken", text). From the parent: ("run", task, start, Ask), ("actions", [k, A]), and the end of
+the pipe.
 """
 
 import contextlib
