@@ -6,7 +6,7 @@ import ml_collections
 
 from qdepth_jax import errors
 
-NAMES = ("bridge", "fractal", "libero", "oxe", "openpi", "demo")
+NAMES = ("bridge", "fractal", "libero", "oxe", "openpi", "demo", "cpu_study")
 
 
 def get(recipe: str) -> ml_collections.ConfigDict:

@@ -29,6 +29,9 @@ FILES = (
     ("tokenizer", "bridge"),
     ("tokenizer", "fractal"),
     ("tokenizer", "sample"),
+    ("cpu_study", "metaworld"),
+    ("cpu_study", "libero"),
+    ("cpu_study", "metaworld,tokenizer"),
     *((name, "bridge") for name in VARIANTS),
     *((name, "demo") for name in VARIANTS),
 )

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
     from qdepth_jax import checkpoint, earlier_stages, errors
     from qdepth_jax import metrics as metrics_lib
-    from qdepth_jax.eval import figures, report
+    from qdepth_jax.eval import figures, held_out, report
     from qdepth_jax.models import tokenizer
 
     if len(argv) > 1:
@@ -48,11 +48,11 @@ def main(argv: list[str]) -> None:
                 f"policy {name} in {workdir!r} was trained with depth tokenizer {found}, "
                 f"--tokenizer={_TOKENIZER.value} is {identity}: name the one it was trained with"
             )
-    held_out, drawn = tokenizer_figures(config, variables, meta)
-    summary = {"tokenizer": {"workdir": _TOKENIZER.value, "step": meta["step"], "held_out": held_out}, "policies": {}}
+    measured, drawn = tokenizer_figures(config, variables, meta)
+    summary = {"tokenizer": {"workdir": _TOKENIZER.value, "step": meta["step"], "held_out": measured}, "policies": {}}
     results = {}
     for name, workdir in runs.items():
-        model, result, policy_meta, parameters = policy_result(workdir)
+        model, result, policy_meta, parameters = held_out.policy_result(workdir, _BATCHES.value)
         results[name] = (model, result)
         summary["policies"][name] = {
             "workdir": workdir,
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     token_rows = {"tokenizer": metrics_lib.read(pathlib.Path(_TOKENIZER.value) / "metrics.jsonl")}
     pictures = {
         "Depth tokenizer": figures.curves(token_rows, ["loss", "rmse", "codes_used", "perplexity"])
-        + report.table(*tokenizer_table(held_out)) + drawn,
+        + report.table(*tokenizer_table(measured)) + drawn,
         "Policies": figures.curves(curves, ["loss", "flow_loss", "depth_loss", "depth_accuracy"])
         + report.policy_table(summary["policies"]),
         "Predicted depth, decoded": depth_pictures(config, variables, results),
@@ -88,15 +88,15 @@ def tokenizer_figures(config, variables, meta):
 
     from qdepth_jax import depth
     from qdepth_jax.data import loader, sidecar
-    from qdepth_jax.eval import depth_metrics, figures
+    from qdepth_jax.eval import depth_metrics, figures, held_out
     from qdepth_jax.models import tokenizer
 
     out, pictures = {}, ""
-    data = held_out_data(meta)
+    data = held_out.data_of(meta)
     for source in data.datasets:
         one = type(data)(**{**vars(data), "datasets": (source,), "shuffle": True})
         features = ("depth", "depth_scale", "depth_offset", "image_main")
-        reader = loader.Loader(one, features, 32, normalisers=normalisers(meta))
+        reader = loader.Loader(one, features, 32, normalisers=held_out.normalisers(meta))
         run = tokenizer.compiled_roundtrip(config)
         sums, floor, indices, rows = depth_metrics.DepthSums(), depth_metrics.DepthSums(), [], []
         frames = 0
@@ -130,7 +130,7 @@ def tokenizer_figures(config, variables, meta):
     return out, pictures
 
 
-def tokenizer_table(held_out):
+def tokenizer_table(measured):
     """(header, rows) of the tokenizer's figures."""
     header = [
         "held-out depth",
@@ -145,51 +145,9 @@ def tokenizer_table(held_out):
     rows = [
         [name, t["frames"], f"{t['codes_used']} of {t['codes']}", t["perplexity"], t["rmse"], t["abs_rel"],
          t["delta_1"], t["constant_per_token"]["rmse"]]
-        for name, t in held_out.items()
+        for name, t in measured.items()
     ]  # fmt: skip
     return header, rows
-
-
-def policy_result(workdir):
-    """(model config, offline.Result, meta, parameter count) of one policy run."""
-    import jax
-
-    from qdepth_jax import earlier_stages, errors
-    from qdepth_jax.eval import offline
-
-    kind, model, variables, meta = earlier_stages.load_model(workdir)
-    if kind != "policy":
-        raise errors.UserError(f"{workdir!r} holds a {kind}, not a policy")
-    data = held_out_data(meta)
-    if meta["tokenizer"]:
-        data = earlier_stages.with_tokens(data, meta["config"]["tokenizer"])
-    result = offline.evaluate(model, variables, data, normalisers(meta), _BATCHES.value)
-    return model, result, meta, sum(x.size for x in jax.tree.leaves(variables["params"]))
-
-
-def held_out_data(meta):
-    """DataConfig of the held-out episodes of a run."""
-    import ml_collections
-
-    from qdepth_jax import errors, experiment
-
-    config = ml_collections.ConfigDict(meta["config"])
-    data = experiment.held_out_section(config, experiment.data_section(config))
-    if data is None:
-        raise errors.UserError(
-            "this run held no episodes out (eval_split, data.held_out_every): nothing honest to report"
-        )
-    return data
-
-
-def normalisers(meta):
-    """Data set -> {"action", "proprio"} normalisers of a run."""
-    from qdepth_jax.data import normalise
-
-    return {
-        name: {key: normalise.Normaliser.from_json(text) for key, text in pair.items()}
-        for name, pair in meta["data"]["normalisation"].items()
-    }
 
 
 def depth_pictures(config, variables, results):

@@ -114,6 +114,18 @@ _ROWS = (
     ),
     _droid_joint("position"),
     _droid_joint("velocity"),
+    # Our own demonstrations (tools/collect_demos.py). The last number of an action is gripper effort, +1 closes: no
+    # position, so it is normalised as the others are.
+    Definition(
+        name="metaworld",
+        views={"main": "observation/image"},
+        action=recipes.stored_action,
+        proprio=recipes.pieces((_STATE, None, None)),
+        raw_action_dims=(),
+        absolute_action_dims=(3,),
+        rate_hz=80.0,
+        source="Meta-World 3.1.1, SawyerXYZEnv.step",
+    ),
 )
 
 DEFINITIONS: dict[str, Definition] = {row.name: row for row in (*_ROWS, *definitions_oxe.ROWS)}

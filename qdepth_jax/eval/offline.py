@@ -21,8 +21,9 @@ BATCH = 32
 class Result:
     """`figures` is JSON-able; the arrays are what the report draws (N frames).
 
-    predicted, true f32 [N, Z, A] normalised actions; mask bool [N, Z]; codes, tokens i32 [N, P] or None; images u8
-    [N, H, W, 3]; raw_depth u16 [N, H, W] with scale [N], offset [N]; instruction ids are not kept.
+    predicted, true f32 [N, Z, A] normalised actions; mask bool [N, Z]; codes, tokens i32 [N, P] or None; pixels f32
+    [N, P, R*R] normalised depth of the head `pixels`, or None; images u8 [N, H, W, 3]; raw_depth u16 [N, H, W] with
+    scale [N], offset [N], or None; instruction ids are not kept.
     """
 
     figures: dict[str, Any]
@@ -33,6 +34,7 @@ class Result:
     frames: np.ndarray
     codes: np.ndarray | None
     tokens: np.ndarray | None
+    pixels: np.ndarray | None
     raw_depth: np.ndarray | None
     scale: np.ndarray | None
     offset: np.ndarray | None
@@ -55,13 +57,13 @@ def evaluate(
       batches: at most one pass over the held-out frames is made.
       seed: of the frame choice and the flow noise.
     """
-    has_codes = config.depth_labels == "codes"
+    has_codes, has_pixels = config.depth_labels == "codes", config.depth_labels == "pixels"
     features = [f"image_{v}" for v in config.views]
     features += ["text", "proprio", "action", "action_mask", "position", "frame", "dataset"]
     if has_codes:
         features += ["depth_tokens", "depth_tokens_mask"]
     reader = loader.Loader(dataclasses.replace(data, shuffle=True), features, BATCH, seed=seed, normalisers=normalisers)
-    if has_codes or config.depth_labels == "pixels":
+    if has_codes or has_pixels:
         depth_reader = loader.Loader(
             dataclasses.replace(data, shuffle=True), ("depth", "depth_scale", "depth_offset"), BATCH, seed=seed,
             normalisers=normalisers,
@@ -74,20 +76,21 @@ def evaluate(
         keys = flow.example_keys(key, batch["position"])
         noise = flow.sample_noise(keys, (config.horizon, config.action_dim))
         actions = sampling.sample_actions(config, variables["params"], variables["state"], batch, noise)
-        codes = ()
-        if has_codes:
-            logits = sampling.predict_depth(config, variables["params"], variables["state"], batch)
-            codes = jnp.argmax(logits, axis=-1)
-        return actions, codes
+        depth = ()
+        if has_codes or has_pixels:
+            depth = sampling.predict_depth(config, variables["params"], variables["state"], batch)
+        return actions, jnp.argmax(depth, axis=-1) if has_codes else depth
 
     batches = max(1, min(batches, reader.frames // BATCH))
     rows: list[dict[str, np.ndarray]] = []
     for i in range(batches):
         batch = reader.batch(i)
-        actions, codes = jax.device_get(predict(variables, batch, jax.random.key(seed)))
+        actions, depth = jax.device_get(predict(variables, batch, jax.random.key(seed)))
         row = batch | {"predicted": actions, "previous": _previous(reader, batch)}
         if has_codes:
-            row["codes"] = codes
+            row["codes"] = depth
+        if has_pixels:
+            row["pixels"] = depth
         if depth_reader is not None:
             row |= depth_reader.batch(i)
         rows.append(row)
@@ -105,6 +108,7 @@ def evaluate(
         frames=out["frame"],
         codes=out.get("codes"),
         tokens=np.where(out["depth_tokens_mask"], out["depth_tokens"], sidecar.INVALID_TOKEN) if has_codes else None,
+        pixels=out.get("pixels"),
         raw_depth=out.get("depth"),
         scale=out.get("depth_scale"),
         offset=out.get("depth_offset"),

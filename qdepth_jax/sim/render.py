@@ -104,7 +104,8 @@ class SceneRenderer:
         if view.fixedcamid < 0:
             known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, k) for k in range(model.ncam)]
             raise ValueError(f"the scene has no camera {camera!r}; it has {known}")
-        mujoco.mjv_updateScene(model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
+        option = self._option_with_sites if sites else self._option
+        mujoco.mjv_updateScene(model, data, option, None, view, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._scene.flags[flag] = effects
         self._gl.make_current()
