@@ -235,6 +235,9 @@ def test_frames_show_three_panels_and_the_range():
     depth = drawn[0][20:, side : 2 * side, 0].astype(int)
     assert depth[0, 0] > depth[-1, -1]  # near is bright
     assert (drawn[2][:, 2 * side :] > 0).sum() > (drawn[1][:, 2 * side :] > 0).sum()
+    far = [dataclasses.replace(frame, depth=np.where(ramp > 1.9, 80.0, ramp)) for frame in frames]
+    again = rollout_video.draw(far, "simulator's depth, m")[0][20:, side : 2 * side, 0].astype(int)
+    assert again[0, 0] - again[-1, 0] > 80  # a far background does not take the contrast
     inverse = rollout_video.draw(frames, "predicted, relative inverse depth")[0][20:, side : 2 * side, 0].astype(int)
     assert inverse[0, 0] < inverse[-1, -1]
 
