@@ -1,7 +1,7 @@
 """An adapter (qdepth_jax/sim/simulator.py) of a simulator that costs nothing and fails on demand.
 
 The hand stands at x; an action adds its first number; x >= 1 is success. A task's name says what happens at which
-start: "crash=3 die=4 stuck=5": divergence, a killed process, silence. FAKE_SECONDS: of a step.
+start: "crash=3 die=4 stuck=5 bug=6": divergence, a killed process, silence, a mistake. FAKE_SECONDS: of a step.
 """
 
 import os
@@ -68,6 +68,8 @@ class Env:
             raise simulator.SimulatorFailure("diverged")
         if self._x > 0.2 and self._faults.get("die") == here:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._faults.get("bug") == here:
+            self.no_such_thing()
         if self._faults.get("stuck") == here:
             time.sleep(3600)
         time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))

@@ -5,7 +5,7 @@
   python tools/evaluate.py --policy=replay --data=data/libero_object/1.0.0 --output=DIR
 
 Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their LIBERO-PRO variants (_lan, _object,
-_swap, _task), metaworld_mt50, metaworld_mt10. Policies:
+_swap, _task), metaworld_mt50, metaworld_mt10, simpler_widowx, simpler_google_robot. Policies:
 
   trained      the checkpoint                  untrained    its architecture with fresh random weights
   mean_action  the mean of its training actions, at every step

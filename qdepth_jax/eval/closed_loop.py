@@ -266,6 +266,8 @@ class _Loop:
             worker.ready = True
         elif message[0] == "impossible":
             raise errors.UserError(message[1])
+        elif message[0] == "broken":
+            raise RuntimeError(f"{run.job[0].suite} {run.job[0].name}, start {run.job[1].number}:\n{message[1]}")
         elif message[0] == "crash":
             self._present.pop(worker, None)
             self._end(worker, Episode(*_names(run.job), False, run.steps, run.plans, message[1]))

@@ -1,12 +1,12 @@
 """Worker processes of closed-loop evaluation: each runs episodes in one environment and asks for actions.
 
 Messages to the parent: ("ready",), ("seen", Seen), ("done", Outcome, Seen | None), ("crash", text),
-("impossible", text). From the parent: ("run", task, start, Ask), ("actions", [k, A]), and the pipe's end.
+("impossible", text), ("broken", text). From the parent: ("run", task, start, Ask), ("actions", [k, A]), and the end of
+the pipe.
 """
 
 import contextlib
 import dataclasses
-import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -54,7 +54,6 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
         os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
-        logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it tells at every start that it has no accelerator
     env, present = None, None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(("ready",))
@@ -70,8 +69,8 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
                 break
             except errors.UserError as error:
                 message = ("impossible", str(error))
-            except ImportError as error:
-                message = ("impossible", f"{task.suite} {task.name} cannot be run: {error}")
+            except (ImportError, AttributeError, NameError, TypeError):
+                message = ("broken", traceback.format_exc())  # a mistake in code is no crash of a simulator
             except Exception as error:
                 if not isinstance(error, simulator.SimulatorFailure):
                     traceback.print_exc()

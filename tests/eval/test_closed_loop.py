@@ -86,6 +86,12 @@ def test_a_simulator_that_always_crashes_ends_the_evaluation(tmp_path):
     assert closed_loop.evaluate(policies.expert(), well[:2], [0], options(), tmp_path) == again
 
 
+def test_a_mistake_in_code_is_no_crash():
+    tasks = [fake_simulator.task(0, "bug=1")]
+    with pytest.raises(RuntimeError, match=r"fake bug=1, start 1:[\s\S]*no attribute 'no_such_thing'"):
+        closed_loop.evaluate(policies.expert(), tasks, range(2), options())
+
+
 def test_an_expert_that_gives_up_has_failed():
     found = closed_loop.evaluate(policies.expert(), [fake_simulator.task()], [41], options())
     assert not found[0].success and not found[0].crash and found[0].steps == 0
@@ -229,6 +235,9 @@ def test_frames_show_three_panels_and_the_range():
     depth = drawn[0][20:, side : 2 * side, 0].astype(int)
     assert depth[0, 0] > depth[-1, -1]  # near is bright
     assert (drawn[2][:, 2 * side :] > 0).sum() > (drawn[1][:, 2 * side :] > 0).sum()
+    far = [dataclasses.replace(frame, depth=np.where(ramp > 1.9, 80.0, ramp)) for frame in frames]
+    again = rollout_video.draw(far, "simulator's depth, m")[0][20:, side : 2 * side, 0].astype(int)
+    assert again[0, 0] - again[-1, 0] > 80  # a far background does not take the contrast
     inverse = rollout_video.draw(frames, "predicted, relative inverse depth")[0][20:, side : 2 * side, 0].astype(int)
     assert inverse[0, 0] < inverse[-1, -1]
 
