@@ -47,8 +47,8 @@ demo: $(VENV)/.core
 
 # The demo policy is trained for minutes from random weights: expect it to reach towards things, not to solve tasks.
 demo-sim: demo $(VENV)/.sim
-	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_object --tasks=1,2 --episodes=2
-	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_spatial --tasks=0,3 --episodes=2
+	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_object --tasks=1,2 --episodes=2 --image_size=128
+	$(BIN)/python tools/evaluate.py --checkpoint=$(RUN)/policy --suite=libero_spatial --tasks=0,3 --episodes=2 --image_size=128
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15

@@ -125,9 +125,9 @@ def _tokenizer(config: ml_collections.ConfigDict, part: Part) -> None:
     config.optim.learning_rate = 4e-3
     config.optim.warmup_steps = 50
     config.train.batch_size = 16
-    config.train.total_steps = 3000
+    config.train.total_steps = 1500
     config.train.log_every = 50
-    config.train.eval_every = config.train.checkpoint_every = 1000
+    config.train.eval_every = config.train.checkpoint_every = 500
 
 
 def _policy(config: ml_collections.ConfigDict, part: Part) -> None:

@@ -40,6 +40,12 @@ def annotate_split(
     reader = episode_reader.EpisodeReader(split)
     camera, depth = f"steps/{definition.views[view]}", f"steps/{definition.depth[view]}"
     shape = _depth_size(reader, split, definition, depth) if estimator.reads == "depth" else reader.image_size(camera)
+    swapped = estimator.reads == "images" and view in definition_lib.swapped_channels(definition, split.dataset)
+    details = {"depth_kind": estimator.kind, "licence": estimator.licence, **estimator.details}
+    if estimator.notice:
+        details["notice"] = estimator.notice
+    if swapped:  # said where it is so alone: it decides values, and sidecars of older versions were made without it
+        details["channels"] = "stored blue, green, red; estimated from red, green, blue"
     metadata = sidecar.Metadata(
         kind="depth",
         fingerprint=opened.fingerprint,
@@ -49,7 +55,7 @@ def annotate_split(
         row_shape=shape,
         frames=split.frames,
         episodes=len(split.episodes),
-        details={"depth_kind": estimator.kind, "licence": estimator.licence, **estimator.details},
+        details=details,
     )
     writer = sidecar.Writer(root, metadata, len(depth_labels.COUNTS), process, processes)
     pending = writer.pending()
@@ -65,12 +71,15 @@ def annotate_split(
     # A second thread quantises and writes while the first reads frames and keeps the devices busy.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         storing: collections.deque[concurrent.futures.Future[int]] = collections.deque()
-        for row in _estimates(reader, estimator, camera, depth, definition, pending, shape):
+        advance = bar.begin  # the first episode waits for compilation, which says nothing of the rest
+        for row in _estimates(reader, estimator, camera, depth, definition, pending, shape, swapped):
             storing.append(pool.submit(store, *row))
             while len(storing) > BEHIND or (storing and storing[0].done()):
-                bar.update(storing.popleft().result())
+                advance(storing.popleft().result())
+                advance = bar.update
         while storing:
-            bar.update(storing.popleft().result())
+            advance(storing.popleft().result())
+            advance = bar.update
     bar.close()
     reader.close()
     missing = writer.missing()
@@ -112,6 +121,7 @@ def _estimates(
     definition: definition_lib.Definition,
     episodes: list[int],
     shape: tuple[int, int],
+    swapped: bool,
 ) -> Iterator[tuple[int, np.ndarray, Any]]:
     """(episode, steps i64 [n] that were not set aside, what there is of them) of every episode, in order.
 
@@ -120,7 +130,7 @@ def _estimates(
     """
     good = {episode: reader.good_steps(episode) for episode in episodes}
     some = (episode for episode in episodes if len(good[episode]))
-    estimates = estimator.estimate(reader.images(camera, episode, shape, good[episode]) for episode in some)
+    estimates = estimator.estimate(reader.images(camera, episode, shape, good[episode], swapped) for episode in some)
     for episode in episodes:
         steps, found = good[episode], None
         if len(steps) and estimator.reads == "depth":

@@ -113,6 +113,10 @@ def _load(opened: source.Source, weights: str, video: bool, kind: str) -> DepthW
 
 def sized(size: str, video: bool) -> depth_anything.DepthAnythingConfig:
     """The network of a published size, or TINY."""
+    if video and size == "vitg":
+        raise errors.UserError(
+            "there is no giant Video-Depth-Anything (vitg is of Depth Anything V2 alone): use vits, vitb, vitl or tiny"
+        )
     if size != TINY:
         return depth_anything.sized(size, video)
     frames = 32 if video else 0

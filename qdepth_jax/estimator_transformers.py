@@ -26,6 +26,9 @@ def make(model: str, options: Any) -> depth_labels.Estimator:
     """
     if not model:
         raise errors.UserError("--estimator=transformers:MODEL_OR_FOLDER: a model's name or folder is missing")
+    why = "the model's own image processor sets the size that it sees"
+    depth_labels.refuse_setting(f"transformers:{model}", "input_size", options.input_size, why)
+    dtype = options.dtype or "float32"
     try:
         import torch
         import transformers
@@ -38,7 +41,7 @@ def make(model: str, options: Any) -> depth_labels.Estimator:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         network = transformers.AutoModelForDepthEstimation.from_pretrained(
-            folder, local_files_only=True, dtype=getattr(torch, options.dtype)
+            folder, local_files_only=True, dtype=getattr(torch, dtype)
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise errors.UserError(f"{folder} holds no depth model of transformers: {str(error)[:400]}") from error
@@ -61,14 +64,14 @@ def make(model: str, options: Any) -> depth_labels.Estimator:
 
     identity = f"sha256:{depth_weights.sha256_of(folder)}"
     return depth_labels.Estimator(
-        name=f"transformers {config.model_type} {identity} procedure 1",
+        name=f"transformers {config.model_type} {identity} {dtype} procedure 1",
         kind=kind,
         estimate=estimate,
         licence=_licence(folder),
         details={
             "network": config.model_type,
             "weights": identity,
-            "dtype": options.dtype,
+            "dtype": dtype,
             "device_batch": batch,
             "backend": f"torch {device}",
             "transformers": transformers.__version__,

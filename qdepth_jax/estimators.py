@@ -20,8 +20,11 @@ from qdepth_jax.data import depth_labels
 from qdepth_jax.models import depth_anything
 
 NETWORKS = ("video_depth_anything", "depth_anything_v2")
-PROCEDURE = 1  # raise it when the same network and weights would give other values
+# Raise it when the same network and weights would give other values. Version 2: pixels without a number no longer void
+# the scale and shift of a window.
+PROCEDURE = {"video_depth_anything": 2, "depth_anything_v2": 1}
 DTYPES = ("float32", "bfloat16")
+INPUT_SIZE = 518
 # Windows (of 32 frames) or frames that one device computes together.
 DEVICE_BATCH = {"video_depth_anything": 1, "depth_anything_v2": 8}
 
@@ -30,31 +33,39 @@ DEVICE_BATCH = {"video_depth_anything": 1, "depth_anything_v2": 8}
 class Options:
     """How a network runs; all of it is stored with the maps, for it decides their last digits.
 
+    Estimators refuse what they do not take.
+
     Attributes:
       kind: "relative", "metric" (the metric checkpoints of Video-Depth-Anything), or "" = as the weights say.
-      dtype: of activations.
-      input_size: pixels of the short side that the network sees, a multiple of 14.
+      dtype: of activations; "" = float32.
+      input_size: pixels of the short side that the network sees, a multiple of 14; 0 = INPUT_SIZE. Models of
+        transformers bring their own.
       device_batch: windows or frames that a device computes together; 0 = DEVICE_BATCH.
       devices: of this process; None = all.
     """
 
     kind: str = ""
-    dtype: str = "float32"
-    input_size: int = 518
+    dtype: str = ""
+    input_size: int = 0
     device_batch: int = 0
     devices: list[jax.Device] | None = None
 
     def __post_init__(self):
         if self.kind not in ("", *depth_labels.KINDS):
             raise errors.UserError(f"--depth_kind={self.kind}: use one of {', '.join(depth_labels.KINDS)}")
-        if self.dtype not in DTYPES:
+        if self.dtype not in ("", *DTYPES):
             raise errors.UserError(f"--dtype={self.dtype}: use one of {', '.join(DTYPES)}")
-        if self.input_size < 14 or self.input_size % 14:
+        if self.input_size < 0 or self.input_size % 14:
             raise errors.UserError(
                 f"--input_size={self.input_size} must be a multiple of 14, the patch of the networks"
             )
         if self.device_batch < 0:
             raise errors.UserError(f"--device_batch={self.device_batch} must be positive (0 = the network's own)")
+
+    def settings(self) -> dict[str, Any]:
+        """By the names of their flags; "" and 0 where not given."""
+        names = ("dtype", "input_size", "device_batch")
+        return {"depth_kind": self.kind} | {name: getattr(self, name) for name in names}
 
 
 def make(
@@ -68,7 +79,8 @@ def make(
       on_fill: see `device_groups.stream`.
 
     Raises:
-      UserError: no such estimator, weights missing, not those of this network, or of no published size.
+      UserError: no such estimator, weights missing, not those of this network, or of no published size; an option
+        that this estimator does not take.
     """
     if name in NETWORKS:
         return _network(name, weights, options, on_fill)
@@ -81,7 +93,7 @@ def make(
     if name not in depth_labels.ESTIMATORS:
         known = ", ".join((*NETWORKS, "transformers:MODEL_OR_FOLDER", *depth_labels.ESTIMATORS))
         raise errors.UserError(f"no depth estimator {name!r}: there is {known}")
-    return depth_labels.find(name)
+    return depth_labels.find(name, options.settings())
 
 
 def _network(name: str, weights: str, options: Options, on_fill: Callable[[int], None]) -> depth_labels.Estimator:
@@ -93,27 +105,28 @@ def _network(name: str, weights: str, options: Options, on_fill: Callable[[int],
         )
     video = name == "video_depth_anything"
     found = depth_weights.load(weights, video, options.kind)
-    config = dataclasses.replace(found.config, dtype=options.dtype)
+    dtype, input_size = options.dtype or DTYPES[0], options.input_size or INPUT_SIZE
+    config = dataclasses.replace(found.config, dtype=dtype)
     batch = options.device_batch or DEVICE_BATCH[name]
     devices = options.devices or jax.local_devices()
     details = {
         "network": name,
         "size": found.size,
         "weights": found.identity,
-        "dtype": options.dtype,
-        "input_size": options.input_size,
+        "dtype": dtype,
+        "input_size": input_size,
         "device_batch": batch,
         "backend": devices[0].platform,
         "matmul_precision": str(jax.config.jax_default_matmul_precision or "default"),
-        "procedure": PROCEDURE,
+        "procedure": PROCEDURE[name],
     }
     estimate = estimate_videos if video else estimate_frames
     plan = video_depth.plan_windows if video else lambda frames: np.arange(frames)[:, None]
     return depth_labels.Estimator(
-        name=f"{name} {found.size} {found.identity} procedure {PROCEDURE}",
+        name=f"{name} {found.size} {found.identity} input {input_size} {dtype} procedure {PROCEDURE[name]}",
         kind=found.kind,
         estimate=functools.partial(
-            estimate, config, found.params, options.input_size, batch, devices, on_fill, metric=found.kind == "metric"
+            estimate, config, found.params, input_size, batch, devices, on_fill, metric=found.kind == "metric"
         ),
         licence=found.licence,
         details=details,

@@ -49,6 +49,17 @@ class Progress:
             line = f"{self._label}: {done}, {left:.0f} s left {note}"
             print(line.rstrip(), file=sys.stderr, flush=True)
 
+    def begin(self, n: int) -> None:
+        """Advance by a first n whose time says nothing about the rest: programs were compiled in it."""
+        if self._n + n >= self._total:
+            return self.update(n)
+        self._n += n
+        self._first, self._start = self._n, time.monotonic()
+        if self._bar is not None:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = self._n
+            self._bar.start_t = self._bar.last_print_t = self._bar._time()
+            self._bar.refresh()
+
     def close(self) -> None:
         """Finish the bar."""
         if self._bar is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qdepth_jax import depth, device_groups, errors, progress
 from qdepth_jax.data import definition as definition_lib
-from qdepth_jax.data import episode_reader, index, sidecar
+from qdepth_jax.data import episode_reader, index, sidecar, sidecar_sums
 from qdepth_jax.eval import depth_metrics
 from qdepth_jax.models import tokenizer
 
@@ -42,12 +42,29 @@ class Source:
         """Who made the depth."""
         return self.annotated.metadata.identity if self.annotated else "the data set's own"
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """What there is to say of the depth: identity, kind, licence, notice ("" = nothing), digest of its sidecar."""
+        details = self.annotated.metadata.details if self.annotated else {"licence": "of the data set"}
+        told = {name: details.get(name, "") for name in ("licence", "notice")}
+        return {"identity": self.identity, "kind": self.kind, **told, "digest": self.digest}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the depth sidecar, all its settings and bytes; "" of the data set's own depth, which the index names."""
+        return sidecar_sums.digest(self.annotated) if self.annotated else ""
+
     def read(
         self, reader: episode_reader.EpisodeReader, episode: int, steps: np.ndarray
     ) -> tuple[np.ndarray, float, float]:
         """raw u16 [n, H, W], scale, offset of the steps i64 [n] of an episode."""
         feature = f"steps/{self.definition.depth[self.view]}"
         return reader.depth_of(feature, self.definition.depth_metres, self.annotated, episode, steps)
+
+    def pictures(self, reader: episode_reader.EpisodeReader, episode: int, steps: np.ndarray) -> np.ndarray:
+        """u8 [n, H, W, 3], red, green, blue, of the camera at the steps i64 [n] of an episode."""
+        swapped = self.view in definition_lib.swapped_channels(self.definition, self.split.dataset)
+        return reader.images(self.camera, episode, steps=steps, swapped=swapped)
 
 
 def open_source(
@@ -62,7 +79,30 @@ def open_source(
     source = Source(opened, split, definition, view, annotated)
     if annotated:
         sidecar.check(annotated, kind="depth", fingerprint=opened.fingerprint, camera=source.camera)
+        sidecar_sums.say_without(annotated)
     return source
+
+
+def other_labels(source: Source, trained: list[dict[str, Any]]) -> str:
+    """How this depth differs from what a tokenizer was trained on; "" where it does not, or nothing is known.
+
+    Args:
+      trained: identities of the training run's data sets (`data.source.Source.identity`), from its checkpoint.
+    """
+    known = [row for row in trained if "depth" in row]
+    known = [row for row in known if row["name"] == source.definition.name] or known
+    here = source.annotated.metadata.identity if source.annotated else ""
+    if known and here not in [row["depth"] for row in known]:
+        learnt = " and of ".join(sorted({row["depth"] or "the data set's own" for row in known}))
+        return f"the tokenizer learnt depth of {learnt}, this is depth of {source.identity}"
+    same = [row for row in known if row["split"].partition("[")[0] == source.split.name and "depth_digest" in row]
+    same = [row for row in same if row["fingerprint"] == source.opened.fingerprint]
+    if same and source.digest not in [row["depth_digest"] for row in same]:
+        return (
+            f"the tokenizer learnt from another sidecar of {source.identity} (digest {same[0]['depth_digest']}, here "
+            f"{source.digest}): other settings, or other bytes"
+        )
+    return ""
 
 
 def tokenise_split(
@@ -107,6 +147,7 @@ def tokenise_split(
             "codes": config.num_codes,
             "invalid": sidecar.INVALID_TOKEN,
             "depth": source.identity,
+            **({"depth_digest": source.digest} if source.digest else {}),
             "backend": devices[0].platform,
         },
     )
@@ -117,6 +158,7 @@ def tokenise_split(
     good = {episode: reader.good_steps(episode) for episode in pending}
     some = (source.read(reader, episode, good[episode]) for episode in pending if len(good[episode]))
     encoded = encode(config, variables, some, devices)
+    advance = bar.begin  # the first episode waits for compilation
     for episode in pending:
         steps, sums = good[episode], depth_metrics.no_sums(config.num_codes)
         tokens = np.full((reader.length(episode), *metadata.row_shape), sidecar.INVALID_TOKEN, np.uint16)
@@ -124,7 +166,8 @@ def tokenise_split(
             tokens[steps], sums = next(encoded)
         start = int(split.episodes["start"][episode])
         writer.write(episode, start, tokens, figures=depth_metrics.as_row(sums))
-        bar.update(len(tokens))
+        advance(len(tokens))
+        advance = bar.update
     bar.close()
     reader.close()
     missing, directory = writer.missing(), writer.finish()
@@ -133,6 +176,7 @@ def tokenise_split(
         "unfinished_episodes": 0 if directory else missing,
         "identity": identity,
         "depth": source.identity,
+        "depth_digest": source.digest,
         "quarantined_frames": len(split.quarantined),
         "encoded_now": len(pending),
     }

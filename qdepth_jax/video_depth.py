@@ -8,6 +8,7 @@ cross-faded. Which frames a window sees does not depend on depth, so all windows
 Axis letters: W windows, T frames, H, W pixels.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ LENGTH, OVERLAP, FADE = 32, 10, 8
 STEP = LENGTH - OVERLAP
 KEYFRAMES = np.array([0, 12, *range(24, 32)])  # of the window before, that a window begins with
 ANCHORS = KEYFRAMES[: OVERLAP - FADE]  # those whose depth must agree after scale and shift
+LEAST = 0.01  # share of the anchors' pixels that must be finite in both windows
 
 
 def network_size(
@@ -31,10 +33,19 @@ def network_size(
     """(height, width) at which the network sees a frame: the short side about input_size, multiples of the patch.
 
     Frames of a video longer than 16:9 are made smaller, as in the original (memory); single images are not.
+
+    Raises:
+      UserError: so long a frame that less than a patch would be left of its short side.
     """
-    ratio = max(height, width) / min(height, width)
+    ratio, given = max(height, width) / min(height, width), input_size
     if video and ratio > 1.78:
         input_size = round(int(input_size * 1.777 / ratio) / 14) * 14
+    if input_size < patch:
+        raise errors.UserError(
+            f"--input_size={given}: of a video of {height}x{width} pixels, made smaller as it is longer than 16:9, the "
+            f"network would see {input_size} pixels of the short side, less than its patch of {patch}: raise it to "
+            f"{int(np.ceil(patch * ratio / 1.777 / 14)) * 14} or more"
+        )
     factor = max(input_size / height, input_size / width)
 
     def fit(size: int) -> int:
@@ -64,24 +75,39 @@ def join_windows(windows: Iterator[np.ndarray], frames: int, metric: bool = Fals
       metric: the network gives metres: nothing is scaled or shifted.
     """
     out: list[np.ndarray] = []
-    anchors = None
+    anchors, left_out = None, 0
     for depth in windows:
         if anchors is None:
             out, anchors = list(depth), depth[ANCHORS]
             continue
         scale, shift = (1.0, 0.0) if metric else scale_and_shift(depth[: len(ANCHORS)], anchors)
+        left_out += 0 if metric else int((~(np.isfinite(depth[: len(ANCHORS)]) & np.isfinite(anchors))).sum())
         moved = np.maximum(depth * np.float32(scale) + np.float32(shift), 0.0)
         fade = np.linspace(0.0, 1.0, FADE, dtype=np.float32)[:, None, None]
         out[-FADE:] = np.stack(out[-FADE:]) * (1 - fade) + moved[OVERLAP - FADE : OVERLAP] * fade
         out += list(moved[OVERLAP:])
         # As published: the first anchor stays that of the first window, the second moves on.
         anchors = np.stack([anchors[0], *moved[ANCHORS[1:]]])
+    if left_out:
+        logging.warning(
+            "a video of %d frames: %d pixels of anchor frames are not finite, scale and shift are fitted to the others",
+            frames, left_out,
+        )  # fmt: skip
     return np.stack(out[:frames])
 
 
 def scale_and_shift(source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-    """Least squares: scale * source + shift = target over all pixels; (1, 0) where the source is constant."""
+    """Least squares: scale * source + shift = target over all pixels at which both are finite.
+
+    (1, 0) where the source is constant; (nan, nan) where fewer than LEAST of the pixels are such: too little ties the
+    two together. DEVIATION: the original takes all pixels, and one without a number voids the rest of the video.
+    """
     x, y = source.astype(np.float64).ravel(), target.astype(np.float64).ravel()
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not finite.all():
+        x, y = x[finite], y[finite]
+    if len(x) < LEAST * len(finite):
+        return np.nan, np.nan
     det = len(x) * np.dot(x, x) - x.sum() ** 2
     if det <= 1e-12 * max(np.dot(x, x), 1e-30) * len(x):
         return 1.0, 0.0

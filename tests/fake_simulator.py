@@ -1,7 +1,7 @@
 """An adapter (qdepth_jax/sim/simulator.py) of a simulator that costs nothing and fails on demand.
 
 The hand stands at x; an action adds its first number; x >= 1 is success. A task's name says what happens at which
-start: "crash=3 die=4 stuck=5": divergence, a killed process, silence. FAKE_SECONDS: of a step.
+start: "crash=3 die=4 stuck=5 bug=6": divergence, a killed process, silence, a mistake. FAKE_SECONDS: of a step.
 """
 
 import os
@@ -24,6 +24,10 @@ def list_tasks(suite: str) -> list[simulator.Task]:
     return [task(0, "first"), task(1, "second")]
 
 
+def robot(suite: str) -> simulator.Robot:
+    return ROBOT
+
+
 def versions() -> dict[str, str]:
     return {"fake": "1"}
 
@@ -42,6 +46,9 @@ class Env:
     def reset(self, start: simulator.Start) -> None:
         self._start, self._x, self._opening = start.number, 0.0 if start.seed is None else start.seed / 1000, 1.0
 
+    def instruction(self) -> str:
+        return self._task.instruction
+
     def state(self) -> np.ndarray:
         return np.asarray([self._x, self._start], np.float32)
 
@@ -52,12 +59,17 @@ class Env:
         grey = np.full((self._size, self._size, 3), int(255 * min(self._x, 1)) % 256, np.uint8)
         return {view: grey[..., 0] / 255.0 if view == "depth" else grey for view in views}
 
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        return chunk
+
     def step(self, action: np.ndarray) -> bool:
         here = str(self._start)
         if self._x > 0.2 and self._faults.get("crash") == here:
             raise simulator.SimulatorFailure("diverged")
         if self._x > 0.2 and self._faults.get("die") == here:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._faults.get("bug") == here:
+            self.no_such_thing()
         if self._faults.get("stuck") == here:
             time.sleep(3600)
         time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))

@@ -7,8 +7,8 @@ import libero_writer
 import numpy as np
 import pytest
 
-from qdepth_jax import annotation, errors, video_depth
-from qdepth_jax.data import definitions, depth_labels, index, sidecar
+from qdepth_jax import annotation, errors, tokenisation, video_depth
+from qdepth_jax.data import definitions, depth_labels, episode_reader, index, sidecar
 
 LIBERO = definitions.find("libero_object")
 
@@ -111,13 +111,62 @@ def test_other_weights_or_settings_on_another_host_are_refused(libero_dir, tmp_p
     assert annotate(libero_dir, tmp_path, first, (1, 2))["directory"]
 
 
-def test_a_window_without_numbers_masks_the_rest_of_its_episode():
+def test_a_window_without_numbers_masks_its_frames_and_the_next_goes_on():
     windows = [np.ones((32, 2, 3), np.float32) * np.arange(1, 4, dtype=np.float32) for _ in range(3)]
     windows[1][:] = np.nan
     joined = video_depth.join_windows(iter(windows), 70)
-    assert np.isfinite(joined[:24]).all() and np.isnan(joined[32:]).all()
+    assert np.isnan(joined[24:54]).all()
+    np.testing.assert_allclose(joined[np.r_[:24, 54:70]], np.broadcast_to([1, 2, 3], (40, 2, 3)), rtol=1e-6)
 
 
 def test_maps_of_another_size_are_refused(libero_dir, tmp_path):
     with pytest.raises(ValueError, match=r"maps \(7, 24, 31\) of 7 frames of \(24, 32\)"):
         annotate(libero_dir, tmp_path, made(lambda i, frames: ramp(frames)[..., :-1]))
+
+
+def test_networks_see_red_green_blue_as_training_does(libero_dir, tmp_path):
+    """A copy whose main camera is stored blue first: exchanged, said in the sidecar, and only where it is so."""
+    seen = []
+
+    def estimate(episodes):
+        for frames in episodes:
+            seen.append(frames)
+            yield ramp(frames)
+
+    estimator = depth_labels.Estimator("made", "relative", estimate)
+    opened = index.open_index(libero_dir)
+    split, blue_first = opened.split("train"), dataclasses.replace(LIBERO, bgr=("main",))
+
+    def annotated(name, definition, view):
+        seen.clear()
+        annotation.annotate_split(opened, definition, split, view, str(tmp_path / name), estimator)
+        return list(seen), sidecar.open_sidecar(str(tmp_path / name), "train").metadata.details
+
+    (plain, before), (swapped, after) = (annotated(n, d, "main") for n, d in (("a", LIBERO), ("b", blue_first)))
+    assert (
+        all((x == y[..., ::-1]).all() for x, y in zip(plain, swapped, strict=True)) and (plain[0] != swapped[0]).any()
+    )
+    assert "channels" not in before and after == before | {"channels": after["channels"]}
+    (wrist, details), (same, _) = (annotated(n, d, "wrist") for n, d in (("c", LIBERO), ("d", blue_first)))
+    assert (wrist[0] == same[0]).all() and "channels" not in details
+    # 256x256: the copy went through a tool that repaired the order.
+    camera = f"steps/{LIBERO.main_view}"
+    features = dict(split.dataset.features)
+    features[camera] = dataclasses.replace(features[camera], shape=(256, 256, 3))
+    split = dataclasses.replace(split, dataset=dataclasses.replace(split.dataset, features=features))
+    repaired, details = annotated("e", blue_first, "main")
+    assert (repaired[0] == plain[0]).all() and "channels" not in details
+    source = tokenisation.Source(opened, split, blue_first, "main", None)  # what reports draw
+    reader, steps = episode_reader.EpisodeReader(split), np.arange(3)
+    assert (source.pictures(reader, 0, steps) == plain[0][:3]).all()
+    source = dataclasses.replace(source, split=opened.split("train"))
+    assert (source.pictures(reader, 0, steps) == swapped[0][:3]).all()
+
+
+def test_a_notice_is_kept_and_another_maker_is_told_in_a_word(libero_dir, tmp_path):
+    stand_in = depth_labels.find("stand_in")
+    annotate(libero_dir, tmp_path, stand_in)
+    assert sidecar.open_sidecar(str(tmp_path), "train").metadata.details["notice"] == stand_in.notice
+    other = made(lambda i, frames: ramp(frames), licence="other", details={"weights": "sha256:1", "dtype": "float32"})
+    with pytest.raises(errors.UserError, match=r"identity 'stand_in-v1 .*', not 'made': give every"):
+        annotate(libero_dir, tmp_path, other)

@@ -136,7 +136,8 @@ def test_tokenisation_killed_and_shared(data, tmp_path):
 
 def compare(commands: Commands, words, tmp_path, name: str, rng: random.Random) -> None:
     expected = content(tmp_path / name)
-    assert {"values.npy", "scale.npy", "figures.npy", "metadata.json"} == {pathlib.Path(file).name for file in expected}
+    files = {"values.npy", "scale.npy", "figures.npy", "sums.npy", "metadata.json"}
+    assert files == {pathlib.Path(file).name for file in expected}
     kills = {1: 2, 2: 2, 4: KILLS - 4}
     for processes, count in kills.items():
         root = tmp_path / f"{name}_{processes}"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import depth_weights, device_groups, errors, estimators, video_depth
+from qdepth_jax.data import depth_labels
 from qdepth_jax.weights import depth_anything as names
 from qdepth_jax.weights import table
 
@@ -77,7 +78,7 @@ def test_wrong_files_are_named(files, tmp_path):
     refused("name its folder", tmp_path / "model.safetensors.index.json", True)
     refused("random:SIZE.* tiny", "random:vitx", True)
     refused("random:SIZE", "random:tiny:x", True)
-    refused(r"use one of \['vitb', 'vitl', 'vits'\]", "random:vitg", True)
+    refused("no giant Video-Depth-Anything .*use vits, vitb, vitl", "random:vitg", True)
     arrays = dict(files["image_arrays"])
     odd = write_safetensors(tmp_path / "odd.safetensors", {"pretrained.cls_token": np.zeros((1, 1, 100), np.float32)})
     refused(r"width 100 has no published size \(vits 384, vitb 768, vitl 1024, vitg 1536, tiny 64\)", odd, False)
@@ -135,9 +136,30 @@ def test_options_and_names_are_checked():
         estimators.make("midas")
     with pytest.raises(errors.UserError, match="takes no --weights"):
         estimators.make("stand_in", "random:tiny")
+    for name in depth_labels.ESTIMATORS:
+        for flag, value in {"dtype": "bfloat16", "input_size": 518, "device_batch": 4}.items():
+            with pytest.raises(errors.UserError, match=f"--estimator={name} takes no --{flag}={value}"):
+                estimators.make(name, options=estimators.Options(**{flag: value}))
+        kind = depth_labels.ESTIMATORS[name].kind
+        other = {"metric": "relative", "relative": "metric"}[kind]
+        assert estimators.make(name, options=estimators.Options(kind=kind)).kind == kind
+        with pytest.raises(errors.UserError, match=f"takes no --depth_kind={other}: it gives {kind} depth"):
+            estimators.make(name, options=estimators.Options(kind=other))
+    with pytest.raises(errors.UserError, match="transformers:some/model takes no --input_size=140"):
+        estimators.make("transformers:some/model", options=estimators.Options(input_size=140))
     if importlib.util.find_spec("torch") is None:
         with pytest.raises(errors.UserError, match="pip install"):
             estimators.make("transformers:some/model")
+
+
+def test_names_tell_what_decides_values():
+    names_made = {
+        estimators.make("depth_anything_v2", "random:tiny", dataclasses.replace(OPTIONS, **more)).name
+        for more in ({}, {"dtype": "bfloat16"}, {"input_size": 56})
+    }
+    assert len(names_made) == 3
+    bare = estimators.make("depth_anything_v2", "random:tiny")
+    assert (bare.details["dtype"], bare.details["input_size"]) == ("float32", 518) and "input 518 float32" in bare.name
 
 
 def test_groups_fill_devices_in_order_and_say_so():

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import libero_writer
 import numpy as np
 import pytest
+import stored_runs
 
 from qdepth_jax import annotation, depth, errors, tokenisation
 from qdepth_jax.data import definitions, depth_labels, index, sidecar
@@ -131,6 +133,20 @@ def test_depth_of_other_data_or_another_camera_is_refused(data, variables, tmp_p
         tokenise(source_of(data, tmp_path / "depth"), tmp_path / "tokens", variables, share=(1, 2))
 
 
+def test_processes_with_depth_of_one_name_and_other_settings_are_refused(data, variables, tmp_path):
+    opened = index.open_index(data)
+    for size in (28, 56):
+        one = depth_labels.Estimator(
+            "one name", "metric", lambda episodes: (np.full(f.shape[:3], 0.3) for f in episodes),
+            details={"input_size": size},
+        )  # fmt: skip
+        annotation.annotate_split(opened, LIBERO, opened.split("train"), "main", str(tmp_path / str(size)), one)
+    found = tokenise(source_of(data, tmp_path / "28"), tmp_path / "tokens", variables, share=(0, 2))
+    assert found["directory"] is None and len(found["depth_digest"]) == 16
+    with pytest.raises(errors.UserError, match=r"details\.depth_digest"):
+        tokenise(source_of(data, tmp_path / "56"), tmp_path / "tokens", variables, share=(1, 2))
+
+
 def test_a_split_without_any_depth_gets_invalid_tokens(data, variables, tmp_path):
     opened = index.open_index(data)
     split = opened.split("train")
@@ -139,3 +155,57 @@ def test_a_split_without_any_depth_gets_invalid_tokens(data, variables, tmp_path
     found = tokenise(source_of(data, tmp_path / "depth"), tmp_path / "tokens", variables)
     assert found["invalid_token_share"] == 1 and found["masked_share"] == 1 and found["codes_used"] == 0
     assert (sidecar.open_sidecar(str(tmp_path / "tokens"), "train").values == sidecar.INVALID_TOKEN).all()
+
+
+def test_labels_of_another_estimator_or_sidecar_are_told(data, tmp_path):
+    opened = index.open_index(data)
+    for name in ("dataset", "simulator"):
+        annotation.annotate_split(opened, LIBERO, opened.split("train"), "main", str(tmp_path / name),
+                                  depth_labels.find(name))  # fmt: skip
+    own, one, other = (source_of(data, root) for root in ("", tmp_path / "dataset", tmp_path / "simulator"))
+    row = {"name": "libero_object", "split": "train[:95%]", "fingerprint": opened.fingerprint}
+    learnt = [row | {"depth": one.identity, "depth_digest": one.digest}]
+    assert tokenisation.other_labels(one, learnt) == "" == tokenisation.other_labels(other, [])
+    assert tokenisation.other_labels(own, [row | {"depth": ""}]) == ""
+    assert re.search(
+        r"learnt depth of dataset .*, this is depth of simulator", tokenisation.other_labels(other, learnt)
+    )
+    assert re.search(
+        r"learnt depth of the data set's own, .* of simul", tokenisation.other_labels(other, [row | {"depth": ""}])
+    )
+    assert "this is depth of the data set's own" in tokenisation.other_labels(own, learnt)
+    changed = [learnt[0] | {"depth_digest": "0" * 16}]
+    assert "another sidecar" in tokenisation.other_labels(one, changed)
+    # Another split, other data, a run of an older version: nothing to compare the digest with.
+    for more in ({"split": "val"}, {"fingerprint": "x"}):
+        assert tokenisation.other_labels(one, [changed[0] | more]) == ""
+    assert tokenisation.other_labels(one, [row | {"depth": one.identity}]) == ""
+
+
+@pytest.mark.slow
+def test_several_views_in_one_run_and_what_it_warns_of(data, tmp_path, capsys):
+    stored_runs.write_tokenizer(tmp_path / "run")
+    scaled = depth_labels.Estimator(
+        "scaled", stored_runs.TOKENIZER.range.kind,
+        lambda episodes: (np.broadcast_to(np.linspace(0.2, 0.9, 32), f.shape[:3]) for f in episodes),
+    )  # fmt: skip
+    opened = index.open_index(data)
+    for view in ("main", "wrist"):
+        for split in ("train", "val"):
+            annotation.annotate_split(opened, LIBERO, opened.split(split), view, str(tmp_path / "depth" / view), scaled)
+    with stored_runs.command("tokenize_depth") as run:
+        run(
+            f"--tokenizer={tmp_path}/run", f"--dataset=libero_object={data}", f"--depth=libero_object={tmp_path}/depth",
+            f"--output={tmp_path}/tokens", "--views=main,wrist",
+        )  # fmt: skip
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+    for view, camera in (("main", "image"), ("wrist", "wrist_image")):
+        made = sidecar.open_sidecar(str(tmp_path / "tokens" / view / "libero_object"), "train")
+        assert made.metadata.camera == f"steps/observation/{camera}"
+        row = found["views"][view]["libero_object"]["train"]
+        assert any("best constant" in warning for warning in row["warnings"])  # random weights
+    assert err.count("floor / RMSE 0.") == 4
+    titles = json.loads((tmp_path / "tokens" / "report" / "summary.json").read_text())
+    assert {f"libero_object train, camera {view}" for view in ("main", "wrist")} < set(titles)
+    assert all(row["labels"]["identity"] == "scaled" for row in titles.values())

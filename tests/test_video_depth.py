@@ -39,7 +39,7 @@ def test_scale_and_shift():
     x = np.random.default_rng(0).random((3, 4), np.float32)
     scale, shift = video_depth.scale_and_shift(x, 3 * x - 1)
     assert scale == pytest.approx(3, rel=1e-5) and shift == pytest.approx(-1, rel=1e-4)
-    assert video_depth.scale_and_shift(np.full((2, 2), 0.7), x) == (1.0, 0.0)  # constant depth says nothing
+    assert video_depth.scale_and_shift(np.full((3, 4), 0.7), x) == (1.0, 0.0)  # constant depth says nothing
 
 
 def test_the_size_the_network_sees():
@@ -48,3 +48,25 @@ def test_the_size_the_network_sees():
     assert video_depth.network_size(200, 640) == (280, 896)  # longer than 16:9: made smaller
     with pytest.raises(errors.UserError, match="without frames"):
         video_depth.plan_windows(0)
+
+
+def test_pixels_without_a_number_leave_the_others_on_one_scale(caplog):
+    truth = 2.0 + np.random.default_rng(0).random((70, 4, 5), np.float32)
+    rows = video_depth.plan_windows(70)
+    windows = [truth[row] * (1 + n) + n for n, row in enumerate(rows)]
+    windows[0][12, 1, 2] = np.nan  # of an anchor of the second window
+    windows[1][0, 3, 3] = np.inf  # and the second window's own view of the first anchor
+    found = video_depth.join_windows(iter(windows), 70)
+    assert np.argwhere(~np.isfinite(found)).tolist() == [[12, 1, 2]]
+    finite = np.isfinite(found)
+    np.testing.assert_allclose(found[finite], truth[finite], rtol=2e-4)
+    assert "70 frames: 2 pixels" in caplog.text
+    few = np.where(np.arange(200) < 1, 1.0, np.nan)
+    assert np.isnan(video_depth.scale_and_shift(few, np.arange(200.0))).all()
+
+
+def test_a_video_too_long_for_the_input_size_is_refused():
+    with pytest.raises(errors.UserError, match=r"--input_size=70: of a video of 10x500 .*raise it to 406"):
+        video_depth.network_size(10, 500, 70)
+    assert video_depth.network_size(10, 500, 406)[0] == 14
+    assert video_depth.network_size(10, 500, 70, video=False) == (70, 3500)

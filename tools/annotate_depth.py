@@ -6,9 +6,12 @@
   python tools/annotate_depth.py DATASET_DIR --output=DIR --estimator=dataset
 
 Estimators: `video_depth_anything` and `depth_anything_v2`, our networks with the authors' weights (size S, B, L or g is
-found in the file; --weights=random:SIZE, with SIZE one of tiny, vits, vitb, vitl, vitg, tries the plumbing without);
+found in the file; --weights=random:SIZE, with SIZE one of tiny, vits, vitb, vitl, and for images vitg, tries the
+plumbing without; there is no giant video network);
 `transformers:...` (extra `transformers`); `dataset` = `simulator`, the depth that the data set carries; `stand_in`, a
-map of image row and brightness. What is no depth (stand_in, random weights) says so, here and in the sidecar.
+map of image row and brightness. What is no depth (stand_in, random weights) says so, here, in the sidecar and in the
+report of its tokens. A flag that an estimator does not take is refused: `stand_in`, `dataset` and `simulator` take none
+of --dtype, --input_size, --device_batch, `transformers:...` no --input_size (the model brings its own).
 
 Frames keep their aspect: the network sees them with the short side at --input_size, both sides multiples of 14, and
 the map comes back at the size of the image. Kinds of depth: `metric`, in metres, and `relative`, relative inverse depth
@@ -34,8 +37,10 @@ _OUTPUT = flags.DEFINE_string("output", None, "root of the sidecar: OUTPUT/SPLIT
 _ESTIMATOR = flags.DEFINE_string("estimator", None, "see above; stand_in is no depth estimate", required=True)
 _WEIGHTS = flags.DEFINE_string("weights", "", "of a network: .pth, .safetensors, a folder, or random:SIZE[:SEED]")
 _KIND = flags.DEFINE_string("depth_kind", "", "metric or relative, where the weights do not say it")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "of the network's activations: float32 or bfloat16")
-_INPUT_SIZE = flags.DEFINE_integer("input_size", 518, "pixels of the short side that a network sees", lower_bound=14)
+_DTYPE = flags.DEFINE_string("dtype", "", "of a network's activations: float32 (default) or bfloat16")
+_INPUT_SIZE = flags.DEFINE_integer(
+    "input_size", 0, "pixels of the short side that our networks see, a multiple of 14; 0: 518", lower_bound=0
+)
 _DEVICE_BATCH = flags.DEFINE_integer(
     "device_batch", 0, "windows (of 32 frames) or frames that a device computes together; 0: 1 window, 8 frames"
 )
@@ -87,6 +92,7 @@ def annotate(directory: str) -> dict:
         "estimator": estimator.name,
         "depth_kind": estimator.kind,
         "licence": estimator.licence,
+        "notice": estimator.notice,
         "process_id": share[0],
         "num_processes": share[1],
         "groups_computed_to_fill_devices": sum(fills),
@@ -114,7 +120,9 @@ def _estimator(on_fill):
     from qdepth_jax.data import depth_labels
 
     if _ESTIMATOR.value in depth_labels.ESTIMATORS and not _WEIGHTS.value:
-        estimator = depth_labels.find(_ESTIMATOR.value)  # without JAX, which takes seconds to start
+        # Without JAX, which takes seconds to start.
+        flags_given = {flag.name: flag.value for flag in (_KIND, _DTYPE, _INPUT_SIZE, _DEVICE_BATCH)}
+        estimator = depth_labels.find(_ESTIMATOR.value, flags_given)
     else:
         from qdepth_jax import estimators, process_share
 
@@ -128,8 +136,7 @@ def _estimator(on_fill):
         estimator = estimators.make(_ESTIMATOR.value, _WEIGHTS.value, options, on_fill)
     print(f"{estimator.name}: {estimator.kind} depth; licence of the weights: {estimator.licence}", flush=True)
     if estimator.notice:
-        print(estimator.notice, flush=True)
-        print(estimator.notice, file=sys.stderr, flush=True)
+        print(estimator.notice, file=sys.stderr, flush=True)  # stdout has it in its last line
     return estimator
 
 

@@ -5,7 +5,7 @@
   python tools/evaluate.py --policy=replay --data=data/libero_object/1.0.0 --output=DIR
 
 Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their LIBERO-PRO variants (_lan, _object,
-_swap, _task), metaworld_mt50, metaworld_mt10. Policies:
+_swap, _task), metaworld_mt50, metaworld_mt10, simpler_widowx, simpler_google_robot. Policies:
 
   trained      the checkpoint                  untrained    its architecture with fresh random weights
   mean_action  the mean of its training actions, at every step
@@ -109,7 +109,7 @@ def _prepared(suite: str, options):
     tasks = simulator.list_tasks(suite, _TASKS.value)
     starts = range(_FIRST.value, _FIRST.value + _EPISODES.value)
     jobs = [(task, simulator.Start(number)) for task in tasks for number in starts]
-    policy = _policy(suite, simulator.adapter(tasks[0].adapter).ROBOT)
+    policy = _policy(suite, simulator.robot_of(tasks[0]))
     closed_loop.check(policy, jobs, options, _folder(suite))
     header = {
         "suite": suite,

@@ -4,9 +4,13 @@
 
 WORKDIR is the training run of a depth tokenizer; its data sets are tokenised (all splits) unless --dataset names
 others. Tokens are written to OUTPUT/NAME (default WORKDIR/tokens/NAME, where a policy with --config.tokenizer=WORKDIR
-looks). A token of which fewer than half of the pixels have valid depth is 65535, and so are all tokens of a frame that
-the index has set aside (tools/index_rlds.py --quarantine). A tokenizer of another kind of depth, or whose range the
-data miss altogether, is refused; depth out of its range is masked and counted.
+looks). With --views=main,wrist they go to OUTPUT/VIEW/NAME, labels are read from --depth=NAME=DIR as DIR/VIEW, which is
+where tools/annotate_depth.py --views puts them, and one report has all cameras. A token of which fewer than half of the
+pixels have valid depth is 65535, and so are all tokens of a frame that the index has set aside (tools/index_rlds.py
+--quarantine). A tokenizer of another kind of depth, or whose range the data miss altogether, is refused; depth out of
+its range is masked and counted. Labels of another estimator than the tokenizer was trained on, and tokens worse than
+the best constant, are warned of, here and in the summary. Every episode of a depth sidecar is checked against its sum
+as it is read.
 
 Several processes, on one host or many, share the episodes: start each with --num_processes=N --process_id=I (or under
 SLURM or Open MPI). Interrupt, kill and run again, with any N: what is encoded stays, bytes and figures are the same.
@@ -29,6 +33,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "root of the token sidecars; default
 _DATASET = flags.DEFINE_multi_string("dataset", [], "NAME=DIR: tokenise this instead of the tokenizer's own data")
 _DEPTH = flags.DEFINE_multi_string("depth", [], "NAME=DIR: depth annotation sidecar of that data set")
 _VIEW = flags.DEFINE_string("view", "", "view to tokenise (default: main; others need --output)")
+_VIEWS = flags.DEFINE_list("views", [], "several views, each to OUTPUT/VIEW/NAME; needs --output")
 _REPORT = flags.DEFINE_string("report", "", "folder of the report; default OUTPUT/report; none: no report")
 _INDEX_DIR = flags.DEFINE_string("index_dir", "", "root for indexes; default: inside each data set")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
@@ -41,8 +46,11 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
-    if _VIEW.value not in ("", "main") and not _OUTPUT.value:
-        raise errors.UserError(f"--view={_VIEW.value} needs --output: WORKDIR/tokens is for the main view of a policy")
+    if _VIEW.value and _VIEWS.value:
+        raise errors.UserError(f"--view={_VIEW.value} --views={','.join(_VIEWS.value)}: give one of the two")
+    for flag, given in (("view", _VIEW.value), ("views", ",".join(_VIEWS.value))):
+        if given not in ("", "main") and not _OUTPUT.value:
+            raise errors.UserError(f"--{flag}={given} needs --output: WORKDIR/tokens is for the main view of a policy")
     share = process_share.find(_PROCESS_ID.value, _NUM_PROCESSES.value)
     config, variables, meta = earlier_stages.load_tokenizer(_TOKENIZER.value)
     saved = meta["config"]["datasets"]
@@ -54,26 +62,30 @@ def main(argv: list[str]) -> None:
         print(f"the tokenizer was trained on {', '.join(saved)}, not on {', '.join(others)}", file=sys.stderr)
     output = _OUTPUT.value or os.path.join(_TOKENIZER.value, "tokens")
     index_dir = _INDEX_DIR.value or meta["config"]["data"]["index_dir"]
-    sources = []
+    trained = (meta.get("data") or {}).get("datasets", [])
+
+    def labels(name: str, view: str) -> str:
+        if name in depth:
+            return os.path.join(depth[name], view) if _VIEWS.value else depth[name]
+        return saved.get(name, {}).get("depth", "")
+
+    sources, done = [], []  # of all splits of all data sets and views; (view, name, root, summary by split)
+    for view in _VIEWS.value or [_VIEW.value]:
+        out = os.path.join(output, view) if _VIEWS.value else output
+        for name, path in paths.items():
+            rows = tokenize(
+                config, variables, name, path, labels(name, view), index_dir, out, view, share, sources, trained
+            )
+            done.append((view, name, os.path.join(out, name), rows))
+    for _, name, root, rows in done:
+        catch_up(name, rows, root)
     summary = {
-        name: tokenize(
-            config,
-            variables,
-            name,
-            path,
-            depth.get(name, saved.get(name, {}).get("depth", "")),
-            index_dir,
-            output,
-            view=_VIEW.value,
-            share=share,
-            sources=sources,
-        )
-        for name, path in paths.items()
+        view: {name: rows for v, name, _, rows in done if v == view} for view in dict.fromkeys(v for v, *_ in done)
     }
-    for name, rows in summary.items():
-        catch_up(name, rows, os.path.join(output, name))
+    summary = {"views": summary} if _VIEWS.value else summary[_VIEW.value]
     if _REPORT.value != "none":
-        summary["report"] = report(config, variables, summary, sources, _REPORT.value or os.path.join(output, "report"))
+        rows, folder = [rows for *_, rows in done], _REPORT.value or os.path.join(output, "report")
+        summary["report"] = report(config, variables, rows, sources, folder)
     print(json.dumps(summary))
 
 
@@ -89,15 +101,22 @@ def catch_up(name: str, rows: dict, root: str) -> None:
             row |= tokenisation.figures(sidecar.open_sidecar(root, split))
         if row.get("masked_share", 0) > 0.5:
             masked = f"{100 * row['masked_share']:.0f} %"
-            print(f"{name} {split}: {masked} of the depth is invalid or out of range", file=sys.stderr)
+            row["warnings"].append(f"{masked} of the depth is invalid or out of range")
+        if row.get("pixels") and (over := row["floor_over_tokens"]["rmse"]) < 1:
+            row["warnings"].append(
+                f"the tokens say less than the best constant per token would (floor / RMSE {over:.2f}): the tokenizer "
+                "is one of other depth, or was trained too little"
+            )
+        for warning in row["warnings"]:
+            print(f"warning: {name} {split}: {warning}", file=sys.stderr)
 
 
-def report(config, variables, summary: dict, sources: list, folder: str) -> str | None:
-    """Path of the report over all data sets; None while a split is not finished."""
+def report(config, variables, summary: list[dict], sources: list, folder: str) -> str | None:
+    """Path of the report over all data sets and views; None while a split is not finished."""
     from qdepth_jax.data import sidecar, sidecar_lock
     from qdepth_jax.eval import token_report
 
-    made = [row["directory"] for rows in summary.values() for row in rows.values()]
+    made = [row["directory"] for rows in summary for row in rows.values()]
     if None in made:
         return None
     opened = [sidecar.open_sidecar(*os.path.split(directory)) for directory in made]
@@ -127,8 +146,12 @@ def tokenize(
     view: str = "",
     share: tuple[int, int] = (0, 1),
     sources: list | None = None,
+    trained: list | None = None,
 ) -> dict:
-    """Tokens of all splits of one data set; returns its summary by split, and adds their depth to `sources`."""
+    """Tokens of all splits of one data set; returns its summary by split, and adds their depth to `sources`.
+
+    `trained`: what is known of the tokenizer's own data sets.
+    """
     from qdepth_jax import errors, process_share, tokenisation
     from qdepth_jax.data import definitions, index
 
@@ -136,11 +159,13 @@ def tokenize(
     views = {feature: found for found, feature in reversed(definition.views.items())}
     view = view or views[definition.main_view]
     if view not in definition.views:
-        raise errors.UserError(f"--view={view}: {name} has {', '.join(definition.views)}")
+        raise errors.UserError(f"view {view!r}: {name} has {', '.join(definition.views)}")
     devices, out, root = process_share.local_devices(), {}, os.path.join(output, name)
     for split_name, split in opened.splits.items():
         source = tokenisation.open_source(opened, definition, split, view, depth_dir)
-        out[split_name] = tokenisation.tokenise_split(config, variables, source, root, devices, *share)
+        other = tokenisation.other_labels(source, trained or [])
+        made = tokenisation.tokenise_split(config, variables, source, root, devices, *share)
+        out[split_name] = made | {"warnings": [other] if other else []}
         if sources is not None:
             sources.append(source)
     return out

@@ -6,7 +6,7 @@ networks are made by `qdepth_jax.estimators`; here are those that need none.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,11 +88,29 @@ ESTIMATORS = {
 }
 
 
-def find(name: str) -> Estimator:
-    """An estimator without weights."""
+def find(name: str, settings: Mapping[str, Any] | None = None) -> Estimator:
+    """An estimator without weights.
+
+    Args:
+      settings: flag -> value ("" or 0 = not given) of what the user asked for; these estimators have none to set.
+
+    Raises:
+      UserError: no such estimator, or a setting that it does not take.
+    """
     if name not in ESTIMATORS:
         raise errors.UserError(f"no depth estimator {name!r} without weights: there is {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[name]
+    found, given = ESTIMATORS[name], dict(settings or {})
+    if given.get("depth_kind") == found.kind:
+        del given["depth_kind"]  # it is what it gives anyway
+    for flag, value in given.items():
+        refuse_setting(name, flag, value, f"it gives {found.kind} depth and has nothing to set")
+    return found
+
+
+def refuse_setting(name: str, flag: str, value: Any, why: str) -> None:
+    """Refuses a setting that an estimator would ignore; value "" or 0 = not given."""
+    if value:
+        raise errors.UserError(f"--estimator={name} takes no --{flag}={value}: {why}; leave the flag out")
 
 
 def to_uint16(values: np.ndarray, kind: str) -> tuple[np.ndarray, float, float]:

@@ -7,7 +7,7 @@ data set read `good_steps` and say what stands at the others.
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import depth_images, frame_reader, index, quarantine, sidecar
+from qdepth_jax.data import depth_images, frame_reader, index, quarantine, sidecar, sidecar_sums
 
 
 class EpisodeReader:
@@ -39,17 +39,24 @@ class EpisodeReader:
         )
 
     def images(
-        self, feature: str, episode: int, size: tuple[int, int] | None = None, steps: np.ndarray | None = None
+        self,
+        feature: str,
+        episode: int,
+        size: tuple[int, int] | None = None,
+        steps: np.ndarray | None = None,
+        swapped: bool = False,
     ) -> np.ndarray:
         """u8 [T, H, W, 3] of an image feature; native size, or resized to `size` (height, width).
 
-        With `steps`, i64 [n], only those are read: u8 [n, H, W, 3].
+        With `steps`, i64 [n], only those are read: u8 [n, H, W, 3]. `swapped`: the file holds blue, green, red, as
+        `definitions.swapped_channels` says of a view; what is returned is red, green, blue in either case.
         """
+        decode = frame_reader.decode_bgr if swapped else frame_reader.decode_rgb
         data, steps = self._encoded(feature, episode, steps), self._steps(episode, steps)
         height, width = size or frame_reader.image_size(data[0])
         out = np.empty((len(data), height, width, 3), np.uint8)
         for row, (step, encoded) in enumerate(zip(steps, data, strict=True)):
-            self._decode(frame_reader.decode_rgb, encoded, out[row], episode, step)
+            self._decode(decode, encoded, out[row], episode, step)
         return out
 
     def depth(
@@ -82,11 +89,15 @@ class EpisodeReader:
         Returns:
           raw u16 [T, H, W] (of `steps`: [n, H, W]), scale, offset; value = raw * scale + offset (see
           `qdepth_jax.depth`).
+
+        Raises:
+          UserError: no such depth, or the bytes of the sidecar are not those that were written.
         """
         if annotated is not None:
             row = self._split.episodes[episode]
-            raw = annotated.values[row["start"] : row["start"] + row["length"]][self._steps(episode, steps)]
-            return np.array(raw), float(annotated.scale[episode]), float(annotated.offset[episode])
+            raw = np.array(annotated.values[row["start"] : row["start"] + row["length"]])
+            sidecar_sums.check_episode(annotated, episode, int(row["start"]), raw)
+            return raw[self._steps(episode, steps)], float(annotated.scale[episode]), float(annotated.offset[episode])
         if feature not in self._split.dataset.features:
             raise errors.UserError(
                 f"data set {self._split.dataset.name} in {self._split.dataset.directory} has no depth feature "

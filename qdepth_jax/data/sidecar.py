@@ -4,6 +4,7 @@
     <root>/<split>/values.npy      u16 [F, ...], memory-mapped, row = frame id of the split
     <root>/<split>/scale.npy       f32 [E, 2] per episode (scale, offset): value = raw * scale + offset
     <root>/<split>/figures.npy     f64 [E, N] per episode, optional: counts and sums that its maker reports
+    <root>/<split>/sums.npy        u32 [E] per episode: CRC-32 of its rows of the three above (see `sidecar_sums`)
 
 Keyed by the content fingerprint of the data set, so it survives a move and cannot be mixed up with other data. While it
 is written the folder is called `<split>.partial` and keeps, in `state/`, one byte per finished episode and a lock per
@@ -15,6 +16,7 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from typing import Any
 
 import numpy as np
@@ -39,8 +41,9 @@ class Metadata:
       identity: who made it: the tokenizer's identity, or the estimator's name and version.
       row_shape: shape of one frame: (P,) or (H, W).
       frames, episodes: of the split.
-      details: json-able rest; tokens: grid, codes, invalid (INVALID_TOKEN), depth (identity of what was tokenised);
-        depth: {"depth_kind": "metric" | "relative"}, licence and settings of the estimator.
+      details: json-able rest; tokens: grid, codes, invalid (INVALID_TOKEN), depth (identity of what was tokenised),
+        of a sidecar with its depth_digest (`sidecar_sums.digest`) too;
+        depth: {"depth_kind": "metric" | "relative"}, licence, notice and settings of the estimator.
     """
 
     kind: str
@@ -56,7 +59,10 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """Opened: `values` u16 [F, ...] memory-mapped; `scale`, `offset` f32 [E]; `figures` f64 [E, N] or None."""
+    """Opened: `values` u16 [F, ...] memory-mapped; `scale`, `offset` f32 [E]; `figures` f64 [E, N] or None.
+
+    `sums` u32 [E] are None where an older version made it: damage inside of it cannot be seen.
+    """
 
     metadata: Metadata
     directory: str
@@ -64,6 +70,14 @@ class Sidecar:
     scale: np.ndarray
     offset: np.ndarray
     figures: np.ndarray | None = None
+    sums: np.ndarray | None = None
+
+
+def episode_sum(values: np.ndarray, scale: float, offset: float, figures: np.ndarray | None) -> int:
+    """CRC-32 of what is stored of one episode: values u16 [T, ...], (scale, offset) as f32, figures f64 [N]."""
+    found = zlib.crc32(np.ascontiguousarray(values))
+    found = zlib.crc32(np.array([scale, offset], np.float32), found)
+    return found if figures is None else zlib.crc32(np.ascontiguousarray(figures, np.float64), found)
 
 
 class Writer:
@@ -126,6 +140,7 @@ class Writer:
         arrays = {"values": ((frames, *self._metadata.row_shape), np.uint16), "scale": ((episodes, 2), np.float32)}
         if self._figures:
             arrays["figures"] = ((episodes, self._figures), np.float64)
+        arrays["sums"] = ((episodes,), np.uint32)
         return arrays | {DONE: ((episodes,), np.uint8)}
 
     def _open(self, process: int, processes: int) -> None:
@@ -148,7 +163,7 @@ class Writer:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 raise
         state = os.path.join(self._partial, STATE)
-        if not os.path.isdir(state):
+        if not os.path.isdir(state) or not os.path.exists(os.path.join(self._partial, "sums.npy")):
             raise errors.UserError(f"{self._partial} was begun by an older version: delete it and start again")
         self._lock = sidecar_lock.claim(state, process, processes, self._partial)
         self._files = {}
@@ -202,6 +217,8 @@ class Writer:
             raise ValueError(f"frames {start} to {start + len(values)} of {self._metadata.frames}")
         if (self._figures or None) != (None if figures is None else len(figures)):
             raise ValueError(f"{self._figures} figures an episode, got {figures}")
+        if not np.isfinite([scale, offset]).all():
+            raise ValueError(f"episode {episode}: scale {scale} and offset {offset} must be finite")
         if self._done()[episode]:
             return
         try:
@@ -209,6 +226,7 @@ class Writer:
             self._put("scale", episode, np.array([[scale, offset]], np.float32))
             if figures is not None:
                 self._put("figures", episode, np.asarray(figures, np.float64)[None])
+            self._put("sums", episode, np.array([episode_sum(values, scale, offset, figures)], np.uint32))
             # Data before mark: a crash between the two repeats the episode, never trusts half of it.
             self._put(DONE, episode, np.ones(1, np.uint8))
         except OSError as error:
@@ -291,6 +309,8 @@ def open_sidecar(root: str, split: str) -> Sidecar:
         scale = np.load(os.path.join(directory, "scale.npy"))
         path = os.path.join(directory, "figures.npy")
         figures = np.load(path) if os.path.exists(path) else None
+        path = os.path.join(directory, "sums.npy")
+        sums = np.load(path) if os.path.exists(path) else None
     except (OSError, ValueError) as error:
         raise errors.UserError(f"sidecar {directory} is damaged ({error}): delete it and make it again") from error
     shape = (metadata.frames, *metadata.row_shape)
@@ -299,7 +319,17 @@ def open_sidecar(root: str, split: str) -> Sidecar:
             f"sidecar {directory} is damaged: values are {values.dtype} {values.shape}, uint16 {shape} expected; "
             "delete it and make it again"
         )
-    return Sidecar(metadata, directory, values, scale[:, 0].copy(), scale[:, 1].copy(), figures)
+    if sums is not None and (sums.shape != (metadata.episodes,) or sums.dtype != np.uint32):
+        raise errors.UserError(
+            f"sidecar {directory} is damaged: sums.npy is {sums.dtype} {sums.shape}, uint32 ({metadata.episodes},) "
+            "expected; delete it and make it again"
+        )
+    if odd := np.flatnonzero(~np.isfinite(scale).all(axis=1)).tolist():
+        raise errors.UserError(
+            f"sidecar {directory} is damaged: scale and offset of episode {odd[0]} are {scale[odd[0]].tolist()} "
+            f"({len(odd)} of {metadata.episodes} episodes are not finite); delete it and make it again"
+        )
+    return Sidecar(metadata, directory, values, scale[:, 0].copy(), scale[:, 1].copy(), figures, sums)
 
 
 def token_validity(valid: np.ndarray, grid: int) -> np.ndarray:
@@ -336,6 +366,8 @@ def _same(found: Metadata, wanted: Metadata, directory: str) -> None:
     here, there = dataclasses.asdict(wanted), dataclasses.asdict(found)
     here, there = (row | {f"details.{k}": v for k, v in row.pop("details").items()} for row in (here, there))
     if odd := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+        if "identity" in odd:  # another maker has other settings too: one difference says it
+            odd = [name for name in odd if not name.startswith("details.")]
         listed = "; ".join(f"{name} {there.get(name)!r}, not {here.get(name)!r}" for name in odd)
         raise errors.UserError(
             f"{directory} holds a sidecar with {listed}: give every process the same flags, weights and data, choose "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, definitions, depth_images, index, normalise, sidecar, standardise
+from qdepth_jax.data import data_config, definitions, depth_images, index, normalise, sidecar, sidecar_sums, standardise
 
 # Part of the name of a statistics file: files of another form are not found, and computed again.
 STATISTICS_FORMAT = 2
@@ -153,6 +153,8 @@ def open_source(
         "depth": depth.metadata.identity if depth else "",
         "depth_tokens": tokens.metadata.identity if tokens else "",
     }
+    # The name of a maker does not tell two of its sidecars apart.
+    identity |= {f"{k}_digest": sidecar_sums.digest(v) for k, v in (("depth", depth), ("depth_tokens", tokens)) if v}
     return Source(
         index=opened,
         split=split,
@@ -326,4 +328,5 @@ def _sidecar(root: str, kind: str, opened: index.Index, split: index.SplitIndex,
         raise errors.UserError(
             f"sidecar {found.directory} has {found.metadata.frames} frames, split {split.name} has {split.frames}"
         )
+    sidecar_sums.check_at_start(found, split.episodes)
     return found

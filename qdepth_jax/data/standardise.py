@@ -16,6 +16,7 @@ from qdepth_jax.data import index
 
 # Rows that are looked at together where a whole column would need a temporary of its own size.
 _ROWS = 1 << 20
+ANOTHER_PART = "episode of another part of the split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def standardise(
     quarantined = np.zeros(frames, bool)
     quarantined[split.quarantined] = True
     if episodes is not None:
-        drop("episode of another part of the split", ~episodes[episode])
+        drop(ANOTHER_PART, ~episodes[episode])
     drop("quarantined", quarantined)
     if pictures > 1:
         after = np.zeros(frames, bool)
@@ -192,6 +193,8 @@ def standardise(
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the split is empty"
         if dropped.get("no instruction"):
             reasons += "; data.skip_unlabelled=False keeps frames without an instruction"
+        if dropped.get(ANOTHER_PART):
+            reasons += "; a smaller data.held_out_every sets more episodes aside, data.held_out_every=0 none"
         raise errors.UserError(f"{split.dataset.name} {split.name}: no frame left to sample ({reasons})")
     return Standardised(
         action=np.ascontiguousarray(values["action"], np.float32),

@@ -149,7 +149,7 @@ def check(policy: policies.Policy, jobs: Sequence[Job], options: Options, folder
                 f"{task.suite} {task.name} has the starts 0 to {task.starts - 1}, not {start.number}: ask for at most "
                 f"{task.starts} episodes per task"
             )
-        robot = simulator.adapter(task.adapter).ROBOT
+        robot = simulator.robot_of(task)
         if policy.robot not in (None, robot.name):
             raise errors.UserError(f"a policy for {policy.robot} cannot drive {robot.name} ({task.suite})")
 
@@ -215,7 +215,7 @@ class _Loop:
                 for worker in heard:
                     self._hear(worker, worker.receive())
                 for worker, run in list(self._workers.items()):
-                    if run and not run.query and time.monotonic() - worker.heard > self._options.patience_s:
+                    if run and not run.query and worker.silence > self._options.patience_s:
                         self._replace(worker, f"said nothing for {self._options.patience_s:.0f} s", patience=0.0)
         finally:
             self._bar.close()
@@ -238,28 +238,25 @@ class _Loop:
             views = list(self._policy.views)
             if recording:
                 views += [view for view in self._shown(task) if view not in views]
-            ask = workers.Ask(
-                options.execute, options.max_steps or task.step_cap, tuple(views), self._policy.inside, recording
-            )
+            cap = options.max_steps or task.step_cap
+            ask = workers.Ask(options.execute, cap, tuple(views), self._policy.inside, task.to_the_end, recording)
             self._present[worker] = task
             self._workers[worker] = _Run(job, time.monotonic())
-            worker.heard = time.monotonic()
             worker.send(("run", task, start, ask))
 
     def _shown(self, task: simulator.Task) -> tuple[str, ...]:
         """Pictures that a video needs."""
-        main = simulator.adapter(task.adapter).ROBOT.views[0]
+        main = simulator.robot_of(task).views[0]
         return (main,) if self._policy.depth else (main, "depth")
 
     def _plan(self, waiting: Sequence[workers.Worker]) -> None:
         runs = [self._workers[worker] for worker in waiting]
         chunks = self._policy.plan([run.query for run in runs])
         for worker, run, chunk in zip(waiting, runs, chunks, strict=True):
-            robot = simulator.adapter(run.job[0].adapter).ROBOT
+            robot = simulator.robot_of(run.job[0])
             chunk = workers.checked_chunk(chunk, robot.action_dim)
             run.query = None
-            worker.heard = time.monotonic()
-            worker.send(("actions", chunk[: self._options.execute]))
+            worker.send(("actions", chunk))
 
     def _hear(self, worker: workers.Worker, message: tuple | None) -> None:
         run = self._workers[worker]
@@ -269,6 +266,8 @@ class _Loop:
             worker.ready = True
         elif message[0] == "impossible":
             raise errors.UserError(message[1])
+        elif message[0] == "broken":
+            raise RuntimeError(f"{run.job[0].suite} {run.job[0].name}, start {run.job[1].number}:\n{message[1]}")
         elif message[0] == "crash":
             self._present.pop(worker, None)
             self._end(worker, Episode(*_names(run.job), False, run.steps, run.plans, message[1]))
@@ -290,7 +289,16 @@ class _Loop:
 
     def _query(self, run: _Run, seen: rollout.Seen) -> policies.Query:
         pictures = {view: seen.pictures[view] for view in self._policy.views}
-        return policies.Query(run.job[0], run.job[1].number, run.plans, seen.step, seen.wanted, pictures, seen.state)
+        return policies.Query(
+            run.job[0],
+            run.job[1].number,
+            run.plans,
+            seen.step,
+            seen.wanted,
+            seen.instruction,
+            pictures,
+            seen.state,
+        )
 
     def _replace(self, worker: workers.Worker, what: str, patience: float = 5.0) -> None:
         """A new worker for one that is dead or stuck; the episode it had is a crash."""
@@ -343,7 +351,7 @@ class _Loop:
                 (folder / _video_name(other)).unlink(missing_ok=True)
         if episode.key not in kept:
             return
-        robot = simulator.adapter(run.job[0].adapter).ROBOT
+        robot = simulator.robot_of(run.job[0])
         queries, seen = [query for query, _ in run.seen], [seen for _, seen in run.seen]
         if self._policy.depth:
             size = self._policy.batch

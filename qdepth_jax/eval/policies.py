@@ -25,6 +25,7 @@ class Query:
     Attributes:
       start: number of its start. plan: how often it was planned for before, 0 at first.
       step: control steps executed so far. wanted: actions that will be executed of the answer.
+      instruction: what the robot is told now.
       pictures: view -> u8 [H, W, 3] of the policy's views. state: f32 [state_dim].
     """
 
@@ -33,6 +34,7 @@ class Query:
     plan: int
     step: int
     wanted: int
+    instruction: str
     pictures: dict[str, np.ndarray]
     state: np.ndarray
 
@@ -83,7 +85,7 @@ def trained(planner: Any, robot: simulator.Robot, batch: int = 4, seed: int = 0)
 
     def rows(queries: Sequence[Query]) -> list[Any]:
         return [
-            planner_lib.make_row(planner, q.pictures, q.state, q.task.instruction, noise_seed(seed, q), q.plan)
+            planner_lib.make_row(planner, q.pictures, q.state, q.instruction, noise_seed(seed, q), q.plan)
             for q in queries
         ]
 

@@ -35,7 +35,7 @@ def replay(
         jobs.append((task, simulator.Start(number, recording.seed, tuple(recording.initial_state.tolist()))))
         actions[task.suite, task.task_id, number] = recording.action
         digest.update(recording.action.tobytes() + recording.initial_state.tobytes())
-    robots = {simulator.adapter(task.adapter).ROBOT.name for task, _ in jobs}
+    robots = {simulator.robot_of(task).name for task, _ in jobs}
     policy = policies.replay(actions, {"recordings": digest.hexdigest()[:16]}, robots.pop())
     return policy, jobs, recordings
 

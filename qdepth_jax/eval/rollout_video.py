@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from qdepth_jax import errors
 
 PANEL = 192  # smallest side of a panel, pixels: below it the text cannot be read
+FARTHEST = 5.0  # times the nearest depth: what is farther is black
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ def draw(frames: Sequence[Frame], depth_label: str) -> list[np.ndarray]:
     # One scale for the whole video: the range that nearly all values lie in.
     low, high = np.quantile(np.concatenate([x.ravel() for x in known]), (0.005, 0.995)) if known else (0.0, 1.0)
     inverse = "inverse" in depth_label
+    if not inverse:
+        high = min(high, FARTHEST * low)  # Meta-World's background lies 80 m behind a table at 1 m
     trace = _traces(frames, side)
     out = []
     for frame, gripper in zip(frames, trace):

@@ -4,6 +4,7 @@ Everything is read from finished sidecars: what is drawn is what a policy would 
 """
 
 import base64
+import collections
 import dataclasses
 import html
 import io
@@ -20,8 +21,8 @@ from qdepth_jax.data import episode_reader, sidecar
 from qdepth_jax.eval import data_figures, depth_metrics, figures, report
 from qdepth_jax.models import tokenizer
 
-PANEL, HEADER = 128, 14  # pixels: side of a panel of a video, height of the line above it
-VIDEO_STEPS = 40  # of an episode, evenly spread: a GIF of about half a megabyte
+PANEL, LINE = 128, 12  # pixels: longer side of a panel of a video, height of a line of text above it
+VIDEO_STEPS = 40  # of an episode, evenly spread: a GIF of 0.6 to 0.8 MB
 FRAME_MS = 100
 ENDS = (1, 99)  # percentiles of the drawn truth that end the colour scale
 
@@ -61,7 +62,8 @@ def write(
     Args:
       output: folder, created.
       config, variables: the tokenizer that made the tokens.
-      parts: at least one; their splits and cameras become sections.
+      parts: at least one; their splits and cameras become sections. Of several data sets the figures over all of
+        their episodes stand beside their own, by split and camera.
       episodes: drawn of each part, spread over it. frames: of each of those as still pictures; its video has more.
 
     Returns:
@@ -74,7 +76,7 @@ def write(
     folder = pathlib.Path(output)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    sections = []
+    sections, pools = [], collections.defaultdict(list)
     decode = jax.jit(lambda v, codes: tokenizer.decode(config, v["params"], v["state"], codes))
     for part in progress.track(parts, len(parts), "report", "split"):
         if part.tokens.metadata.identity != identity:
@@ -82,8 +84,13 @@ def write(
                 f"{part.tokens.directory} holds tokens of tokenizer {part.tokens.metadata.identity}, not of {identity}"
             )
         rows = _rows(part)
-        found[part.title] = depth_metrics.figures(rows)
+        pools[part.source.split.name, part.source.view].append(rows)
+        found[part.title] = depth_metrics.figures(rows) | {"labels": part.source.labels}
         sections.append((part.title, _section(folder, config, variables, decode, part, rows, episodes, frames)))
+    for (split, view), pool in pools.items():
+        if len(pool) > 1:
+            title = f"all {len(pool)} data sets, {split}, camera {view}"
+            found[title] = depth_metrics.figures([row for rows in pool for row in rows])
     sections = [
         ("Figures", _figures_table(found) + _note(config)),
         *sections,
@@ -150,7 +157,7 @@ def _tokenizer(config: tokenizer.TokenizerConfig, identity: str) -> str:
 
 def _section(folder, config, variables, decode, part: Part, rows, episodes: int, frames: int) -> str:
     usage = depth_metrics.total(rows)["codes"]
-    out = ["<h3>Code usage</h3>", _usage(usage)]
+    out = [_labels(part.source.labels), "<h3>Code usage</h3>", _usage(usage)]
     drawn = {}
     reader = episode_reader.EpisodeReader(part.source.split)
     for episode in report.spread(len(part.source.split.episodes), episodes).tolist():
@@ -162,7 +169,7 @@ def _section(folder, config, variables, decode, part: Part, rows, episodes: int,
     values = np.concatenate([np.zeros(0), *(d.truth[np.isfinite(d.truth)] for d in drawn.values())])
     if not len(values):
         return "".join([*out, "<p>The episodes drawn have no valid depth.</p>"])
-    ends = tuple(float(x) for x in np.percentile(values, ENDS))
+    ends = colour_ends(values)
     inverse = config.range.kind == "relative"
     label = "relative inverse depth (1 = near)" if inverse else "depth (m)"
     titles, stills = [], ([], [], [])
@@ -176,12 +183,26 @@ def _section(folder, config, variables, decode, part: Part, rows, episodes: int,
     out.append("<h3>Videos: camera, label, tokens decoded</h3>")
     for episode, d in drawn.items():
         name = f"{part.source.split.dataset.name}_{part.source.split.name}_{part.source.view}_{episode}.gif"
-        data = video(d, ends, label, inverse)
+        data = video(d, ends, inverse)
         (folder / "videos" / name).write_bytes(data)
         source = base64.b64encode(data).decode()
         out.append(f'<p><img src="data:image/gif;base64,{source}"><br><small>{html.escape(name)}, {len(d.steps)} of '
                    f"{reader.length(episode)} steps</small></p>")  # fmt: skip
     return "".join(out)
+
+
+def _labels(labels: dict[str, str]) -> str:
+    """Who made the depth that the tokens stand for, and under which licence; what is no depth says so first."""
+    notice = f"<p><b>{html.escape(labels['notice'])}</b></p>" if labels["notice"] else ""
+    licence = f"; licence {html.escape(labels['licence'])}" if labels["licence"] else ""
+    return f"{notice}<p>Depth: {html.escape(labels['identity'])} ({labels['kind']}){licence}.</p>"
+
+
+def colour_ends(values: np.ndarray) -> tuple[float, float]:
+    """The ENDS percentiles, rounded to about a hundredth of what lies between them."""
+    low, high = np.percentile(values, ENDS)
+    digits = round(2 - np.log10(max(high - low, 1e-6)))
+    return round(float(low), digits) + 0.0, round(float(high), digits) + 0.0  # no -0
 
 
 def _usage(usage: np.ndarray) -> str:
@@ -209,27 +230,36 @@ def _draw(config, variables, decode, part: Part, reader, episode: int, steps: np
     decoded = np.asarray(depth.denormalise(decode(variables, padded), config.range))[: len(codes)]
     truth = np.where(valid, np.asarray(depth.denormalise(x, config.range)), np.nan)
     decoded = np.where(sidecar.token_pixels(kept, config.depth_size), decoded, np.nan)
-    camera = reader.images(part.source.camera, episode, steps=steps)
-    if part.source.view in part.source.definition.bgr:
-        camera = camera[..., ::-1]
-    return Drawn(steps, camera, truth, decoded)
+    return Drawn(steps, part.source.pictures(reader, episode, steps), truth, decoded)
 
 
-def video(drawn: Drawn, ends: tuple[float, float], label: str, inverse: bool) -> bytes:
-    """A GIF of one episode: camera | label | tokens decoded, with the range of the colours in the line above."""
+def header(step: int, ends: tuple[float, float], inverse: bool) -> list[tuple[str, str]]:
+    """The two lines above camera, label and decoded tokens; none is wider than a panel."""
+    scale = f"{ends[0]:.2f}..{ends[1]:.2f}" + (", 1 = near" if inverse else " m")
+    kind = "inverse depth" if inverse else "depth"
+    return [("camera", f"step {step}"), (f"label, {kind}", scale), ("tokens decoded", scale)]
+
+
+def video(drawn: Drawn, ends: tuple[float, float], inverse: bool) -> bytes:
+    """A GIF of one episode: camera | label | tokens decoded, with the range of the colours in the lines above.
+
+    All three have the camera's aspect; the tokenizer sees squares.
+    """
     colours = figures.DEPTH_COLOURS + ("_r" if inverse else "")
+    height, width = drawn.camera.shape[1:3]
+    size = (max(1, round(PANEL * width / max(width, height))), max(1, round(PANEL * height / max(width, height))))
     pictures = []
     for step, camera, truth, decoded in zip(drawn.steps, drawn.camera, drawn.truth, drawn.decoded):
         maps = (data_figures.coloured(values, *ends, colours) for values in (truth, decoded))
-        canvas = Image.new("RGB", (3 * PANEL + 8, PANEL + HEADER), "white")
+        canvas = Image.new("RGB", (3 * PANEL + 8, size[1] + 2 * LINE + 2), "white")
         words = ImageDraw.Draw(canvas)
-        texts = (f"camera, step {int(step)}", f"{label} {ends[0]:.2f}..{ends[1]:.2f}", "tokens decoded")
-        for column, (picture, text) in enumerate(zip((camera, *maps), texts)):
+        for column, (picture, lines) in enumerate(zip((camera, *maps), header(int(step), ends, inverse))):
             at = column * (PANEL + 4)
             # Nearest for depth: no colour that no pixel has.
             how = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
-            canvas.paste(Image.fromarray(np.ascontiguousarray(picture)).resize((PANEL, PANEL), how), (at, HEADER))
-            words.text((at + 2, 1), text, fill="black")
+            canvas.paste(Image.fromarray(np.ascontiguousarray(picture)).resize(size, how), (at, 2 * LINE + 2))
+            for row, text in enumerate(lines):
+                words.text((at + 2, row * LINE), text, fill="black")
         pictures.append(canvas)
     buffer = io.BytesIO()
     pictures[0].save(buffer, "gif", save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=0)

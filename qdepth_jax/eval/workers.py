@@ -1,7 +1,8 @@
 """Worker processes of closed-loop evaluation: each runs episodes in one environment and asks for actions.
 
 Messages to the parent: ("ready",), ("seen", Seen), ("done", Outcome, Seen | None), ("crash", text),
-("impossible", text). From the parent: ("run", task, start, Ask), ("actions", [k, A]), and the pipe's end.
+("impossible", text), ("broken", text). From the parent: ("run", task, start, Ask), ("actions", [k, A]), and the end of
+the pipe.
 """
 
 import contextlib
@@ -24,13 +25,19 @@ from qdepth_jax.sim import rollout, simulator
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """How an episode is run. expert: the scripted expert acts, the parent is told nothing until the end, or only what
-    a video needs (`views` not empty). last: the end is shown too."""
+    """How an episode is run.
+
+    Attributes:
+      execute, cap, views, to_the_end: see rollout.run_episode.
+      expert: the scripted expert acts; the parent is told nothing until the end, or only what a video needs.
+      last: the end is shown too.
+    """
 
     execute: int
     cap: int
     views: tuple[str, ...]
     expert: bool
+    to_the_end: bool
     last: bool
 
 
@@ -62,6 +69,8 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
                 break
             except errors.UserError as error:
                 message = ("impossible", str(error))
+            except (ImportError, AttributeError, NameError, TypeError):
+                message = ("broken", traceback.format_exc())  # a mistake in code is no crash of a simulator
             except Exception as error:
                 if not isinstance(error, simulator.SimulatorFailure):
                     traceback.print_exc()
@@ -73,18 +82,27 @@ def work(connection: multiprocessing.connection.Connection, setting: Setting) ->
 
 def _episode(connection: multiprocessing.connection.Connection, env: simulator.Env, start, ask: Ask) -> tuple:
     ends: list[rollout.Seen] = []
-    expert = rollout.expert_act(env) if ask.expert else None
+    expert, parent = rollout.expert_act(env) if ask.expert else None, os.getppid()
 
     def act(seen: rollout.Seen):
+        if os.getppid() != parent:  # an expert asks nobody, so it would not notice
+            raise EOFError("the evaluation is gone")
         if expert is None or ask.views:
             connection.send(("seen", seen))
         if expert is not None:
             return expert(seen)
-        _, actions = connection.recv()
-        return actions
+        _, chunk = connection.recv()
+        return env.convert(chunk)
 
     outcome = rollout.run_episode(
-        env, start, act, execute=ask.execute, cap=ask.cap, views=ask.views, last=ends.append if ask.last else None
+        env,
+        start,
+        act,
+        execute=ask.execute,
+        cap=ask.cap,
+        views=ask.views,
+        to_the_end=ask.to_the_end,
+        last=ends.append if ask.last else None,
     )
     return ("done", outcome, ends[0] if ends else None)
 
@@ -99,7 +117,12 @@ def _closed(env: simulator.Env | None) -> None:
 
 
 class Worker:
-    """A worker as its parent sees it. `heard`: when it last said something (time.monotonic)."""
+    """A worker as its parent sees it.
+
+    Attributes:
+      ready: it has begun. heard: when it last said something (time.monotonic).
+      silence: seconds that the parent has waited for it since.
+    """
 
     def __init__(self, setting: Setting, process: bool = True):
         context = multiprocessing.get_context("spawn")  # a forked GL context or simulator is not usable
@@ -109,10 +132,11 @@ class Worker:
         self._life.start()
         if process:
             theirs.close()  # so that the end of the process is the end of the pipe
-        self.heard, self.ready = time.monotonic(), False
+        self.heard, self.silence, self.ready = time.monotonic(), 0.0, False
 
     def send(self, message: tuple) -> None:
         """What a dead worker does not take is noticed when it is listened to."""
+        self.silence = 0.0
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(message)
 
@@ -122,7 +146,7 @@ class Worker:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):
             return None
-        self.heard = time.monotonic()
+        self.heard, self.silence = time.monotonic(), 0.0
         return message
 
     def stop(self, patience: float = 5.0) -> str:
@@ -140,7 +164,12 @@ class Worker:
 
 def listen(workers: list[Worker], seconds: float) -> list[Worker]:
     """Those that have something to say (or are dead), after at most so many seconds."""
+    began = time.monotonic()
     ready = multiprocessing.connection.wait([worker.connection for worker in workers], seconds)
+    # Not more than was asked for: while a machine sleeps or a job is suspended, nobody is silent.
+    passed = min(time.monotonic() - began, seconds)
+    for worker in workers:
+        worker.silence += passed
     return [worker for worker in workers if worker.connection in ready]
 
 

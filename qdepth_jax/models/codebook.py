@@ -8,6 +8,8 @@
   plain  codes are parameters, moved by the codebook term of the VQ-VAE loss (QDepth-VLA eq. 2; van den Oord 2017)
   fsq    finite scalar quantisation: an implicit grid, nothing to learn (Mentzer et al. 2023)
 
+Tokens that stand for no depth teach nothing: every statistic is over the `kept` ones alone.
+
 Axes: N features (batch x tokens), C codes, D code dim. Statistics are sums over the global batch: under jit with a
 sharded batch they are global by construction. All arithmetic is float32.
 """
@@ -60,18 +62,22 @@ def init_state(num_codes: int, code_dim: int) -> dict[str, Array]:
     }
 
 
-def start_from_data(state: dict[str, Array], z: Array, key: Array) -> dict[str, Array]:
+def start_from_data(state: dict[str, Array], z: Array, key: Array, kept: Array | None = None) -> dict[str, Array]:
     """On the very first update, replace the empty codebook by C features drawn from the batch; later a no-op.
 
     Args:
       state: see `init_state`.
       z: f32 [N, D] encoder features of the global batch.
       key: random key of this step.
+      kept: bool [N], features that may be drawn; None = all. Without any the start waits for another batch.
     """
     num_codes = state["codebook"].shape[0]
-    drawn = z[jax.random.randint(key, (num_codes,), 0, z.shape[0])]
-    fresh = state["updates"] == 0
-    share = z.shape[0] / num_codes
+    kept = jnp.ones(z.shape[:1], bool) if kept is None else kept
+    upto = jnp.cumsum(kept)
+    picked = jax.random.randint(key, (num_codes,), 0, jnp.maximum(upto[-1], 1))  # the how-manieth of the kept ones
+    drawn = z[jnp.minimum(jnp.searchsorted(upto, picked, side="right"), z.shape[0] - 1)]
+    fresh = (state["updates"] == 0) & (upto[-1] > 0)
+    share = upto[-1] / num_codes
     count = jnp.where(fresh, share, state["count"])
     return state | {
         "codebook": jnp.where(fresh, drawn, state["codebook"]),
@@ -88,6 +94,7 @@ def ema_update(
     decay: float,
     spherical: bool = False,
     dead_share: float = 0.05,
+    kept: Array | None = None,
 ) -> dict[str, Array]:
     """One EMA step of the codes towards their features, then revival of dead codes.
 
@@ -98,36 +105,39 @@ def ema_update(
       decay: EMA decay, 0.99 in the re-implementation that measured the cure.
       dead_share: a code is dead when its running count is below this share of the count under uniform use.
       spherical: codes are the directions of the means (`l2`); `z` then lies on the sphere.
+      kept: bool [N], features that count; None = all.
 
     Returns:
-      The new state. A dead code becomes a badly coded feature.
+      The new state. A dead code becomes a badly coded feature. Without any feature that counts, the old one.
     """
     num_codes = state["codebook"].shape[0]
-    assigned = jax.nn.one_hot(index, num_codes, dtype=jnp.float32)
+    kept = jnp.ones(index.shape, bool) if kept is None else kept
+    assigned = jax.nn.one_hot(index, num_codes, dtype=jnp.float32) * kept[:, None]
     count = decay * state["count"] + (1.0 - decay) * jnp.sum(assigned, axis=0)
     total = decay * state["sum"] + (1.0 - decay) * jnp.einsum("nc,nd->cd", assigned, z)
-    uniform = z.shape[0] / num_codes
+    uniform = jnp.sum(kept) / num_codes
     dead = count < dead_share * uniform
     revived_count = REVIVED * dead_share * uniform
     count = jnp.where(dead, revived_count, count)
-    error = jnp.sum(jnp.square(z - state["codebook"][index]), axis=-1)
-    total = jnp.where(dead[:, None], draw_by_weight(z, error, num_codes, key) * revived_count, total)
-    mean = total / count[:, None]
-    return {
+    error = jnp.sum(jnp.square(z - state["codebook"][index]), axis=-1) * kept
+    total = jnp.where(dead[:, None], draw_by_weight(z, error, kept, num_codes, key) * revived_count, total)
+    mean = total / jnp.maximum(count, 1e-12)[:, None]
+    new = {
         "codebook": on_sphere(mean) if spherical else mean,
         "count": count,
         "sum": total,
         "updates": state["updates"] + 1,
     }
+    return jax.tree.map(lambda after, before: jnp.where(jnp.any(kept), after, before), new, state)
 
 
-def draw_by_weight(z: Array, weight: Array, n: int, key: Array) -> Array:
-    """n rows of z [N, D] with probability proportional to weight [N] (uniform where all weights are 0).
+def draw_by_weight(z: Array, weight: Array, kept: Array, n: int, key: Array) -> Array:
+    """n rows of z [N, D] with probability proportional to weight [N] (where all are 0: uniform over bool `kept`).
 
     Weighted by squared error it is the seeding rule of k-means++: a revived code goes where the codebook is worst, not
     once more into the crowd (on robot depth most tokens are empty background).
     """
-    weight = jnp.where(jnp.sum(weight) > 0, weight, 1.0)
+    weight = jnp.where(jnp.sum(weight) > 0, weight, kept.astype(weight.dtype))
     upto = jnp.cumsum(weight)
     picked = jnp.searchsorted(upto, jax.random.uniform(key, (n,)) * upto[-1])
     return z[jnp.minimum(picked, z.shape[0] - 1)]
@@ -167,9 +177,10 @@ def fsq_quantise(z: Array, levels: tuple[int, ...]) -> tuple[Array, Array]:
     return straight_through(bounded, digit / steps * 2.0 - 1.0), index
 
 
-def usage(index: Array, num_codes: int) -> tuple[Array, Array]:
-    """(number of distinct codes used, perplexity = exp(entropy of use)) of the indices, both f32 scalars."""
-    count = jnp.zeros((num_codes,), jnp.float32).at[index.reshape(-1)].add(1.0)
+def usage(index: Array, num_codes: int, kept: Array | None = None) -> tuple[Array, Array]:
+    """(distinct codes used, perplexity = exp(entropy of use)) of the indices where bool `kept`, f32 scalars."""
+    weight = jnp.ones(index.shape, jnp.float32) if kept is None else kept.astype(jnp.float32)
+    count = jnp.zeros((num_codes,), jnp.float32).at[index.reshape(-1)].add(weight.reshape(-1))
     p = count / jnp.maximum(jnp.sum(count), 1.0)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0))
     return jnp.sum(count > 0).astype(jnp.float32), jnp.exp(entropy)

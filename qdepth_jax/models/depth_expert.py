@@ -174,12 +174,14 @@ def code_loss(logits: Array, targets: Array, valid: Array) -> tuple[Array, Array
       logits: f32 [B, P, C]. targets: i32 [B, P]. valid: bool [B, P].
 
     Returns:
-      f32 scalars: loss and accuracy (share of valid tokens whose largest logit is the target).
+      f32 scalars: loss and accuracy (share of valid tokens whose largest logit is the target; over the examples that
+      have any, where the loss takes 0 for the others).
     """
     log_p = jax.nn.log_softmax(logits, axis=-1)
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     hit = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    return _masked_mean(nll, valid), _masked_mean(hit, valid)
+    labelled = jnp.mean(jnp.any(valid, axis=1).astype(jnp.float32))
+    return _masked_mean(nll, valid), _masked_mean(hit, valid) / jnp.where(labelled > 0, labelled, 1.0)
 
 
 def pixel_targets(batch: dict[str, Array], config: DepthConfig) -> tuple[Array, Array]:

@@ -224,6 +224,13 @@ def preprocess(config: TokenizerConfig, raw: Array, scale: Array, offset: Array)
     return x[:, rows][:, :, cols], valid[:, rows][:, :, cols]
 
 
+def token_validity(config: TokenizerConfig, valid: Array) -> Array:
+    """bool [B, P]: tokens of which at least half of the pixels of bool [B, R, R] are valid (data/sidecar.py's rule)."""
+    b, cell = valid.shape[0], config.depth_size // config.grid
+    share = jnp.mean(valid.reshape(b, config.grid, cell, config.grid, cell).astype(jnp.float32), axis=(2, 4))
+    return (share >= 0.5).reshape(b, -1)
+
+
 def encode(config: TokenizerConfig, params: Any, state: Any, x: Array, valid: Array) -> Array:
     """Code indices i32 [B, P] of normalised depth (see `preprocess`)."""
     z = Encoder(config).apply({"params": params["encoder"]}, x, valid)
@@ -284,12 +291,17 @@ def compiled_roundtrip(
 
 
 def make_objective(config: TokenizerConfig) -> objective.Objective:
-    """VQ-VAE loss (QDepth-VLA eq. 2): reconstruction + [codebook term] + beta * commitment, over valid pixels only."""
+    """VQ-VAE loss (QDepth-VLA eq. 2): reconstruction + [codebook term] + beta * commitment.
+
+    Reconstruction is over valid pixels; codes learn from, and are counted on, tokens that stand for depth
+    (`token_validity`): nobody uses the others.
+    """
 
     def loss(params, state, batch, key, step) -> objective.LossOutput:
         x, valid = preprocess(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
         z = Encoder(config).apply({"params": params["encoder"]}, x, valid)
         flat = z.reshape(-1, config.feature_dim)
+        kept = token_validity(config, valid)
         codebook_loss = commitment = jnp.zeros(())
         started = jnp.ones((), bool)
         if config.quantiser == "fsq":
@@ -299,20 +311,21 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
             if config.running:
                 started = jnp.asarray(step) >= config.start_step
                 before, still = state, jax.lax.stop_gradient(flat)
-                state = codebook.start_from_data(state, still, step_key)
+                state = codebook.start_from_data(state, still, step_key, kept.reshape(-1))
             codes = codes_of(config, params, state)
             index = codebook.nearest(z, codes)
             hard = codes[index]
-            commitment = jnp.where(started, jnp.mean(jnp.square(z - jax.lax.stop_gradient(hard))), 0.0)
+            commitment = jnp.where(started, _mean_square(z - jax.lax.stop_gradient(hard), kept), 0.0)
             if config.running:
                 update_key = jax.random.fold_in(step_key, 1)
                 spherical = config.quantiser == "l2"
                 state = codebook.ema_update(
-                    state, still, index.reshape(-1), update_key, config.decay, spherical, config.dead_share
-                )
+                    state, still, index.reshape(-1), update_key, config.decay, spherical, config.dead_share,
+                    kept.reshape(-1),
+                )  # fmt: skip
                 state = jax.tree.map(lambda new, old: jnp.where(started, new, old), state, before)
             else:
-                codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - hard))
+                codebook_loss = _mean_square(jax.lax.stop_gradient(z) - hard, kept)
             quantised = jnp.where(started, codebook.straight_through(z, hard), z)
         x_hat = Decoder(config).apply({"params": params["decoder"]}, quantised)
         error = jnp.where(valid, x_hat - x, 0.0)
@@ -322,7 +335,7 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         l1 = jnp.mean(jnp.sum(jnp.abs(error), axis=(1, 2)) / pixels)
         l2 = jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2)) / pixels)
         total = l1 + config.l2_weight * l2 + codebook_loss + config.beta * commitment
-        used, perplexity = (jnp.where(started, x, 0.0) for x in codebook.usage(index, config.num_codes))
+        used, perplexity = (jnp.where(started, x, 0.0) for x in codebook.usage(index, config.num_codes, kept))
         half_range = 0.5 * abs(config.range.far - config.range.near)
         metrics = {
             "loss": total,
@@ -348,6 +361,12 @@ def make_objective(config: TokenizerConfig) -> objective.Objective:
         flops=flops.model_flops(flops.tokenizer(config, STEM)),
         groups=tuple((name, f"{name}(/.*)?") for name in parts),
     )
+
+
+def _mean_square(x: Array, kept: Array) -> Array:
+    """Mean over the kept tokens bool [B, P] of each example, then over examples, of the squares of x [B, P, D]."""
+    squares, weight = jnp.mean(jnp.square(x), axis=-1), kept.astype(jnp.float32)
+    return jnp.mean(jnp.sum(squares * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0))
 
 
 def identity(config: TokenizerConfig, params: Any, state: Any) -> str:

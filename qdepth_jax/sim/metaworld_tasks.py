@@ -43,7 +43,19 @@ def list_tasks(suite: str) -> list[simulator.Task]:
 
 
 def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
-    return Env(task, image_size, supersample)
+    try:
+        return Env(task, image_size, supersample)
+    except (OSError, ValueError) as error:  # MuJoCo raises ValueError for files that it cannot open
+        if isinstance(error, errors.UserError):
+            raise
+        raise errors.UserError(
+            f"the scene of Meta-World's {task.name} cannot be built: {error}. If an asset is missing: "
+            "pip install --force-reinstall metaworld==3.1.1"
+        ) from error
+
+
+def robot(suite: str) -> simulator.Robot:
+    return ROBOT
 
 
 def versions() -> dict[str, str]:
@@ -60,6 +72,9 @@ class Env:
         # A recorded start is its seed: the goal is not part of a simulator state.
         self._env.reset(start.number if start.seed is None else start.seed)
 
+    def instruction(self) -> str:
+        return self._env.instruction
+
     def state(self) -> np.ndarray:
         return self._env.proprio()
 
@@ -69,6 +84,9 @@ class Env:
     def pictures(self, views: Sequence[str]) -> dict[str, np.ndarray]:
         seen = self._env.render(depth="depth" in views) if views else {}
         return {view: seen[{"main": "image"}.get(view, view)] for view in views}
+
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        return chunk
 
     def step(self, action: np.ndarray) -> bool:
         return self._env.step(action)

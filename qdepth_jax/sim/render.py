@@ -7,6 +7,7 @@ Three things make the depth buffer lie, and all are switched off here:
   * sites (transparent markers such as the gripper axis) and collision geoms, which are drawn into depth: both hidden.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def choose_gl_backend() -> str:
 def import_mujoco():
     """The mujoco module with a working GL backend. Raises UserError with the fix when either is missing."""
     backend = choose_gl_backend()
+    logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it tells at every start that it has no accelerator
     try:
         import mujoco
 

@@ -19,12 +19,13 @@ class Seen:
 
     Attributes:
       step: control steps executed so far. wanted: actions that will be executed now.
-      pictures: as Env.pictures gives them. state: f32 [state_dim].
+      instruction: what the robot is told. pictures: as Env.pictures gives them. state: f32 [state_dim].
       commands, openings: of the gripper, one number for each step since the last plan.
     """
 
     step: int
     wanted: int
+    instruction: str
     pictures: dict[str, np.ndarray]
     state: np.ndarray
     commands: tuple[float, ...]
@@ -50,9 +51,12 @@ def run_episode(
     execute: int,
     cap: int,
     views: Sequence[str] = (),
+    to_the_end: bool = False,
     last: Callable[[Seen], None] | None = None,
 ) -> Outcome:
-    """Runs one episode to success, to `cap` steps, or to where `act` gives fewer actions than wanted.
+    """Runs one episode to `cap` steps, to where `act` gives fewer actions than wanted, or to its first success.
+
+    The last not if `to_the_end`: success is then the flag of the last step.
 
     Args:
       execute: actions executed of every chunk.
@@ -69,12 +73,13 @@ def run_episode(
     openings: list[float] = []
 
     def seen(wanted: int) -> Seen:
-        found = Seen(steps, wanted, env.pictures(views), env.state(), tuple(commands), tuple(openings))
+        pictures, state = env.pictures(views), env.state()
+        found = Seen(steps, wanted, env.instruction(), pictures, state, tuple(commands), tuple(openings))
         commands.clear()
         openings.clear()
         return found
 
-    while steps < cap and not success and not ended:
+    while steps < cap and not ended and (to_the_end or not success):
         wanted, before = min(execute, cap - steps), steps
         actions = act(seen(wanted))
         plans += 1
@@ -83,7 +88,7 @@ def run_episode(
             steps += 1
             commands.append(float(action[-1]))
             openings.append(env.opening())
-            if success:
+            if success and not to_the_end:
                 break
         ended = steps - before < wanted
     if last is not None:

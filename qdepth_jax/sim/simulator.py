@@ -2,7 +2,7 @@
 
 An adapter module has
 
-  ROBOT                            what a policy for its tasks must have
+  robot(suite) -> Robot            what a policy for its tasks must have
   list_tasks(suite) -> list[Task]
   make_env(task, image_size, supersample) -> Env
   versions() -> dict[str, str]     of the packages that decide what an episode looks like
@@ -24,6 +24,7 @@ from qdepth_jax import errors
 ADAPTERS = (
     (r"libero_(spatial|object|goal|10|90)(_.*)?", "qdepth_jax.sim.libero_tasks"),
     (r"metaworld(_.*)?", "qdepth_jax.sim.metaworld_tasks"),
+    (r"simpler_.*", "qdepth_jax.sim.simpler_tasks"),
 )
 
 
@@ -58,6 +59,7 @@ class Task:
       step_cap: official number of steps of an episode.
       starts: how many numbered starts there are: the benchmark's own, never used for demonstrations.
       adapter: module that makes its environment.
+      to_the_end: an episode runs to its cap, and success is the flag at the last step; else the first success ends it.
     """
 
     suite: str
@@ -67,6 +69,7 @@ class Task:
     step_cap: int
     starts: int
     adapter: str
+    to_the_end: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Env(Protocol):
     def reset(self, start: Start) -> None:
         """A new episode, settled. The same start gives the same episode, whatever came before."""
 
+    def instruction(self) -> str:
+        """What the robot is told now; that of the task, unless the task has several parts."""
+
     def state(self) -> np.ndarray:
         """f32 [state_dim]"""
 
@@ -95,6 +101,9 @@ class Env(Protocol):
 
     def pictures(self, views: Sequence[str]) -> dict[str, np.ndarray]:
         """Renders: view -> u8 [H, W, 3], and "depth" f32 [H, W] (m) of the main view if that is asked for."""
+
+    def convert(self, chunk: np.ndarray) -> np.ndarray:
+        """A policy's whole chunk f32 [k, action_dim] as it will be executed, for rules that have a memory."""
 
     def step(self, action: np.ndarray) -> bool:
         """One control step with f32 [action_dim]; the benchmark's own success flag."""
@@ -110,6 +119,11 @@ def adapter(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def robot_of(task: Task) -> Robot:
+    """What a policy for this task must have."""
+    return adapter(task.adapter).robot(task.suite)
+
+
 def adapter_of(suite: str) -> Any:
     """The adapter of a suite.
 
@@ -121,7 +135,8 @@ def adapter_of(suite: str) -> Any:
             return adapter(module)
     raise errors.UserError(
         f"unknown suite {suite!r}: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their "
-        "LIBERO-PRO variants (_lan, _object, _swap, _task), metaworld_mt50, metaworld_mt10"
+        "LIBERO-PRO variants (_lan, _object, _swap, _task), metaworld_mt50, metaworld_mt10, simpler_widowx, "
+        "simpler_google_robot"
     )
 
 

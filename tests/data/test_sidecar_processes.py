@@ -30,7 +30,8 @@ def expected(tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
     sidecar_child.write(str(root), 0, 1)
     found = content(root)
-    assert set(found) == {f"train/{name}" for name in ("metadata.json", "values.npy", "scale.npy", "figures.npy")}
+    files = ("metadata.json", "values.npy", "scale.npy", "figures.npy", "sums.npy")
+    assert set(found) == {f"train/{name}" for name in files}
     opened = sidecar.open_sidecar(str(root), "train")
     for episode, start in enumerate(sidecar_child.STARTS):
         wanted = sidecar_child.values(episode)
@@ -132,6 +133,10 @@ def test_an_unfinished_folder_of_an_older_layout_is_refused(tmp_path):
     sidecar.shutil.rmtree(tmp_path / "train.partial" / "state")
     with pytest.raises(errors.UserError, match="older version: delete it"):
         sidecar.Writer(str(tmp_path), sidecar_child.METADATA, 3)
+    sidecar.Writer(str(tmp_path / "sums"), sidecar_child.METADATA, 3).close()
+    os.unlink(tmp_path / "sums" / "train.partial" / "sums.npy")
+    with pytest.raises(errors.UserError, match="older version: delete it"):
+        sidecar.Writer(str(tmp_path / "sums"), sidecar_child.METADATA, 3)
 
 
 def test_the_lock_that_waited_is_the_lock_that_is_seen(tmp_path):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -87,6 +86,12 @@ def test_a_simulator_that_always_crashes_ends_the_evaluation(tmp_path):
     assert closed_loop.evaluate(policies.expert(), well[:2], [0], options(), tmp_path) == again
 
 
+def test_a_mistake_in_code_is_no_crash():
+    tasks = [fake_simulator.task(0, "bug=1")]
+    with pytest.raises(RuntimeError, match=r"fake bug=1, start 1:[\s\S]*no attribute 'no_such_thing'"):
+        closed_loop.evaluate(policies.expert(), tasks, range(2), options())
+
+
 def test_an_expert_that_gives_up_has_failed():
     found = closed_loop.evaluate(policies.expert(), [fake_simulator.task()], [41], options())
     assert not found[0].success and not found[0].crash and found[0].steps == 0
@@ -96,45 +101,44 @@ CHILD = """
 import sys
 sys.path[:0] = {paths!r}
 import fake_simulator
-from qdepth_jax.eval import closed_loop, episodes, policies
+from qdepth_jax.eval import closed_loop, policies
 if __name__ == "__main__":
-    folder, pids = sys.argv[1:]
-    tasks = [fake_simulator.task(k, f"crash=2 pids={{pids}}") for k in range(2)]
+    folder, name = sys.argv[1:]
+    tasks = [fake_simulator.task(k, name) for k in range(2)]
     options = closed_loop.Options(execute=3, processes=2, image_size=8)
-    found = closed_loop.evaluate(policies.expert(), tasks, range(5), options, folder)
-    episodes.write_results(folder, {{"suite": "fake"}}, found)
+    closed_loop.evaluate(policies.expert(), tasks, range(5), options, folder)
 """
 
 
 def test_killed_in_the_middle_it_continues_to_the_same_file(tmp_path):
-    script = tmp_path / "child.py"
+    """Killed with two workers, continued and run as a whole with none: the workers die with it, the files are equal."""
+    script, pids = tmp_path / "child.py", tmp_path / "pids"
     script.write_text(CHILD.format(paths=[str(TESTS.parent), str(TESTS)]))
-    pids = tmp_path / "pids"
     pids.mkdir()
-
-    def start(folder, slow):
-        environ = os.environ | {"FAKE_SECONDS": str(slow)}
-        return subprocess.Popen([sys.executable, str(script), str(folder), str(pids)], env=environ)
-
-    assert start(tmp_path / "whole", 0.0).wait(60) == 0
-    process, log = start(tmp_path / "killed", 0.05), tmp_path / "killed" / episodes.LOG
+    name, killed, whole = f"crash=2 pids={pids}", tmp_path / "killed", tmp_path / "whole"
+    environ = os.environ | {"FAKE_SECONDS": "0.05"}
+    process = subprocess.Popen([sys.executable, str(script), str(killed), name], env=environ)
+    log = killed / episodes.LOG
     while not (log.exists() and log.read_bytes().count(b"\n") > 3):
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     finished = log.read_bytes()
     assert 3 < finished.count(b"\n") < 11
     log.write_bytes(finished + b'{"suite": "fa')  # as if it had been killed while it wrote
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(alive(int(pid.name)) for pid in pids.iterdir()):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
-    assert start(tmp_path / "killed", 0.0).wait(60) == 0
+    for folder in (killed, whole):
+        tasks = [fake_simulator.task(k, name) for k in range(2)]
+        found = closed_loop.evaluate(policies.expert(), tasks, range(5), options(), folder)
+        episodes.write_results(folder, {"suite": "fake"}, found)
     assert log.read_bytes().startswith(finished)  # what was finished was not run again
     assert log.read_bytes().count(b"\n") == 11
     for name in (episodes.RESULT, episodes.TABLE):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def alive(pid):
@@ -231,6 +235,9 @@ def test_frames_show_three_panels_and_the_range():
     depth = drawn[0][20:, side : 2 * side, 0].astype(int)
     assert depth[0, 0] > depth[-1, -1]  # near is bright
     assert (drawn[2][:, 2 * side :] > 0).sum() > (drawn[1][:, 2 * side :] > 0).sum()
+    far = [dataclasses.replace(frame, depth=np.where(ramp > 1.9, 80.0, ramp)) for frame in frames]
+    again = rollout_video.draw(far, "simulator's depth, m")[0][20:, side : 2 * side, 0].astype(int)
+    assert again[0, 0] - again[-1, 0] > 80  # a far background does not take the contrast
     inverse = rollout_video.draw(frames, "predicted, relative inverse depth")[0][20:, side : 2 * side, 0].astype(int)
     assert inverse[0, 0] < inverse[-1, -1]
 
@@ -277,3 +284,9 @@ def test_results_are_json_and_a_table(tmp_path):
     lines = (tmp_path / episodes.TABLE).read_text().splitlines()
     assert lines[3] == "| **fake** | 2 | 2 | 100.0 % | 34.2 to 100.0 | 10.0 | 1 |"
     assert os.listdir(tmp_path) == [episodes.RESULT, episodes.TABLE] or len(os.listdir(tmp_path)) == 2
+
+
+def test_wilson_interval_against_tabulated_values():
+    assert episodes.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert episodes.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert episodes.wilson(0, 0) == (0.0, 1.0)

