@@ -61,6 +61,8 @@ SIZES = {
         head_dim=32,
         vocabulary=2048,
     ),
+    # The published widths with as many layers as two cores carry, 3 of 27 and 2 of 18.
+    "wide": Size(vision_layers=3, layers=2, vocabulary=2048),
     # For the test of the benchmark.
     "tiny": Size(
         vision_width=24,

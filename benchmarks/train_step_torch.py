@@ -20,7 +20,7 @@ from benchmarks import train_step_sizes as sizes
 
 def build(order: sizes.Order) -> tuple[Callable[[int], list[tuple[float, float]]], dict[str, Any]]:
     """-> run(steps) -> [(loss, gradient norm) of each step], and `sizes.facts`."""
-    stubs = _stub_bitsandbytes()
+    stubs = stub_bitsandbytes()
     sys.path.insert(0, order.open_pi_zero)  # its package is called `src`
     import torch
 
@@ -28,7 +28,7 @@ def build(order: sizes.Order) -> tuple[Callable[[int], list[tuple[float, float]]
     device = "cuda" if order.device == "gpu" else "cpu"
     size, low = sizes.SIZES[order.size], order.dtype == "bfloat16"
     dtype = torch.bfloat16 if low else torch.float32
-    model, folder = _model(order.open_pi_zero, size), pathlib.Path(order.folder)
+    model, folder = make_model(order.open_pi_zero, size), pathlib.Path(order.folder)
     if order.write_weights:
         for key, value in model.state_dict().items():
             np.save(folder / f"{key}.npy", value.numpy())
@@ -85,7 +85,7 @@ def build(order: sizes.Order) -> tuple[Callable[[int], list[tuple[float, float]]
     )
 
 
-def _stub_bitsandbytes() -> list[str]:
+def stub_bitsandbytes() -> list[str]:
     """An empty stand-in where bitsandbytes is missing: lora.py derives classes from it that no step here uses."""
     try:
         import bitsandbytes  # noqa: F401
@@ -97,17 +97,17 @@ def _stub_bitsandbytes() -> list[str]:
     return []
 
 
-def _model(checkout: str, size: sizes.Size):
-    """PiZero with torch's own initialisation (seed 0), tied and frozen as its trainer does."""
+def make_model(checkout: str, size: sizes.Size, name: str = "PiZero"):
+    """PiZero (or PiZeroInference) with torch's own initialisation (seed 0), tied and frozen as its trainer does."""
     import torch
     from omegaconf import OmegaConf
-    from src.model.vla.pizero import PiZero
+    from src.model.vla import pizero
 
     config = OmegaConf.merge(
         OmegaConf.load(pathlib.Path(checkout) / "config" / "train" / "bridge.yaml"), _changes(size)
     )
     torch.manual_seed(0)
-    model = PiZero(config)
+    model = getattr(pizero, name)(config)
     model.tie_action_proprio_weights()
     model.freeze_unused_weights()
     return model
@@ -132,7 +132,7 @@ def _changes(size: sizes.Size) -> dict[str, Any]:
         "proprio_dim": size.proprio_dim,
         "time_max_period": size.time_period,
         "action_expert_rope_theta": size.action_rope_theta,
-        "image_token_index": _image_id(size),
+        "image_token_index": image_id(size),
         "vocab_size": size.vocabulary,
         "mixture": {
             "vlm": {
@@ -155,7 +155,7 @@ def _changes(size: sizes.Size) -> dict[str, Any]:
     }
 
 
-def _image_id(size: sizes.Size) -> int:
+def image_id(size: sizes.Size) -> int:
     """`<image>`: 257152 of 257216 rows in the published table, the last row of a small one (make_batch avoids it)."""
     return 257_152 if size.vocabulary == 257_216 else size.vocabulary - 1
 
@@ -165,7 +165,7 @@ def _inputs(model, size: sizes.Size, batch: dict[str, np.ndarray], dtype) -> dic
     import torch
 
     text = torch.from_numpy(batch["text"]).long()
-    ids = torch.cat([torch.full((len(text), size.image_tokens), _image_id(size)), text], dim=1)
+    ids = torch.cat([torch.full((len(text), size.image_tokens), image_id(size)), text], dim=1)
     mask, vlm, proprio, action = model.build_causal_mask_and_position_ids((ids != 0).long(), dtype)
     pixels = (torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float() * (1 / 255.0) - 0.5) / 0.5
     return {

@@ -19,7 +19,7 @@ import numpy as np
 from qdepth_jax import depth as depth_values
 from qdepth_jax import errors, exported
 from qdepth_jax.data import normalise, text
-from qdepth_jax.models import flow, images, policy, real_time, sampling, tokenizer
+from qdepth_jax.models import flow, images, inference, policy, real_time, sampling, tokenizer
 
 # Programs that resize are kept for so many sizes of pictures; a robot has one or two.
 KEPT_SIZES = 16
@@ -27,7 +27,8 @@ KEPT_SIZES = 16
 
 class Planner(NamedTuple):
     """Attributes:
-    config, variables: of the policy. found: where it came from (exported.load).
+    config, variables: of the policy, its parameters packed (inference.py). solver: of its flow.
+    found: where it came from (exported.load); its parameters are gone.
     dataset: whose statistics are used. action, proprio: these.
     words: the text tokenizer.
     decoder: config and variables of the depth tokenizer, None = predicted depth is not decoded.
@@ -41,6 +42,7 @@ class Planner(NamedTuple):
     proprio: normalise.Normaliser
     words: text.TextTokenizer
     decoder: tuple[tokenizer.TokenizerConfig, dict[str, Any]] | None
+    solver: str = "euler"
 
 
 class Row(NamedTuple):
@@ -58,12 +60,18 @@ class Row(NamedTuple):
     weights: np.ndarray | None = None
 
 
-def load(path: str, dataset: str = "", decode_depth: bool = False) -> Planner:
+def load(
+    path: str,
+    dataset: str = "",
+    decode_depth: bool = False,
+    options: inference.Inference | None = None,
+) -> Planner:
     """The policy of a run or an export, with the statistics of one data set.
 
     Args:
       dataset: name of one it was trained on, or a variant of that (libero_object_swap); "" where there is only one.
       decode_depth: also load the depth tokenizer that turns predicted codes into depth.
+      options: steps and solver of the flow, and how weights are held.
 
     Raises:
       UserError: no policy there, one that needs a history, or none that was trained on this data set.
@@ -82,15 +90,20 @@ def load(path: str, dataset: str = "", decode_depth: bool = False) -> Planner:
     base = next((name for name in stored if not dataset or re.fullmatch(f"{name}(_.*)?", dataset)), None)
     if base is None:
         raise errors.UserError(f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}")
+    decoder = _decoder(path, found) if decode_depth else None
+    options = options or inference.Inference()
+    config = inference.configured(config, options)
+    variables = found.variables | {"params": inference.pack(config, found.variables["params"], options.weights, True)}
     return Planner(
         config,
-        found.variables,
-        found,
+        variables,
+        found._replace(variables={}),
         base,
         stored[base]["action"],
         stored[base]["proprio"],
         text.TextTokenizer(found.text_tokenizer),
-        _decoder(path, found) if decode_depth else None,
+        decoder,
+        options.solver,
     )
 
 
@@ -109,11 +122,14 @@ def _decoder(path: str, found: exported.Exported) -> tuple[tokenizer.TokenizerCo
 
 
 def identity(planner: Planner) -> str:
-    """16 hex digits of the weights and statistics: what the answers depend on besides the observation."""
-    digest = hashlib.sha256(repr((planner.config, planner.action, planner.proprio)).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(planner.variables):
+    """16 hex digits of weights, statistics and sampler: what the answers depend on besides the observation."""
+    # Euler, which is how every policy was sampled before there was a choice, leaves no trace: names stay valid.
+    solver = () if planner.solver == "euler" else (planner.solver,)
+    digest = hashlib.sha256(repr((planner.config, planner.action, planner.proprio, *solver)).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(planner.variables, is_leaf=inference.is_layers)
+    for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
+        digest.update(inference.on_host(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -187,26 +203,44 @@ def plan(planner: Planner, rows: Sequence[Row], size: int = 0, variant: str = "i
       size: rows of the program, 0 = as many as there are; the first row fills up what is missing.
       variant: of real-time chunking, for rows that have an old chunk.
     """
-    batch = _stack(rows, size)
-    noise = np.stack([row.noise for row in _filled(rows, size)])
-    if any(row.previous is not None for row in rows):
-        previous, weights = (np.stack(x) for x in zip(*(_old(planner.config, row) for row in _filled(rows, size))))
-        chunk = _continue(planner.config, variant, planner.variables, batch, noise, previous, weights)
-    else:
-        chunk = _sample(planner.config, planner.variables, batch, noise)
-    return normalise.unnormalise(np.asarray(chunk)[: len(rows)], planner.action)
+    return _run(planner, rows, size, variant, depth=False)[0]
+
+
+def plan_with_depth(
+    planner: Planner, rows: Sequence[Row], size: int = 0, variant: str = "inpaint"
+) -> tuple[np.ndarray, np.ndarray]:
+    """`plan` and `predict_depth` by one program, which sees the pictures once. Equal to both but for rounding."""
+    _check_depth(planner)
+    return _run(planner, rows, size, variant, depth=True)
 
 
 def predict_depth(planner: Planner, rows: Sequence[Row], size: int = 0) -> np.ndarray:
     """Depth of the main view that the policy believes in: f32 [rows, R, R], metres or relative inverse depth."""
-    config = planner.config
-    if config.depth is None:
-        raise errors.UserError("this policy has no depth expert")
-    if config.depth.head == "codes" and planner.decoder is None:
-        raise errors.UserError("predicted depth codes need the depth tokenizer: load with decode_depth=True")
+    _check_depth(planner)
     coder, variables = planner.decoder or (None, None)
     batch = _stack(rows, size)
-    return np.asarray(_depth(config, coder, planner.variables, variables, batch))[: len(rows)]
+    return np.asarray(_depth(planner.config, coder, planner.variables, variables, batch))[: len(rows)]
+
+
+def _check_depth(planner: Planner) -> None:
+    if planner.config.depth is None:
+        raise errors.UserError("this policy has no depth expert")
+    if planner.config.depth.head == "codes" and planner.decoder is None:
+        raise errors.UserError("predicted depth codes need the depth tokenizer: load with decode_depth=True")
+
+
+def _run(planner: Planner, rows: Sequence[Row], size: int, variant: str, depth: bool):
+    """Actions in the robot's units, and depth or None."""
+    batch = _stack(rows, size)
+    noise = np.stack([row.noise for row in _filled(rows, size)])
+    old = None
+    if any(row.previous is not None for row in rows):
+        old = tuple(np.stack(x) for x in zip(*(_old(planner.config, row) for row in _filled(rows, size))))
+    coder, coder_variables = (planner.decoder or (None, None)) if depth else (None, None)
+    asked = _Asked(planner.config, planner.solver, variant if old else "", depth, coder)
+    chunk, found = _plan(asked, planner.variables, coder_variables, batch, noise, old)
+    actions = normalise.unnormalise(np.asarray(chunk)[: len(rows)], planner.action)
+    return actions, np.asarray(found)[: len(rows)] if depth else None
 
 
 def _filled(rows: Sequence[Row], size: int) -> list[Row]:
@@ -229,20 +263,37 @@ def _noise(config: policy.PolicyConfig, noise: jax.Array) -> jax.Array:
     return flow.sample_noise(keys, (config.horizon, config.action_dim))
 
 
+class _Asked(NamedTuple):
+    """What makes one program differ from another. variant: of real-time chunking, "" = no old chunk."""
+
+    config: policy.PolicyConfig
+    solver: str
+    variant: str
+    depth: bool
+    coder: tokenizer.TokenizerConfig | None
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _sample(config, variables, batch, noise):
-    return sampling.sample_actions(config, variables["params"], variables["state"], batch, _noise(config, noise))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _continue(config, variant, variables, batch, noise, previous, weights):
-    params, state = variables["params"], variables["state"]
-    return real_time.sample_actions(config, params, state, batch, _noise(config, noise), previous, weights, variant)
+def _plan(asked: _Asked, variables, coder_variables, batch, noise, old):
+    config, params, state = asked.config, variables["params"], variables["state"]
+    prefix, noise = sampling.run_prefix(config, params, batch, asked.depth), _noise(config, noise)
+    if asked.variant:
+        chunk = real_time.continue_chunk(config, prefix.velocity, noise, *old, asked.variant, asked.solver)
+    else:
+        chunk = sampling.integrate(config, prefix.velocity, noise, asked.solver)
+    if not asked.depth:
+        return chunk, None
+    return chunk, _decoded(config, asked.coder, coder_variables, sampling.depth_of(config, state, prefix.depth))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _depth(config, coder, variables, coder_variables, batch):
     found = sampling.predict_depth(config, variables["params"], variables["state"], batch)
+    return _decoded(config, coder, coder_variables, found)
+
+
+def _decoded(config, coder, coder_variables, found):
+    """What `sampling.predict_depth` returns -> f32 [B, R, R], metres or relative inverse depth."""
     if config.depth.head == "pixels":
         b, g, r = found.shape[0], config.depth.grid, config.depth.pixels_per_token
         x = found.reshape(b, g, g, r, r).transpose(0, 1, 3, 2, 4).reshape(b, g * r, g * r)

@@ -290,3 +290,48 @@ def test_video_depth_of_ours_alone():
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["agree"] and result["contestants"]["ours"]["frames_per_s"]["n"] == 2
     assert "ratio" not in result and "| ours |" in done.stdout
+
+
+@pytest.fixture
+def chunk_race():
+    """benchmarks/inference.py as a module, its flags away again afterwards."""
+    import stored_runs
+    from absl import flags
+
+    with stored_runs.tool_module("inference", "benchmarks") as module:
+        flags.FLAGS(["inference"])
+        yield module
+
+
+def test_inference_race_parts_a_chunk_into_prefix_and_steps(chunk_race):
+    # A prefix of 5 s and steps of 0.2 s, two chunks a turn: 14 s with ten steps, 10.4 s with one.
+    many = {"wall_s": 14.0, "cpu_s": 28.0, "peak_mb": 7.0}
+    one = {"wall_s": 10.4, "cpu_s": 20.8, "peak_mb": 5.0}
+    found = chunk_race.timing(many, one, 10, 2)
+    assert found["wall_s"] == 7.0 and found["peak_mb"] == 7.0
+    assert found["step_wall_s"] == pytest.approx(0.2) and found["prefix_wall_s"] == pytest.approx(5.0)
+    assert found["step_cpu_s"] == pytest.approx(0.4) and found["prefix_cpu_s"] == pytest.approx(10.0)
+    slower = {name: 3.0 * value for name, value in found.items()}
+    assert chunk_race.ratios([found], [slower])["wall_s"]["median"] == pytest.approx(3.0)
+
+
+def test_inference_race_compares_actions_within_a_network(chunk_race):
+    actions = {"ours": [0.0, 1.0], "eager": [0.0, 1.5], "ours_pi0": [9.0, 9.0], "openpi": [9.0, 9.25]}
+    assert chunk_race.distance(actions) == {"eager": 0.5, "openpi": 0.25}
+
+
+@pytest.mark.slow
+def test_inference_race_of_ours_alone():
+    told = run_command("benchmarks/inference.py", "--size=tiny", "--rounds=2", "--flow_steps=3")
+    result = json.loads(told.splitlines()[-1])
+    rows = result["contestants"]
+    # 55,583 is torch's own count of the same network.
+    assert result["agree"] and not result["failed"] and rows["ours"]["parameters"] == 55583
+    assert rows["int8"]["weight_bytes"] < rows["ours"]["weight_bytes"] == 4 * 55583
+    assert 0 < result["distance"]["int8"] < 0.1 and rows["ours"]["wall_s"]["n"] == 2
+
+
+def test_inference_race_wants_what_it_compares_with():
+    assert "compared with ours" in run_command("benchmarks/inference.py", "--contestants=int8", code=2)
+    assert "is it a checkout?" in run_command("benchmarks/inference.py", "--openpi=/nowhere", code=2)
+    assert "need their checkout" in run_command("benchmarks/inference.py", "--contestants=ours,eager", code=2)

@@ -1,12 +1,14 @@
 """From observations to rows of the network: resizing and noise are those of training and evaluation, to the bit."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import stored_runs
 
 from qdepth_jax import depth, errors, planner
-from qdepth_jax.models import images, policy, sampling, tokenizer
+from qdepth_jax.models import images, inference, policy, sampling, tokenizer
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 52), (20, 28)])
@@ -33,6 +35,20 @@ def test_programs_are_filled_and_cut():
     assert planner._stack(rows, 0)["x"][:, 0].tolist() == [1, 2, 3]
 
 
+def test_packing_renames_no_policy_and_another_sampler_does():
+    params = stored_runs.random_like(stored_runs.shapes("policy", stored_runs.QDEPTH), 0)["params"]
+    config = dataclasses.replace(stored_runs.QDEPTH, scan=False)
+    given = planner.Planner(config, {"params": params, "state": {}}, None, "", None, None, None, None)
+    packed, small = (
+        given._replace(variables={"params": inference.pack(config, params, weights), "state": {}})
+        for weights in inference.WEIGHTS
+    )
+    assert planner.identity(packed) == planner.identity(given)
+    others = [planner.identity(small), planner.identity(given._replace(solver="heun"))]
+    others.append(planner.identity(given._replace(config=inference.configured(config, inference.Inference(4)))))
+    assert len({planner.identity(given), *others}) == 4
+
+
 @pytest.mark.slow
 def test_depth_is_decoded_by_the_tokenizer_of_the_policy(tmp_path):
     stored_runs.write_qdepth(tmp_path)
@@ -54,5 +70,15 @@ def test_depth_is_decoded_by_the_tokenizer_of_the_policy(tmp_path):
     np.testing.assert_allclose(found, depth.denormalise(x, model.range), atol=1e-4)
     with pytest.raises(errors.UserError, match="decode_depth=True"):
         planner.predict_depth(loaded._replace(decoder=None), rows)
+    # Both answers by one program, with and without an old chunk.
+    alone = planner.plan(loaded, rows, 4)
+    actions, together = planner.plan_with_depth(loaded, rows, 4)
+    np.testing.assert_allclose(actions, alone, atol=1e-5)
+    np.testing.assert_allclose(together, found, atol=1e-4)
+    old = planner.make_row(loaded, {"main": picture}, state, "open", 0, 0, alone[0, 1:], 2)
+    actions, together = planner.plan_with_depth(loaded, [old, rows[1]], 4)
+    np.testing.assert_allclose(actions, planner.plan(loaded, [old, rows[1]], 4), atol=1e-5)
+    np.testing.assert_allclose(actions[0, :2], alone[0, 1:3], atol=1e-5)
+    np.testing.assert_allclose(together, found, atol=1e-4)
     with pytest.raises(errors.UserError, match=r"7 numbers, got \[8\]"):
         planner.make_row(loaded, {"main": picture}, np.zeros(8), "open", 0, 0)

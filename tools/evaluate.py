@@ -42,6 +42,9 @@ _IMAGE = flags.DEFINE_integer("image_size", 256, "side of the rendered pictures:
 _SUPERSAMPLE = flags.DEFINE_integer("supersample", 2, "RGB samples per pixel and axis", lower_bound=1)
 _MAX_STEPS = flags.DEFINE_integer("max_steps", 0, "step cap; 0 = the suite's official one", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "of the flow noise")
+_STEPS = flags.DEFINE_integer("flow_steps", 0, "from noise to actions; 0 = as the policy's config says", lower_bound=0)
+_SOLVER = flags.DEFINE_string("solver", "euler", "of the flow: euler, midpoint or heun (twice the work in a step)")
+_WEIGHTS = flags.DEFINE_string("weights", "float", "float or int8; docs/inference.md")
 _WEIGHTS_SEED = flags.DEFINE_integer("weights_seed", 0, "untrained: of the random weights")
 _VIDEOS = flags.DEFINE_integer("videos", 1, "videos per task, of its first starts", lower_bound=0)
 _FAILURES = flags.DEFINE_integer("failure_videos", 2, "videos per task, of its first failures", lower_bound=0)
@@ -123,15 +126,17 @@ def _prepared(suite: str, options):
 def _policy(suite: str, robot):
     from qdepth_jax import errors, planner
     from qdepth_jax.eval import policies
+    from qdepth_jax.models import inference
 
     if _POLICY.value == "expert":
         return policies.expert()
+    how = inference.Inference(_STEPS.value, _SOLVER.value, _WEIGHTS.value)
     path, dataset = _CHECKPOINT.value, _DATASET.value or suite
     shows = _POLICY.value != "mean_action" and (_VIDEOS.value or _FAILURES.value)
     try:
-        loaded = planner.load(path, dataset, decode_depth=bool(shows))
+        loaded = planner.load(path, dataset, decode_depth=bool(shows), options=how)
     except errors.UserError as error:
-        loaded = planner.load(path, dataset)  # says so itself if the reason was another than depth
+        loaded = planner.load(path, dataset, options=how)  # says so itself if the reason was another than depth
         print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
     if _POLICY.value == "mean_action":
         return policies.mean_action(loaded, robot)

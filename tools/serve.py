@@ -33,6 +33,10 @@ _SIZES = flags.DEFINE_list("image_sizes", ["224x224", "256x256"], "HEIGHTxWIDTH 
 _CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "more are refused")
 _DEPTH = flags.DEFINE_bool("depth", False, "answer with decoded depth to requests that ask for it")
 _RTC = flags.DEFINE_string("rtc", "inpaint", "real-time chunking: inpaint, guided (the paper's, slower) or off")
+_STEPS = flags.DEFINE_integer("flow_steps", 0, "steps from noise to actions; 0 = as the policy's config says")
+_SOLVER = flags.DEFINE_string("solver", "euler", "of the flow: euler, midpoint or heun (twice the work in a step)")
+_WEIGHTS = flags.DEFINE_string("weights", "float", "float, or int8: a quarter of the memory; docs/inference.md")
+_UNROLL = flags.DEFINE_bool("unroll", False, "cut scanned layers apart: faster programs, compiled several times slower")
 _SEED = flags.DEFINE_integer("seed", 0, "of the flow noise of requests that bring none")
 _DRAIN = flags.DEFINE_float("drain_s", 30.0, "SIGTERM waits so long for what is in flight")
 
@@ -44,6 +48,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
     try:
+        from qdepth_jax.models import inference
         from qdepth_jax.serve import policy_service, server
     except ModuleNotFoundError as error:
         raise errors.UserError(f"{error.name} is missing: pip install 'qdepth_jax[serve]'") from error
@@ -51,8 +56,9 @@ def main(argv: list[str]) -> None:
     network = server.ServerOptions(
         _HOST.value, _PORT.value, _api_key(), sizes, _DEADLINE.value / 1e3, _CONNECTIONS.value, _DRAIN.value
     )
+    how = inference.Inference(_STEPS.value, _SOLVER.value, _WEIGHTS.value, _UNROLL.value)
     options = policy_service.Options(
-        _DATASET.value, _UNITS.value, tuple(_KEYS.value), sizes, _SIDE.value, _DEPTH.value, _RTC.value, _SEED.value
+        _DATASET.value, _UNITS.value, tuple(_KEYS.value), sizes, _SIDE.value, _DEPTH.value, _RTC.value, _SEED.value, how
     )
     image_sizes = [_image_size(text) for text in _SIZES.value]
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731

@@ -13,7 +13,7 @@ import numpy as np
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds_claim, rlds_record
-from qdepth_jax.data import depth_labels, frame_reader, sidecar, tfrecord, write_rlds
+from qdepth_jax.data import depth_labels, frame_reader, sidecar, sidecar_sums, tfrecord, write_rlds
 
 # `episode` and `start` (first frame id) are of the input split: rows of a sidecar.
 ROW = np.dtype(
@@ -150,6 +150,7 @@ def _values(
 ) -> dict[str, object]:
     """Feature name -> value of one sidecar for one episode."""
     values = found.values[row["start"] : row["start"] + row["length"]]
+    sidecar_sums.check_episode(found, int(row["episode"]), int(row["start"]), values)
     if addition.kind == "depth_tokens":
         if addition.encoding == "bytes":
             return {addition.feature: [np.asarray(tokens, "<u2").tobytes() for tokens in values]}

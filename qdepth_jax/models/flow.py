@@ -17,6 +17,8 @@ from qdepth_jax import errors
 
 TIME_SAMPLERS = ("beta", "uniform")
 
+Velocity = Callable[[Array, Array], Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
@@ -31,7 +33,7 @@ class FlowConfig:
         DEVIATION: open-pi-zero stratifies `uniform` over the batch, (u + i/B) mod (1 - 1e-5) with one u for all; that
         would make an example's time depend on the batch it lies in. The marginal distribution is the same.
       time_shortest, time_period: shortest period of the sinusoidal time embedding, and the longest as a multiple of it.
-      steps: Euler steps of the sampler.
+      steps: of the sampler.
       clip: final actions are clamped to [-clip, clip]; 0 = no clamp.
     """
 
@@ -103,22 +105,50 @@ def loss(velocity: Array, target: Array, valid: Array) -> Array:
     return jnp.mean(jnp.sum(error * weight, axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0))
 
 
-def integrate(velocity: Callable[[Array, Array], Array], noise: Array, config: FlowConfig) -> Array:
-    """Forward Euler from the noise to the data, then the clamp.
+def _euler(velocity: Callable, x: Array, t: Array, dt: float) -> Array:
+    return velocity(x, t)
+
+
+def _midpoint(velocity: Callable, x: Array, t: Array, dt: float) -> Array:
+    return velocity(x + 0.5 * dt * velocity(x, t), t + 0.5 * dt)
+
+
+def _heun(velocity: Callable, x: Array, t: Array, dt: float) -> Array:
+    first = velocity(x, t)
+    return 0.5 * (first + velocity(x + dt * first, t + dt))
+
+
+# Name -> (mean velocity over a step, evaluations of the network in a step). Heun's last one lies at the data end.
+SOLVERS = {"euler": (_euler, 1), "midpoint": (_midpoint, 2), "heun": (_heun, 2)}
+
+
+def check_solver(name: str) -> None:
+    """Raises UserError for an unknown solver."""
+    if name not in SOLVERS:
+        raise errors.UserError(f"flow solver {name!r} is unknown: use one of {sorted(SOLVERS)}")
+
+
+def integrate(velocity: Velocity, noise: Array, config: FlowConfig, solver: str = "euler") -> Array:
+    """From the noise to the data in `config.steps` steps, then the clamp.
 
     Args:
       velocity: (x f32 [B, Z, A], t f32 [B]) -> [B, Z, A].
       noise: f32 [B, Z, A], x at t = noise_at.
+      solver: a name of SOLVERS; both originals use forward Euler.
 
     Returns:
       f32 [B, Z, A] in [-clip, clip].
     """
-    dt = _direction(config) / config.steps
+    check_solver(solver)
+    dt, slope = _direction(config) / config.steps, SOLVERS[solver][0]
+
+    def at(x: Array, t: Array) -> Array:
+        return velocity(x, jnp.full((x.shape[0],), t)).astype(jnp.float32)
 
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         x, t = carry
         # The time is a running sum, as in both originals: pi0's time embedding sees the last digit of it.
-        return (x + dt * velocity(x, jnp.full((x.shape[0],), t)).astype(jnp.float32), t + dt), None
+        return (x + dt * slope(at, x, t, dt), t + dt), None
 
     start = (noise.astype(jnp.float32), jnp.float32(config.noise_at))
     (x, _), _ = jax.lax.scan(step, start, length=config.steps)

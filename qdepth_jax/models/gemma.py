@@ -38,7 +38,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from qdepth_jax.models import attention, layout, linear, norms, stack
+from qdepth_jax.models import attention, cached_attention, layout, linear, norms, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +260,6 @@ class Layer(nn.Module):
         kv = KVCache(k, v) if self.return_kv else None
         if not wanted:
             return streams, kv
-        if cache is not None:
-            k, v = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
 
         q = jnp.concatenate([blocks[name].query(normed[name]) for name in wanted], axis=1)
         # By the order of `blocks`: a dict that went through a scan comes back with its keys sorted.
@@ -270,7 +268,11 @@ class Layer(nn.Module):
         cos, sin = (jnp.concatenate([table[:, row] for row in rows], axis=1) for table in (shared.cos, shared.sin))
         mask = shared.mask if own.even is None else jnp.where(own.even, shared.local_mask, shared.mask)
         mask = jnp.concatenate([mask[:, row] for row in rows], axis=1)
-        attended = attention.attend(apply_rope(q, cos, sin), k, v, mask, config.softcap, config.query_scale)
+        q = apply_rope(q, cos, sin)
+        if cache is None:
+            attended = attention.attend(q, k, v, mask, config.softcap, config.query_scale)
+        else:
+            attended = cached_attention.attend(q, k, v, cache.k, cache.v, mask, config.softcap, config.query_scale)
 
         out, start = dict(streams), 0
         for name in wanted:

@@ -13,20 +13,16 @@ DEVIATION: the paper only guides its frozen actions too; here they come out exac
 Axis letters: B batch, Z horizon, A action dim.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from qdepth_jax import errors
-from qdepth_jax.models import flow, objective, policy, visibility
+from qdepth_jax.models import flow, objective, policy, sampling
 
 VARIANTS = ("inpaint", "guided")
 MAX_GUIDANCE = 5.0  # the paper's beta: with few steps, stronger guidance makes actions oscillate
-
-Velocity = Callable[[Array, Array], Array]
 
 
 def soft_weights(frozen: int, known: int, horizon: int) -> np.ndarray:
@@ -55,40 +51,64 @@ def sample_actions(
     previous: Array,
     weights: Array,
     variant: str = "inpaint",
+    solver: str = "euler",
 ) -> Array:
     """`sampling.sample_actions`, continuing an old chunk.
 
     Args:
       batch: images, text, proprio. noise: f32 [B, Z, A].
-      previous: f32 [B, Z, robot_action_dim], what is left of the old chunk, normalised, from now on; zeros behind.
-      weights: f32 [B, Z] in [0, 1], see `soft_weights`. Where 1, the action is `previous` to the bit; an example
-        whose weights are all 0 is sampled as if there were no old chunk.
+      previous, weights, variant, solver: see `continue_chunk`.
 
     Returns:
       f32 [B, Z, robot_action_dim], normalised actions.
     """
     del state  # as in sampling.sample_actions
-    if variant not in VARIANTS:
-        raise errors.UserError(f"real-time chunking {variant!r} is unknown: use one of {VARIANTS}")
-    visibility.check_cacheable(visibility.resolve(config.visibility))
-    network, variables, text = policy.Policy(config), {"params": params}, batch["text"]
-    there = policy.view_mask(config, batch)
-    images = policy.prepare_images(config, batch)
-    cache, _ = network.apply(
-        variables, images, text, batch.get("proprio"), view_mask=there, method=policy.Policy.prefill
-    )
+    check_solver(variant, solver)
+    velocity = sampling.run_prefix(config, params, batch).velocity
+    return continue_chunk(config, velocity, noise, previous, weights, variant, solver)
 
-    def plain(x: Array, t: Array) -> Array:
-        return network.apply(variables, cache, text, x, t, there, method=policy.Policy.denoise)
 
+def continue_chunk(
+    config: policy.PolicyConfig,
+    plain: flow.Velocity,
+    noise: Array,
+    previous: Array,
+    weights: Array,
+    variant: str = "inpaint",
+    solver: str = "euler",
+) -> Array:
+    """Integrates the flow of `sampling.run_prefix` towards an old chunk.
+
+    Args:
+      noise: f32 [B, Z, A].
+      previous: f32 [B, Z, robot_action_dim], what is left of the old chunk, normalised, from now on; zeros behind.
+      weights: f32 [B, Z] in [0, 1], see `soft_weights`. Where 1, the action is `previous` to the bit; an example
+        whose weights are all 0 is sampled as if there were no old chunk.
+      solver: of flow.SOLVERS.
+
+    Raises:
+      UserError: an unknown variant, or a solver that asks for the velocity at the data, where the pull is infinite.
+    """
+    check_solver(variant, solver)
     used = config.robot_action_dim
     # Numbers that only fill an action up are zeros in training, so they are known as well.
     old = jnp.pad(previous.astype(jnp.float32), ((0, 0), (0, 0), (0, config.action_dim - used)))
-    chunk = flow.integrate(continued(plain, old, weights, config.flow, variant), noise, config.flow)
+    chunk = flow.integrate(continued(plain, old, weights, config.flow, variant), noise, config.flow, solver)
     return jnp.where(weights[..., None] >= 1.0, old, chunk)[..., :used]
 
 
-def continued(plain: Velocity, old: Array, weights: Array, config: flow.FlowConfig, variant: str) -> Velocity:
+def check_solver(variant: str, solver: str) -> None:
+    """Raises UserError for an unknown variant or a solver that cannot continue a chunk, see `continue_chunk`."""
+    if variant not in VARIANTS:
+        raise errors.UserError(f"real-time chunking {variant!r} is unknown: use one of {VARIANTS}")
+    if solver == "heun":
+        raise errors.UserError(
+            "real-time chunking divides by the distance from the data, and heun's last evaluation lies there: use "
+            "euler or midpoint, or no real-time chunking"
+        )
+
+
+def continued(plain: flow.Velocity, old: Array, weights: Array, config: flow.FlowConfig, variant: str) -> flow.Velocity:
     """The velocity that leads to a chunk near `old` f32 [B, Z, A], as far as `weights` f32 [B, Z] bind it."""
     direction = -1.0 if config.noise_at else 1.0
     w = weights[..., None]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qdepth_jax import errors
-from qdepth_jax.models import attention
+from qdepth_jax.models import attention, int8
 
 # What the backward pass may keep of a layer beside its inputs, which are always kept; the rest it computes again.
 REMAT = {
@@ -64,6 +64,9 @@ def run_layers(
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=not scan)
     if scan or parent.is_initializing():
+        if not parent.is_initializing() and int8.has_int8(parent.variables["params"][name]):
+            # One layer at a time: nowhere is there more than one layer in full precision.
+            layer = nn.map_variables(layer, "params", trans_in_fn=int8.dequantise)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0},

@@ -12,7 +12,7 @@ import numpy as np
 
 import qdepth_jax
 from qdepth_jax import errors, planner
-from qdepth_jax.models import real_time
+from qdepth_jax.models import inference, real_time
 from qdepth_jax.serve import observation, protocol
 
 
@@ -24,6 +24,7 @@ class Options:
     batch_sizes: programs that are compiled. max_side: of a picture.
     depth: answer with depth where asked. seed: of requests that bring none.
     rtc: of real_time.VARIANTS, or "off": half as many programs to compile.
+    inference: steps and solver of the flow, and how weights are held.
     """
 
     dataset: str = ""
@@ -34,6 +35,7 @@ class Options:
     depth: bool = False
     rtc: str = "inpaint"
     seed: int = 0
+    inference: inference.Inference = inference.Inference()
 
     def __post_init__(self):
         if not self.batch_sizes or sorted(set(self.batch_sizes)) != list(self.batch_sizes) or self.batch_sizes[0] < 1:
@@ -42,6 +44,8 @@ class Options:
             raise errors.UserError(f"--units={self.units} is unknown: use one of {', '.join(observation.UNITS)}")
         if self.rtc not in (*real_time.VARIANTS, "off"):
             raise errors.UserError(f"--rtc={self.rtc} is unknown: use one of {', '.join(real_time.VARIANTS)}, off")
+        if self.rtc != "off":
+            real_time.check_solver(self.rtc, self.inference.solver)
         if self.max_side < 8:
             raise errors.UserError(f"--max_side={self.max_side} is smaller than the smallest picture, 8")
 
@@ -50,7 +54,7 @@ class Service:
     """One policy, ready to answer."""
 
     def __init__(self, path: str, options: Options):
-        loaded = planner.load(path, options.dataset, options.depth)
+        loaded = planner.load(path, options.dataset, options.depth, options.inference)
         units = options.units or observation.units_of(loaded.dataset)
         if units == "libero" and loaded.config.robot_action_dim != 7:
             raise errors.UserError(f"LIBERO's actions have 7 numbers, this policy's {loaded.config.robot_action_dim}")
@@ -87,14 +91,18 @@ class Service:
           FloatingPointError: actions that are not finite never reach a robot.
         """
         rows = [request.row for request in requests]
-        chunks = planner.plan(self.planner, rows, size, self.options.rtc if self.rtc else "inpaint")
+        depths, asked = None, any(request.depth for request in requests)
+        given = (self.planner, rows, size, self.options.rtc if self.rtc else "inpaint")
+        if asked:
+            chunks, depths = planner.plan_with_depth(*given)
+        else:
+            chunks = planner.plan(*given)
         if not np.isfinite(chunks).all():
             raise FloatingPointError("the policy planned actions that are not finite")
         answers = [{"actions": self.reader.actions(*pair)} for pair in zip(requests, chunks)]
-        if any(request.depth for request in requests):
-            for request, answer, depth in zip(requests, answers, planner.predict_depth(self.planner, rows, size)):
-                if request.depth:
-                    answer["depth"] = depth
+        for number, request in enumerate(requests):
+            if request.depth:
+                answers[number]["depth"] = depths[number]
         return answers
 
     def warm_up(self, say: Callable[[str], None], image_sizes: Sequence[tuple[int, int]] = ()) -> float:
@@ -110,7 +118,7 @@ class Service:
         if self.rtc:
             variants.append({observation.PREFIX: np.zeros((1, config.robot_action_dim), np.float32)})
         if self.options.depth:
-            variants.append({observation.DEPTH: True})
+            variants += [variant | {observation.DEPTH: True} for variant in variants]
         requests = [self.reader.read(plain | more, 0, 0) for more in variants]
         for size in self.options.batch_sizes:
             for request in requests:
@@ -160,6 +168,8 @@ class Service:
                 "meaning": names.meaning,
             },
             "rtc": self.options.rtc,
+            "flow": {"steps": config.flow.steps, "solver": self.planner.solver},
+            "weights": self.options.inference.weights,
             "batch_sizes": list(self.options.batch_sizes),
             "max_frame_bytes": self.max_frame,
             "depth": self._depth_metadata(),

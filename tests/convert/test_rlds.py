@@ -383,6 +383,17 @@ def test_sidecars_that_do_not_fit_are_refused(libero_dir, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_damage_inside_of_a_sidecar_does_not_go_into_the_copy(libero_dir, tmp_path):
+    root = sidecar_writer.make_sidecar(tmp_path / "tokens", index.open_index(libero_dir), "depth_tokens")
+    plan = rlds.plan(libero_dir, str(tmp_path / "new"), rlds.Options(depth_tokens=(root,)))
+    path = pathlib.Path(root, "train", "values.npy")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with rlds_claim.claimed(plan.target), pytest.raises(errors.UserError, match="is damaged: the bytes of episode 3"):
+        rlds_run.run_local(plan, 1)
+
+
 def test_output_must_be_free(libero_dir, tmp_path):
     for output in (libero_dir, os.path.join(libero_dir, "new"), os.path.dirname(libero_dir)):
         with pytest.raises(errors.UserError, match="contain one another"):
