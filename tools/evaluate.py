@@ -4,8 +4,9 @@
   python tools/evaluate.py --policy=expert --suite=libero_spatial,metaworld_mt10 --episodes=20 --output=DIR
   python tools/evaluate.py --policy=replay --data=data/libero_object/1.0.0 --output=DIR
 
-Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their LIBERO-PRO variants (_lan, _object,
-_swap, _task), metaworld_mt50, metaworld_mt10, simpler_widowx, simpler_google_robot. Policies:
+Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90, their LIBERO-PRO variants (_lan, _object,
+_swap, _task) and LIBERO-Plus categories (_plus_language, _plus_camera, _plus_layout); metaworld_mt50, metaworld_mt10;
+simpler_widowx, simpler_google_robot. Policies:
 
   trained      the checkpoint                  untrained    its architecture with fresh random weights
   mean_action  the mean of its training actions, at every step

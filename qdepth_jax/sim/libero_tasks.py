@@ -32,8 +32,14 @@ def list_tasks(suite: str) -> list[simulator.Task]:
 
 
 def make_env(task: simulator.Task, image_size: int, supersample: int) -> "Env":
+    found = libero.list_tasks(task.suite)[task.task_id]
+    return build(found, libero.evaluation_states(found), image_size, supersample)
+
+
+def build(task: libero.LiberoTask, states: np.ndarray, image_size: int, supersample: int) -> "Env":
+    """The environment of a task with its numbered starts, f64 [N, D]."""
     try:
-        return Env(libero.list_tasks(task.suite)[task.task_id], image_size, supersample)
+        return Env(task, states, image_size, supersample)
     except (OSError, ValueError) as error:  # MuJoCo raises ValueError for files that it cannot open
         if isinstance(error, errors.UserError):
             raise
@@ -54,45 +60,47 @@ def versions() -> dict[str, str]:
 class Env:
     """simulator.Env of one LIBERO task."""
 
-    def __init__(self, task: libero.LiberoTask, image_size: int, supersample: int):
-        self._states = libero.evaluation_states(task)
-        self._env = libero.LiberoEnv(task, image_size, supersample)
+    def __init__(self, task: libero.LiberoTask, states: np.ndarray, image_size: int, supersample: int):
+        self._states = states
+        self.libero = libero.LiberoEnv(task, image_size, supersample)
 
     def reset(self, start: simulator.Start) -> None:
         if start.seed is not None:
-            self._env.reset(start.seed, None if start.state is None else np.asarray(start.state))
+            self.libero.reset(start.seed, None if start.state is None else np.asarray(start.state))
         elif start.number < len(self._states):
-            self._env.reset(0, self._states[start.number])  # fixtures, which are in no state, always as seed 0 has them
+            # Fixtures are in no state: always as seed 0 has them.
+            self.libero.reset(0, self._states[start.number])
         else:
-            raise errors.UserError(f"{self._env.task.name} has starts 0 to {len(self._states) - 1}, not {start.number}")
+            name, count = self.libero.task.name, len(self._states)
+            raise errors.UserError(f"{name} has starts 0 to {count - 1}, not {start.number}")
 
     def instruction(self) -> str:
-        return self._env.task.instruction
+        return self.libero.task.instruction
 
     def state(self) -> np.ndarray:
-        return self._env.proprio()["state"]
+        return self.libero.proprio()["state"]
 
     def opening(self) -> float:
-        return float(np.ptp(self._env.observation["robot0_gripper_qpos"]))
+        return float(np.ptp(self.libero.observation["robot0_gripper_qpos"]))
 
     def pictures(self, views: Sequence[str]) -> dict[str, np.ndarray]:
         wanted = {PICTURES["main" if view == "depth" else view] for view in views}
-        seen = self._env.render(tuple(sorted(wanted))) if wanted else {}
+        seen = self.libero.render(tuple(sorted(wanted))) if wanted else {}
         return {view: seen[PICTURES.get(view, view)] for view in views}
 
     def convert(self, chunk: np.ndarray) -> np.ndarray:
         return chunk
 
     def step(self, action: np.ndarray) -> bool:
-        return self._env.step(action)
+        return self.libero.step(action)
 
     def expert(self) -> Callable[[], np.ndarray | None]:
         from qdepth_jax.sim import expert
 
-        if reasons := expert.unsupported(self._env):
-            raise errors.UserError(f"the scripted expert cannot do {self._env.task.name}: {'; '.join(reasons)}")
-        acting = expert.Expert(self._env)
+        if reasons := expert.unsupported(self.libero):
+            raise errors.UserError(f"the scripted expert cannot do {self.libero.task.name}: {'; '.join(reasons)}")
+        acting = expert.Expert(self.libero)
         return lambda: None if acting.gave_up else acting.act()
 
     def close(self) -> None:
-        self._env.close()
+        self.libero.close()

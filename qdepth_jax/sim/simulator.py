@@ -22,6 +22,7 @@ from qdepth_jax import errors
 
 # (pattern of suite names, adapter module)
 ADAPTERS = (
+    (r"libero_(spatial|object|goal|10|90)_plus_.*", "qdepth_jax.sim.libero_plus_tasks"),
     (r"libero_(spatial|object|goal|10|90)(_.*)?", "qdepth_jax.sim.libero_tasks"),
     (r"metaworld(_.*)?", "qdepth_jax.sim.metaworld_tasks"),
     (r"simpler_.*", "qdepth_jax.sim.simpler_tasks"),
@@ -134,9 +135,9 @@ def adapter_of(suite: str) -> Any:
         if re.fullmatch(pattern, suite):
             return adapter(module)
     raise errors.UserError(
-        f"unknown suite {suite!r}: libero_spatial, libero_object, libero_goal, libero_10, libero_90 and their "
-        "LIBERO-PRO variants (_lan, _object, _swap, _task), metaworld_mt50, metaworld_mt10, simpler_widowx, "
-        "simpler_google_robot"
+        f"unknown suite {suite!r}: libero_spatial, libero_object, libero_goal, libero_10, libero_90, their LIBERO-PRO "
+        "variants (_lan, _object, _swap, _task) and LIBERO-Plus categories (_plus_language, _plus_camera, "
+        "_plus_layout); metaworld_mt50, metaworld_mt10; simpler_widowx, simpler_google_robot"
     )
 
 

