@@ -142,10 +142,10 @@ def untrained(planner: Any, seed: int) -> Any:
     """The planner with fresh random weights of the same architecture; the codebook stays."""
     import jax
 
-    from qdepth_jax.models import policy
+    from qdepth_jax.models import inference, policy
 
     fresh = jax.jit(lambda key: policy.init(planner.config, key)["params"])(jax.random.key(seed))
-    return planner._replace(variables={**planner.variables, "params": fresh})
+    return planner._replace(variables={**planner.variables, "params": inference.pack(planner.config, fresh)})
 
 
 def mean_action(planner: Any, robot: simulator.Robot) -> Policy:
