@@ -13,7 +13,18 @@ from PIL import Image
 
 from qdepth_jax import errors
 from qdepth_jax.convert import rlds, rlds_claim, rlds_run
-from qdepth_jax.data import episode_reader, example, index, quarantine, shard_scan, sidecar, spec, tfrecord, write_rlds
+from qdepth_jax.data import (
+    episode_reader,
+    example,
+    index,
+    quarantine,
+    shard_scan,
+    sidecar,
+    sidecar_sums,
+    spec,
+    tfrecord,
+    write_rlds,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTHS = (7, 3, 9, 5, 4, 6)
@@ -188,7 +199,8 @@ def test_tokens_without_depth_are_invalid_and_do_not_count(damaged, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout.splitlines()[-1])
     tokens = sidecar.open_sidecar(str(tmp_path / "tokens" / "libero_object"), "train")
-    details = {"grid": 4, "codes": 16, "invalid": 65535, "depth": "holes", "backend": "cpu"}
+    found = sidecar_sums.digest(sidecar.open_sidecar(str(tmp_path / "depth"), "train"))
+    details = {"grid": 4, "codes": 16, "invalid": 65535, "depth": "holes", "backend": "cpu", "depth_digest": found}
     assert tokens.metadata.details == details
     bad = split.quarantined
     invalid = tokens.values == sidecar.INVALID_TOKEN
