@@ -13,7 +13,7 @@ from qdepth_jax.plan import collectives, hlo
 # Operations that move nothing themselves. The fusions that a collective overlaps with hand its arrays through.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "async-start", "async-update",
+    "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "async-update",
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "gather", "slice")
 _VIEWS = ("bitcast", "reshape")
@@ -41,6 +41,12 @@ def _moved(module: hlo.Module, computation: dict[str, hlo.Instruction], instruct
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done") or collectives.kind_of(opcode):
         return 0.0
+    if opcode == "async-start":  # weights of a layer, cut out of the stack on their way to on-chip memory
+        root = next((i for i in _body(module, instruction).values() if i.root), None)
+        if root is None or root.opcode not in _SLICES:
+            return 0.0
+        source = computation.get(instruction.operands[0])
+        return root.bytes * bool(source is not None and _in_hbm(source)) + _in_hbm(root)
     if opcode.endswith("-start"):  # (source, destination, ...) of a copy; slices hold their source in brackets
         source, destination = instruction.shape[0], instruction.shape[1]
         return destination.bytes * (source.in_hbm + destination.in_hbm)

@@ -177,3 +177,24 @@ ENTRY %main (x: f32[27,100], k: s32[]) -> f32[27,100] {
 def test_memory_traffic_counts_slices_and_updates_as_what_they_move():
     # Read one row (400 bytes) into on-chip memory; write its negation (400); read it, update one row (800).
     assert traffic.hbm_bytes(hlo.parse(TRAFFIC), []) == 400 + 400 + 800
+
+
+ASYNC = """HloModule jit_f
+
+%cut (p: f32[12,100]) -> f32[3,100] {
+  %p = f32[12,100]{1,0:T(8,128)} parameter(0)
+  ROOT %rows = f32[3,100]{1,0:T(8,128)S(1)} slice(%p), slice={[0:3], [0:100]}
+}
+
+ENTRY %main (x: f32[12,100]) -> f32[3,100] {
+  %x = f32[12,100]{1,0:T(8,128)} parameter(0)
+  %slice-start = ((f32[12,100]{1,0:T(8,128)}), f32[3,100]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) async-start(%x), calls=%cut
+  %slice-done = f32[3,100]{1,0:T(8,128)S(1)} async-done(%slice-start)
+  ROOT %out = f32[3,100]{1,0:T(8,128)} negate(%slice-done)
+}
+"""
+
+
+def test_slices_on_their_way_to_on_chip_memory_are_read_from_hbm():
+    # Three rows read (1200 bytes) into on-chip memory, their negation written.
+    assert traffic.hbm_bytes(hlo.parse(ASYNC), []) == 1200 + 1200
