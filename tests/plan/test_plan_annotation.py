@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -70,7 +71,11 @@ def test_compiled_for_one_chip_of_v5e(tmp_path):
         annotation.plan("vits", "bfloat16", (64, 64), 70, batch, where, True, str(tmp_path)) for batch in (1, 2)
     )
     assert made["fits"] and 0 < made["needed"] < 2**30
-    assert made["hbm_bytes"] < twice["hbm_bytes"] < 2.5 * made["hbm_bytes"]
+    # Each reads every weight at least once. More windows need not move more: a small batch is cut up in other ways.
+    config = depth_anything.sized("vits", video=True, dtype="bfloat16")
+    params = jax.eval_shape(lambda: depth_anything.init(config, jax.random.key(0)))["params"]
+    weights = 4 * sum(x.size for x in jax.tree.leaves(params))
+    assert all(weights <= plan["hbm_bytes"] < 2 * weights for plan in (made, twice))
     assert annotation.plan("vits", "bfloat16", (64, 64), 70, 1, where, True, str(tmp_path)) == made
 
 
