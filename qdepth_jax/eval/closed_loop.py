@@ -345,9 +345,9 @@ class _Loop:
     def _video(self, run: _Run, episode: Episode) -> None:
         kept = _kept_videos(self._jobs, self._options, self._finished)
         folder = self._folder / episodes_lib.VIDEOS
-        # A failure of an earlier start pushes out that of a later one.
-        for other in self._finished.values():
-            if other.key[:2] == episode.key[:2] and other.key not in kept and not other.success:
+        # A failure of an earlier start pushes out that of a later one. Episodes that nobody asks for now keep theirs.
+        for other in (self._finished.get(_key(*job)) for job in self._jobs):
+            if other and other.key[:2] == episode.key[:2] and other.key not in kept and not other.success:
                 (folder / _video_name(other)).unlink(missing_ok=True)
         if episode.key not in kept:
             return

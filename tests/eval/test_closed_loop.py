@@ -199,6 +199,8 @@ def test_videos_are_kept_by_start_whatever_finished_first(tmp_path, monkeypatch)
     assert {name: count for name, count, *_ in written}["fake_task000_start001_failure.mp4"] == 13 + 1
     assert {label for _, _, label, _ in written} == {"simulator's depth, m"}
     assert closed_loop.run(weak, jobs, asked, tmp_path) == found
+    closed_loop.run(weak, [(fake_simulator.task(cap=39), simulator.Start(5))], asked, tmp_path)
+    assert kept < {p.name for p in (tmp_path / "videos").iterdir()}  # other starts do not cost these their videos
 
 
 def strength(query):
