@@ -25,7 +25,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -36,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
-from benchmarks import inference_sizes, loader_report  # noqa: E402
+from benchmarks import contestant, inference_sizes, loader_report  # noqa: E402
 
 _OPEN_PI_ZERO = flags.DEFINE_string("open_pi_zero", "", "checkout of open-pi-zero; empty = without")
 _OPENPI = flags.DEFINE_string("openpi", "", "checkout of openpi; empty = without")
@@ -99,41 +98,10 @@ def _network(name: str) -> str:
     return inference_sizes.CONTESTANTS[name][1]
 
 
-class Contestant:
-    """A living process; every answer that is an error is kept as `error`."""
-
-    def __init__(self, order: inference_sizes.Order):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        if order.device == "gpu":
-            environment |= {"JAX_PLATFORMS": "cuda,cpu"}
-        python = _OPENPI_PYTHON.value if order.contestant == "openpi" else sys.executable
-        self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.inference_child", json.dumps(dataclasses.asdict(order))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
-        self.error = ""
-        self.start = self._answer()
-
-    def run(self, steps: int, repeats: int) -> dict[str, Any]:
-        """Plans chunks; {} after an error."""
-        if self.error:
-            return {}
-        print(steps, repeats, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
-        self.error = answer.get("error", "")
-        return {} if self.error else answer
+def contestant_of(order: inference_sizes.Order) -> contestant.Contestant:
+    environment = {"JAX_PLATFORMS": "cuda,cpu"} if order.device == "gpu" else {}
+    python = _OPENPI_PYTHON.value if order.contestant == "openpi" else ""
+    return contestant.Contestant("inference_child", dataclasses.asdict(order), environment, python)
 
 
 def race(names: list[str]) -> dict[str, Any]:
@@ -156,7 +124,7 @@ def race(names: list[str]) -> dict[str, Any]:
         try:
             for order in _orders(names, folder):
                 name = order.contestant
-                running[name] = Contestant(order)
+                running[name] = contestant_of(order)
                 firsts[name] = running[name].run(_FLOW_STEPS.value, 1)  # everybody compiles here
                 for steps in (1, _FLOW_STEPS.value, 1):  # and here; caches and pools warm
                     running[name].run(steps, 1)
@@ -175,8 +143,8 @@ def race(names: list[str]) -> dict[str, Any]:
                 for _, name in itertools.product(range(_ROUNDS.value), able):
                     turn(name)
         finally:
-            for contestant in running.values():
-                contestant.close()
+            for living in running.values():
+                living.close()
             bar.close()
         able = [name for name in names if name not in failed and turns[name]]
         return {
@@ -255,15 +223,15 @@ def ratios(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict
     return {name: spread([b[name] / a[name] for a, b in zip(ours, theirs, strict=True)]) for name in names}
 
 
-def summary(contestant: Contestant, first: dict[str, Any], turns: list[dict[str, float]]) -> dict[str, Any]:
+def summary(living: contestant.Contestant, first: dict[str, Any], turns: list[dict[str, float]]) -> dict[str, Any]:
     """Figures of one contestant; prefix_share: of the CPU seconds of a chunk on a CPU, of wall time on a GPU."""
     clock = "wall_s" if _DEVICE.value == "gpu" else "cpu_s"
     names = ("wall_s", "cpu_s", "prefix_wall_s", "prefix_cpu_s", "step_wall_s", "step_cpu_s")
     return {
-        **contestant.start["facts"],
+        **living.start["facts"],
         **{name: spread([turn[name] for turn in turns]) for name in names},
         "prefix_share": spread([turn[f"prefix_{clock}"] / turn[clock] for turn in turns]),
-        "build_and_first_s": contestant.start["build_s"] + first["wall_s"],
+        "build_and_first_s": living.start["build_s"] + first["wall_s"],
         "peak_mb": turns[-1]["peak_mb"],
     }
 

@@ -25,7 +25,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -36,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
-from benchmarks import loader_report, train_step_sizes  # noqa: E402
+from benchmarks import contestant, loader_report, train_step_sizes  # noqa: E402
 
 _CHECKOUT = flags.DEFINE_string("open_pi_zero", "", "checkout of open-pi-zero; empty = ours alone")
 _SIZE = flags.DEFINE_enum(
@@ -80,41 +79,12 @@ def main(argv: list[str]) -> int:
     return 0 if result["agree"] and not result["failed"] else 1
 
 
-class Contestant:
-    """A living process; every answer that is an error is kept as `error`."""
-
-    def __init__(self, order: train_step_sizes.Order):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        if order.device == "gpu":
-            # The state in float32 with what loading it takes: JAX's own limit is three quarters of the memory.
-            environment |= {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step_child", json.dumps(dataclasses.asdict(order))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
-        self.error = ""
-        self.start = self._answer()
-
-    def run(self, steps: int) -> dict[str, Any]:
-        """Runs steps; {} after an error."""
-        if self.error:
-            return {}
-        print(steps, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
-        self.error = answer.get("error", "")
-        return {} if self.error else answer
+def contestant_of(order: train_step_sizes.Order) -> contestant.Contestant:
+    environment = {}
+    if order.device == "gpu":
+        # The state in float32 with what loading it takes: JAX's own limit is three quarters of the memory.
+        environment = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    return contestant.Contestant("train_step_child", dataclasses.asdict(order), environment)
 
 
 def race(names: list[str]) -> dict[str, Any]:
@@ -138,7 +108,7 @@ def race(names: list[str]) -> dict[str, Any]:
 
         try:
             for name in order:
-                running[name] = Contestant(_order(name, folder, name == first))
+                running[name] = contestant_of(_order(name, folder, name == first))
                 firsts[name] = running[name].run(1)  # torch compiles here
                 running[name].run(1)  # caches and pools warm
                 bar.update()
@@ -156,8 +126,8 @@ def race(names: list[str]) -> dict[str, Any]:
                 for _, name in itertools.product(range(_ROUNDS.value), able):
                     turn(name)
         finally:
-            for contestant in running.values():
-                contestant.close()
+            for living in running.values():
+                living.close()
             bar.close()
         able = [name for name in names if name not in failed and turns[name]]
         # One network: our formula counts for all.
@@ -215,10 +185,10 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str
 
 
 def summary(
-    contestant: Contestant, first: dict[str, Any], turns: list[dict[str, Any]], model_flops: float
+    living: contestant.Contestant, first: dict[str, Any], turns: list[dict[str, Any]], model_flops: float
 ) -> dict[str, Any]:
     """Figures of one contestant; `model_flops` of one sample, 0 where unknown."""
-    facts, examples = contestant.start["facts"], _BATCH.value * _STEPS.value
+    facts, examples = living.start["facts"], _BATCH.value * _STEPS.value
     rate = spread([examples / turn["wall_s"] for turn in turns])
     out = {
         "parameters": facts["parameters"],
@@ -227,7 +197,7 @@ def summary(
         "samples_per_s": rate,
         "step_s": spread([turn["wall_s"] / _STEPS.value for turn in turns]),
         "step_cpu_s": spread([turn["cpu_s"] / _STEPS.value for turn in turns]),
-        "build_and_first_step_s": contestant.start["build_s"] + first["wall_s"],
+        "build_and_first_step_s": living.start["build_s"] + first["wall_s"],
         "peak_mb": turns[-1]["peak_mb"],
         "device_kind": facts["device_kind"],
         "model_gflops_per_s": rate["median"] * model_flops / 1e9,

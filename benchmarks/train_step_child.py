@@ -1,19 +1,15 @@
-"""The process of one contestant: builds itself, then takes orders of one line each. benchmarks/train_step.py starts it.
+"""The process of one contestant of benchmarks/train_step.py, see contestant.py.
 
 python -m benchmarks.train_step_child '{"contestant": "ours", ...}'
 
-stdin: a number of steps per line; stdout: one JSON line after building ({"facts": ...}) and one per order
-({"wall_s", "cpu_s", "rows": [[loss, gradient norm], ...]}), or {"error": ...} and the end.
+An order is a number of steps; its answer has "rows": [[loss, gradient norm], ...].
 """
 
 import importlib
 import json
-import os
-import resource
 import sys
-import time
-import traceback
 
+from benchmarks import contestant
 from benchmarks import train_step_sizes as sizes
 
 MODULES = {"ours": "train_step_ours", "eager": "train_step_torch", "compile": "train_step_torch"}
@@ -21,32 +17,12 @@ MODULES = {"ours": "train_step_ours", "eager": "train_step_torch", "compile": "t
 
 def main(order: sizes.Order) -> None:
     """Serves until stdin ends."""
-    # What libraries print goes to stderr; stdout is for our lines.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
 
-    def say(**line) -> None:
-        print(json.dumps(line), file=out, flush=True)
-
-    if order.device == "cpu":
-        # Before any import that starts a thread pool: all contestants get the same cores.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: order.threads])
-    try:
-        started = time.perf_counter()
+    def build():
         run, facts = importlib.import_module(f"benchmarks.{MODULES[order.contestant]}").build(order)
-        say(facts=facts, build_s=time.perf_counter() - started)
-        for line in sys.stdin:
-            wall, cpu = time.perf_counter(), time.process_time()
-            rows = run(int(line))
-            say(
-                wall_s=time.perf_counter() - wall,
-                cpu_s=time.process_time() - cpu,
-                rows=rows,
-                peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            )
-    except Exception as error:  # told to the parent, which says it and goes on or stops
-        traceback.print_exc()
-        say(error=f"{type(error).__name__}: {error}")
+        return lambda steps: {"rows": run(steps)}, facts
+
+    contestant.serve(build, order.threads if order.device == "cpu" else 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -28,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the package `benchmarks`, and this tree's qdepth_jax before an installed one
 
-from benchmarks import video_depth_order, video_depth_report  # noqa: E402
+from benchmarks import contestant, video_depth_order, video_depth_report  # noqa: E402
 
 _CHECKOUT = flags.DEFINE_string("video_depth_anything", "", "checkout of Video-Depth-Anything; empty = ours alone")
 _PYTHON = flags.DEFINE_string("python", sys.executable, "interpreter of the original")
@@ -64,46 +63,25 @@ def main(argv: list[str]) -> int:
     return 0 if result["agree"] else 1
 
 
-class Contestant:
-    """A living process."""
+def contestant_of(order: video_depth_order.Order, python: str) -> contestant.Contestant:
+    # Both hold the memory of one GPU: ours takes what it needs instead of three quarters.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment |= {"JAX_PLATFORMS": "cuda,cpu" if order.device == "gpu" else "cpu"}
+    return contestant.Contestant("video_depth_child", dataclasses.asdict(order), environment, python)
 
-    def __init__(self, order: video_depth_order.Order, python: str):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        environment |= {"JAX_PLATFORMS": "cuda,cpu" if order.device == "gpu" else "cpu"}
-        # Both hold the memory of one GPU: ours takes what it needs instead of three quarters.
-        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self.name = order.contestant
-        self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.video_depth_child", json.dumps(dataclasses.asdict(order))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
-        self.start = self._answer()
 
-    def run(self, passes: int) -> dict[str, Any]:
-        """Runs forward passes.
+def answer_of(running: contestant.Contestant, name: str, passes: int) -> dict[str, Any]:
+    """Runs forward passes.
 
-        Raises:
-          UserError: the contestant failed; what it said.
-        """
-        print(passes, file=self.process.stdin, flush=True)
-        return self._answer()
+    Raises:
+      UserError: the contestant failed; what it said.
+    """
+    from qdepth_jax import errors
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        from qdepth_jax import errors
-
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"the process ended with code {self.process.wait()}"}
-        if "error" in answer:
-            raise errors.UserError(f"{self.name} failed: {answer['error']} (its own output is above)")
-        return answer
+    answer = running.run(passes)
+    if running.error:
+        raise errors.UserError(f"{name} failed: {running.error} (its own output is above)")
+    return answer
 
 
 def race(names: list[str]) -> dict[str, Any]:
@@ -131,20 +109,20 @@ def race(names: list[str]) -> dict[str, Any]:
                     folder=folder,
                     scan=_SCAN.value,
                 )
-                running[name] = Contestant(order, sys.executable if name == "ours" else _PYTHON.value)
-                firsts[name] = running[name].run(1)
-                running[name].run(1)  # caches and pools warm
+                running[name] = contestant_of(order, sys.executable if name == "ours" else _PYTHON.value)
+                firsts[name] = answer_of(running[name], name, 1)
+                answer_of(running[name], name, 1)  # caches and pools warm
                 bar.update()
             depths = [np.load(order.depth_file(name)) for name in names]
             agreement = video_depth_report.agree(depths) | {"tolerance": _TOLERANCE.value}
             agreed = agreement["relative"] <= _TOLERANCE.value
             for number in range(_ROUNDS.value if agreed else 0):
                 for name in names if number % 2 else names[::-1]:
-                    turns[name].append(running[name].run(_PASSES.value))
+                    turns[name].append(answer_of(running[name], name, _PASSES.value))
                     bar.update()
         finally:
-            for contestant in running.values():
-                contestant.close()
+            for living in running.values():
+                living.close()
             bar.close()
     result = {
         "size": _SIZE.value,

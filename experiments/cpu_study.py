@@ -1,10 +1,11 @@
-"""A small controlled study on simulators: does depth help at the size of two CPU cores? Results: docs/study.md.
+"""A small controlled study on simulators: does depth help at the size of two CPU cores?
 
   python -m qdepth_jax.train --config=experiments/cpu_study.py:metaworld,tokenizer --workdir=...
   python -m qdepth_jax.train --config=experiments/cpu_study.py:metaworld --workdir=... --config.tokenizer=...
   python -m qdepth_jax.train --config=experiments/baseline.py:cpu_study,metaworld --workdir=... --config.seed=1
 
-tools/run_study.py runs all of it. Arguments: libero or metaworld; `,tokenizer` for the depth tokenizer of its data.
+tools/run_study.py runs all of it and writes the tables. Arguments: libero or metaworld; `,tokenizer` for the depth
+tokenizer of its data.
 The variants are the ablation files that change the full-size recipes too; model, data, steps and seeds are the same.
 """
 
@@ -17,7 +18,7 @@ from qdepth_jax import config as config_lib
 from qdepth_jax import depth, errors
 from qdepth_jax.models import depth_expert, gemma, policy, siglip, tokenizer
 
-DATA = "datasets/study"  # where tools/run_study.py collects the demonstrations, below its --root
+DATA = "datasets/study"  # of runs started by hand; tools/run_study.py collects and names its own
 TEXT = str(pathlib.Path(__file__).resolve().parent.parent / "data" / "text_tokenizer" / "study.model")
 IMAGE, PATCH = 96, 16
 GRID = IMAGE // PATCH
@@ -30,7 +31,6 @@ class Part:
 
     Attributes:
       suites: data set -> the suite whose episodes it is and on which its policies are judged.
-      tasks: of each suite, () = all.
       views, proprio_dim, action_dim: of the policy. range: of depth that becomes tokens; the rest is masked.
       text_length: tokens of the longest instruction.
       demonstrations, held_out: scripted episodes per task to train on and for validation.
@@ -64,8 +64,8 @@ PARTS = {
         demonstrations=30,
         held_out=3,
         execute=16,
-        episodes=20,
-        steps=2000,
+        episodes=10,
+        steps=1000,
     ),
     "libero": Part(
         suites={"libero_object": "libero_object", "libero_spatial": "libero_spatial"},
@@ -81,14 +81,14 @@ PARTS = {
         steps=2000,
     ),
 }
-# Name -> experiment file that makes it of this recipe; "" is this file itself.
+# Name -> (experiment file that makes it of this recipe, "" = this file itself; whether it needs depth tokens).
 VARIANTS = {
-    "qdepth": "",
-    "baseline": "baseline",
-    "no_depth_loss": "no_depth_loss",
-    "pixel_depth": "pixel_depth",
-    "proprio_sees_depth": "proprio_sees_depth",
-    "future_depth": "future_depth",
+    "qdepth": ("", True),
+    "baseline": ("baseline", False),
+    "no_depth_loss": ("no_depth_loss", False),
+    "pixel_depth": ("pixel_depth", False),
+    "proprio_sees_depth": ("proprio_sees_depth", True),
+    "future_depth": ("future_depth", True),
 }
 SEEDS = (0, 1, 2)
 

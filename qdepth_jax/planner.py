@@ -19,7 +19,7 @@ import numpy as np
 from qdepth_jax import depth as depth_values
 from qdepth_jax import errors, exported
 from qdepth_jax.data import normalise, text
-from qdepth_jax.models import flow, images, inference, policy, real_time, sampling, tokenizer
+from qdepth_jax.models import depth_expert, flow, images, inference, policy, real_time, sampling, tokenizer
 
 # Programs that resize are kept for so many sizes of pictures; a robot has one or two.
 KEPT_SIZES = 16
@@ -295,8 +295,7 @@ def _depth(config, coder, variables, coder_variables, batch):
 def _decoded(config, coder, coder_variables, found):
     """What `sampling.predict_depth` returns -> f32 [B, R, R], metres or relative inverse depth."""
     if config.depth.head == "pixels":
-        b, g, r = found.shape[0], config.depth.grid, config.depth.pixels_per_token
-        x = found.reshape(b, g, g, r, r).transpose(0, 1, 3, 2, 4).reshape(b, g * r, g * r)
+        x = depth_expert.pixel_map(found, config.depth)
         return depth_values.denormalise(jnp.clip(x, -1.0, 1.0), config.depth.range)
     codes = jnp.argmax(found, axis=-1)
     x = tokenizer.decode(coder, coder_variables["params"], coder_variables["state"], codes)

@@ -105,7 +105,9 @@ def test_annotation_killed_and_shared(data, tmp_path):
     ]  # fmt: skip
     made = commands.run(*annotate, f"--output={tmp_path}/depth")
     assert "RANDOM" in made["estimator"] and all(row["directory"] for row in made["views"]["main"].values())
-    compare(commands, annotate, tmp_path, "depth", rng)
+    expected = whole(tmp_path / "depth")
+    for processes, found in shared(commands, annotate, tmp_path / "depth", rng):
+        assert found == expected, processes
 
 
 @pytest.mark.slow
@@ -131,15 +133,22 @@ def test_tokenisation_killed_and_shared(data, tmp_path):
     )  # fmt: skip
     tokenise = ["tools/tokenize_depth.py", f"--tokenizer={tmp_path}/tokenizer", "--report=none"]
     commands.run(*tokenise, f"--output={tmp_path}/tokens")
-    compare(commands, tokenise, tmp_path, "tokens", rng)
+    expected = whole(tmp_path / "tokens")
+    for processes, found in shared(commands, tokenise, tmp_path / "tokens", rng):
+        assert found == expected, processes
 
 
-def compare(commands: Commands, words, tmp_path, name: str, rng: random.Random) -> None:
-    expected = content(tmp_path / name)
+def whole(root):
+    """The content of finished sidecars, with every file that they have to have."""
+    found = content(root)
     files = {"values.npy", "scale.npy", "figures.npy", "sums.npy", "metadata.json"}
-    assert files == {pathlib.Path(file).name for file in expected}
-    kills = {1: 2, 2: 2, 4: KILLS - 4}
-    for processes, count in kills.items():
-        root = tmp_path / f"{name}_{processes}"
-        survive(commands, words, root, processes, count, rng)
-        assert content(root) == expected, (name, processes)
+    assert files == {pathlib.Path(file).name for file in found}
+    return found
+
+
+def shared(commands: Commands, words, root, rng: random.Random):
+    """(processes, what they made) of 1, 2 and 4 processes that were killed on the way."""
+    for processes, kills in {1: 2, 2: 2, 4: KILLS - 4}.items():
+        other = root.with_name(f"{root.name}_{processes}")
+        survive(commands, words, other, processes, kills, rng)
+        yield processes, content(other)

@@ -1,8 +1,8 @@
 """A training run on the episodes that it held out: which they are, and its figures on them (offline.py).
 
 Depth of every kind of policy is compared in one unit: decoded codes and regressed pixels against the truth on the
-tokenizer's grid of pixels, beside two baselines that look at nothing: what the tokenizer loses by itself (a floor for
-codes), and the mean depth map of the training frames.
+tokenizer's grid of pixels. Beside it stand the mean depth map of the training frames, which looks at nothing, and the
+true tokens decoded: what the tokenizer loses by itself, which no policy with codes can undo.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from qdepth_jax import depth, earlier_stages, errors, experiment
 from qdepth_jax.data import data_config, loader, normalise, sidecar
 from qdepth_jax.eval import depth_metrics, offline
-from qdepth_jax.models import policy, tokenizer
+from qdepth_jax.models import depth_expert, policy, tokenizer
 
 MEAN_MAP_FRAMES = 512
 
@@ -99,8 +99,7 @@ def _depth_figures(
         for name, codes in (("policy", result.codes), ("tokenizer", own)):
             guesses[name] = np.asarray(depth.denormalise(decode(variables, codes), config.range))
     else:
-        n, g, r = len(result.pixels), model.depth.grid, model.depth.pixels_per_token
-        x = result.pixels.reshape(n, g, g, r, r).transpose(0, 1, 3, 2, 4).reshape(n, g * r, g * r)
+        x = depth_expert.pixel_map(result.pixels, model.depth)
         guesses["policy"] = _nearest(np.asarray(depth.denormalise(np.clip(x, -1, 1), model.depth.range)), truth)
     out: dict[str, Any] = {"unit": "m" if config.range.kind == "metric" else "relative inverse depth"}
     for name, guess in guesses.items():

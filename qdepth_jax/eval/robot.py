@@ -10,7 +10,6 @@ from qdepth_jax.sim import actions
 
 Observation = dict[str, np.ndarray | str]
 CAMERAS = {"main": "image", "wrist": "wrist_image"}
-to_libero, from_libero = actions.to_libero, actions.from_libero
 
 
 def libero_policy(
@@ -44,6 +43,6 @@ def libero_policy(
         row = planner.make_row(
             loaded, pictures, observation["state"], observation["instruction"], seed, next(calls)
         )  # fmt: skip
-        return to_libero(planner.plan(loaded, [row])[0])
+        return actions.to_libero(planner.plan(loaded, [row])[0])
 
     return act

@@ -209,6 +209,12 @@ def pixel_targets(batch: dict[str, Array], config: DepthConfig) -> tuple[Array, 
     return patches(x), patches(valid)
 
 
+def pixel_map(prediction: Array, config: DepthConfig) -> Array:
+    """Pixels of tokens [B, P, R*R] as one map [B, G*R, G*R]: how `pixel_targets` cut it."""
+    b, g, r = prediction.shape[0], config.grid, config.pixels_per_token
+    return prediction.reshape(b, g, g, r, r).transpose(0, 1, 3, 2, 4).reshape(b, g * r, g * r)
+
+
 def pixel_loss(prediction: Array, targets: Array, valid: Array) -> Array:
     """L1, mean over the valid pixels of each example, then over the batch. All [B, P, R*R] -> f32 scalar."""
     return _masked_mean(jnp.abs(prediction - targets), valid)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors, planner
-from qdepth_jax.eval import robot
 from qdepth_jax.serve import protocol
+from qdepth_jax.sim import actions
 
 SEED, PREFIX, FROZEN, DEPTH = "seed", "rtc/prefix", "rtc/frozen", "depth"
 OPTIONS = (SEED, PREFIX, FROZEN, DEPTH)
@@ -47,13 +47,13 @@ class Units:
 UNITS = {
     "libero": Units(
         "LIBERO's: end-effector motion dx dy dz droll dpitch dyaw in [-1, 1], gripper -1 open, +1 close",
-        robot.to_libero,
-        robot.from_libero,
+        actions.to_libero,
+        actions.from_libero,
     ),
     "standard": Units(
         "as the data set was standardised for training, in its own units (gripper 1 open, 0 closed)",
-        lambda actions: actions.astype(np.float32),
-        lambda actions: actions,
+        lambda chunk: chunk.astype(np.float32),
+        lambda chunk: chunk,
     ),
 }
 

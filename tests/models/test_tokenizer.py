@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from qdepth_jax import depth, errors
+from qdepth_jax.data import sidecar
 from qdepth_jax.models import codebook, depth_expert, tokenizer
 
 TINY = tokenizer.TokenizerConfig(
@@ -82,6 +83,16 @@ def test_invalid_pixels_do_not_reach_loss_or_gradient():
     b = objective.loss(variables["params"], variables["state"], batch | {"depth": jnp.asarray(beyond)}, key, 0)
     assert float(a.loss) == float(b.loss)
     assert float(a.metrics["valid_pixels"]) == 1 - 64 / 1024
+
+
+def test_tokens_that_stand_for_depth_are_those_of_the_sidecar():
+    """The rule stands twice, because data knows no model: once in a program, once in NumPy."""
+    rng = np.random.default_rng(0)
+    valid = rng.random((6, 32, 32)) < rng.random((6, 4, 4)).repeat(8, 1).repeat(8, 2)
+    valid[0, :4, :8], valid[0, 4:8, :8] = True, False  # exactly half
+    found = np.asarray(tokenizer.token_validity(TINY, jnp.asarray(valid)))
+    np.testing.assert_array_equal(found, sidecar.token_validity(valid, TINY.grid))
+    assert found[0, 0] and 0 < found.mean() < 1
 
 
 def test_metric_and_relative_ranges_round_trip():

@@ -63,7 +63,7 @@ def test_a_request_becomes_a_row(plain):
 def test_what_is_left_of_a_chunk(plain):
     old = np.asarray([[0.5, 0, 0, 0, 0, 0.25, 1], [0.1, 0, 0, 0, 0, 0, -1]], np.float32)
     request = plain.read(good(**{"rtc/prefix": old, "rtc/frozen": 1}), 0, 0)
-    standard = observation.robot.from_libero(old)
+    standard = observation.actions.from_libero(old)
     np.testing.assert_allclose(
         request.row.previous[:2], normalise.normalise(standard, plain.planner.action), atol=1e-6
     )  # fmt: skip
