@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # this tree's qdepth_jax before an installed one
 
-from qdepth_jax import command  # noqa: E402
+from qdepth_jax import command, files  # noqa: E402
 
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the runs", required=True)
 _KINDS = flags.DEFINE_list("kinds", ["ema", "l2", "fsq", "plain"], "quantisers")
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             _train(workdir, kind, seed, argv[1:])
         cost = json.loads((workdir / "train_cost.json").read_text())
         result = {"kind": kind, "seed": seed} | cost | measure(str(workdir))
-        _write(workdir / "RESULT.json", json.dumps(result, indent=1))
+        files.write_whole(workdir / "RESULT.json", json.dumps(result, indent=1))
         print(_line(result), file=sys.stderr, flush=True)
         _write_tables(output)
     _write_tables(output)
@@ -86,7 +86,7 @@ def _train(workdir: pathlib.Path, kind: str, seed: int, more: list[str]) -> None
     with open(workdir / "train.log", "a", encoding="utf-8") as log:
         subprocess.run(line, cwd=ROOT, stdout=log, stderr=log, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     spent = {"cpu_seconds": _cpu() - cpu, "wall_seconds": time.monotonic() - wall, "command": line[1:]}
-    _write(workdir / "train_cost.json", json.dumps(spent))
+    files.write_whole(workdir / "train_cost.json", json.dumps(spent))
 
 
 def _cpu() -> float:
@@ -182,13 +182,13 @@ def start(codes: Any, used: Any, grid: int) -> float:
 
 def _write_tables(output: pathlib.Path) -> None:
     results = _results(output)
-    _write(output / "table.md", table(results))
+    files.write_whole(output / "table.md", table(results))
     rows = [{"kind": r["kind"], "seed": r["seed"], "step": r["step"], **_row(r)} | {
         "interval_95": r["held_out"]["interval_95"], "floor": r["held_out"]["constant_per_token"], "soft": r["soft"],
         "by_data_set": {name: f["floor_over_tokens"] for name, f in r["by_data_set"].items()},
         "cpu_seconds": r["cpu_seconds"], "command": [part for part in r["command"] if not part.startswith("--workdir")],
     } for r in results]  # fmt: skip
-    _write(output / "table.json", json.dumps(rows, indent=1) + "\n")
+    files.write_whole(output / "table.json", json.dumps(rows, indent=1) + "\n")
 
 
 def _results(output: pathlib.Path) -> list[dict[str, Any]]:
@@ -227,12 +227,6 @@ def table(results: list[dict[str, Any]]) -> str:
         cost = statistics.mean(r["cpu_seconds"] for r in results if r["kind"] == kind)
         lines.append(f"| `{kind}` | {len(rows)} | " + " | ".join(cells) + f" | {cost:.0f} |")
     return "\n".join(lines) + "\n"
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

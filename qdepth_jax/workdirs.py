@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 from qdepth_jax import config as config_lib
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 
 ALLOWANCE = 4 * 2**20  # bytes per checkpoint beside its arrays: Orbax writes some dozen small files
 
@@ -55,9 +55,7 @@ def write_whole(path: epath.Path, text: str) -> None:
     if is_remote(path):
         path.write_text(text)
     else:
-        temporary = path.parent / (path.name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        files.write_whole(path, text)
 
 
 @contextlib.contextmanager

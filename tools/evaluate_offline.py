@@ -8,8 +8,6 @@ must be the one of the policy. The last line of stdout is JSON.
 """
 
 import json
-import os
-import pathlib
 
 from absl import flags
 
@@ -23,7 +21,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "file for the figures, too")
 
 def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
-    from qdepth_jax import errors
+    from qdepth_jax import errors, files
     from qdepth_jax.eval import held_out
 
     if len(argv) > 1:
@@ -31,10 +29,7 @@ def main(argv: list[str]) -> None:
     found = held_out.figures(_POLICY.value, _BATCHES.value, _TOKENIZER.value)
     text = json.dumps(found)
     if _OUTPUT.value:
-        path = pathlib.Path(_OUTPUT.value)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text + "\n")
-        os.replace(part, path)
+        files.write_whole(_OUTPUT.value, text + "\n")
     print(text)
 
 

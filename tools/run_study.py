@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # this tree's experiments, wherever the command is started
 
 from experiments import cpu_study  # noqa: E402
-from qdepth_jax import command, errors  # noqa: E402
+from qdepth_jax import command, errors, files  # noqa: E402
 from qdepth_jax.eval import study  # noqa: E402
 
 _ROOT = flags.DEFINE_string("root", None, "folder of demonstrations, runs and logs", required=True)
@@ -199,7 +199,8 @@ def run_all(root: pathlib.Path, chains: list[list[Job]], together: int, until: f
         for job in chain:
             if stopping.is_set() or time.monotonic() > until:
                 return
-            print(f"{job.name}: {next(left)} jobs left, log {log_file(root, job)}", file=sys.stderr, flush=True)
+            # One write: print() sends the end of the line apart, and other threads come between.
+            sys.stderr.write(f"{job.name}: {next(left)} jobs left, log {log_file(root, job)}\n")
             run(root, job, living)
 
     def terminate(*_) -> None:
@@ -237,12 +238,13 @@ def run(root: pathlib.Path, job: Job, living: set[subprocess.Popen]) -> None:
     living.remove(process)
     spent = {"cpu_seconds": used.ru_utime + used.ru_stime, "wall_seconds": time.monotonic() - began}
     earlier = json.loads(cost_file.read_text()) if cost_file.exists() else {}
-    write(cost_file, json.dumps({key: round(value + earlier.get(key, 0.0), 1) for key, value in spent.items()}))
+    total = {key: round(value + earlier.get(key, 0.0), 1) for key, value in spent.items()}
+    files.write_whole(cost_file, json.dumps(total))
     if process.returncode:
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise errors.UserError(f"{job.name} ended with code {process.returncode}, log {log}:\n{tail}")
     if not job.done.exists():
-        write(job.done, "")
+        files.write_whole(job.done, "")
 
 
 def report(root: pathlib.Path, output: pathlib.Path, jobs: list[Job]) -> int:
@@ -256,16 +258,10 @@ def report(root: pathlib.Path, output: pathlib.Path, jobs: list[Job]) -> int:
         content.pop("results", None)  # one line per episode: in the run's folder
         target = output / f"{job.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, json.dumps({"cost": json.loads(cost.read_text())} | content, indent=1) + "\n")
+        files.write_whole(target, json.dumps({"cost": json.loads(cost.read_text())} | content, indent=1) + "\n")
         kept += 1
     study.write(output, list(cpu_study.PARTS), list(cpu_study.VARIANTS))
     return kept
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

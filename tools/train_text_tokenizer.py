@@ -32,7 +32,7 @@ def train(directories: list[str]) -> dict:
     # Heavy imports only now: --help answers at once.
     import sentencepiece
 
-    from qdepth_jax import errors
+    from qdepth_jax import errors, files
     from qdepth_jax.data import text
 
     instructions = sorted(collect(directories))
@@ -64,10 +64,7 @@ def train(directories: list[str]) -> dict:
     except RuntimeError as error:
         raise errors.UserError(f"SentencePiece refused ({error}): change --vocabulary={_VOCABULARY.value}") from error
     os.makedirs(os.path.dirname(os.path.abspath(_OUTPUT.value)), exist_ok=True)
-    scratch = _OUTPUT.value + ".tmp"
-    with open(scratch, "wb") as file:
-        file.write(model.getvalue())
-    os.replace(scratch, _OUTPUT.value)
+    files.write_whole(_OUTPUT.value, model.getvalue())
     tokenizer = text.TextTokenizer(_OUTPUT.value)
     lengths = {instruction: len(tokenizer.encode(instruction)) for instruction in instructions}
     longest = max(lengths, key=lengths.get)

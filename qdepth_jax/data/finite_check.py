@@ -7,14 +7,13 @@ with the check would have written, so both ways end with the same files.
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 from qdepth_jax.data import index, index_build, quarantine
 
 # Rows looked at together: a mask of a whole column of DROID would be as large as the column.
@@ -106,13 +105,8 @@ def _read(directory: str, name: str) -> dict[str, Any]:
 def _replace(directory: str, name: str, content: Any) -> list[int]:
     """Writes a file of the index anew by one rename; returns [size, crc]."""
     data = json.dumps(content, ensure_ascii=False, indent=1).encode()
-    scratch = os.path.join(directory, f"{name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(scratch, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, os.path.join(directory, name))
+        files.write_whole(os.path.join(directory, name), data)
     except OSError as error:
         raise index_build.cannot_write(directory, error) from error
     return [len(data), google_crc32c.value(data)]

@@ -26,7 +26,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 from qdepth_jax.data import index_build, quarantine, shard_scan, spec, storage
 
 FORMAT = index_build.FORMAT
@@ -354,10 +354,7 @@ def _check_content(
 
 
 def _remember(path: str, content: dict[str, Any]) -> None:
-    scratch = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-        os.replace(scratch, path)
+        files.write_whole(path, json.dumps(content, ensure_ascii=False, indent=1))
     except OSError as error:
         logging.warning("%s cannot be written (%s): the shards are read again at every start", path, error.strerror)

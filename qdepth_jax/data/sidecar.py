@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 from qdepth_jax.data import sidecar_lock, storage
 
 STATE, DONE = "state", "state/done"  # of an unfinished sidecar
@@ -386,9 +386,7 @@ def _load_metadata(directory: str) -> Metadata:
 
 
 def _write_json(path: str, content: Any) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".tmp", path)
+    files.write_whole(path, json.dumps(content, indent=1))
 
 
 def _cannot_write(directory: str, error: OSError) -> errors.UserError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 from qdepth_jax.data import data_config, definitions, depth_images, index, normalise, sidecar, sidecar_sums, standardise
 
 # Part of the name of a statistics file: files of another form are not found, and computed again.
@@ -309,11 +309,8 @@ def _json_digest(content: Any) -> str:
 def _save_statistics(path: str, statistics: dict[str, normalise.Statistics], key: list[Any]) -> None:
     rows = json.loads(json.dumps({name: dataclasses.asdict(value) for name, value in statistics.items()}))
     content = {"key": key, "statistics": rows, "digest": _json_digest(rows)}
-    scratch = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(scratch, path)
+        files.write_whole(path, json.dumps(content, indent=1))
     except OSError as error:
         # They are recomputed in seconds: an index on a read-only disk stays usable.
         logging.warning("statistics are not kept in %s (%s); they are computed again next time", path, error.strerror)

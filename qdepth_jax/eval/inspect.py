@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qdepth_jax import errors, progress
+from qdepth_jax import errors, files, progress
 from qdepth_jax.data import normalise, shard_scan
 from qdepth_jax.eval import data_facts, data_figures, data_warnings, inspect_depth, report
 
@@ -87,12 +87,9 @@ def write(subject: data_facts.Subject, output: str, options: Options) -> dict[st
 
 
 def _save(path: str, content: str) -> None:
-    scratch = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(scratch, path)
+        files.write_whole(path, content)
     except OSError as error:
         raise errors.UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from typing import Any
 
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 from qdepth_jax.plan import program
 
 _SETTLED = 2.0  # seconds after which a report that stands there is whole
@@ -85,9 +85,7 @@ def compile_placed(module: str, order: dict[str, Any], cache: str = "") -> Place
             result = Placed(False, refused.needed, "", seconds, message)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode()))
-        temporary.replace(path)
+        files.write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(result)).encode()))
     return result
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qdepth_jax import config as config_lib
-from qdepth_jax import experiment, optim, sharding, train_step
+from qdepth_jax import experiment, files, optim, sharding, train_step
 from qdepth_jax.models import flops, policy, tokenizer
 from qdepth_jax.models import objective as objective_lib
 
@@ -201,9 +201,7 @@ def compile_step(lowered: jax.stages.Lowered, where: str, cache: str = "") -> Co
         result = dataclasses.replace(result, text=_dumped(folder), seconds=time.monotonic() - start)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode()))
-        temporary.replace(path)
+        files.write_whole(path, gzip.compress(json.dumps(dataclasses.asdict(result)).encode()))
     return result
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tqdm
 
-from qdepth_jax import errors
+from qdepth_jax import errors, files
 from qdepth_jax.data import write_rlds
 from qdepth_jax.sim import demos, libero
 
@@ -163,11 +163,11 @@ def run_attempt(plan: Plan, env, work: Path, task: int, number: int) -> Attempt:
         steps = len(track["action"])
         if outcome == demos.SUCCESS:
             episode_id = f"{plan.suite}/task_{task:03d}/seed_{seed}"
-            write_whole(folder / f"{number:05d}.episode", encode(env, seed, track, plan.encoding, episode_id))
+            files.write_whole(folder / f"{number:05d}.episode", encode(env, seed, track, plan.encoding, episode_id))
     except libero.SimulatorFailure as error:
         outcome, note = demos.CRASHED, f"{type(error).__name__}: {error}"
     attempt = Attempt(number, seed, outcome, steps, note)
-    write_whole(folder / f"{number:05d}.json", json.dumps(dataclasses.asdict(attempt)).encode())
+    files.write_whole(folder / f"{number:05d}.json", json.dumps(dataclasses.asdict(attempt)))
     return attempt
 
 
@@ -261,11 +261,4 @@ def check_identity(plan: Plan, work: Path) -> None:
             )
         return
     work.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(plan.identity()).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file is there with all of its content, or not at all."""
-    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    files.write_whole(path, json.dumps(plan.identity()))
