@@ -88,14 +88,17 @@ def _depth_figures(
     variables: dict[str, Any],
     mean_map: np.ndarray,
 ) -> dict[str, Any]:
-    truth, valid = _truth(config, result.raw_depth, result.scale, result.offset)
+    x, seen = tokenizer.preprocess(config, result.raw_depth, result.scale, result.offset)
+    truth, valid = np.asarray(depth.denormalise(x, config.range)), np.array(seen)
     # Judged where a token stands for depth, by the same rule for codes and pixels.
     kept = sidecar.token_validity(valid, config.grid)
     valid &= sidecar.token_pixels(kept, config.depth_size)
     guesses = {"mean_map": np.broadcast_to(mean_map, truth.shape)}
     if result.codes is not None:
         decode = jax.jit(lambda v, codes: tokenizer.decode(config, v["params"], v["state"], codes))
-        own = np.where(result.tokens == sidecar.INVALID_TOKEN, 0, result.tokens)
+        # Not the stored tokens: those that stand for no depth are only marked there, and what the tokenizer has in
+        # their place reaches their neighbours' pixels.
+        own = jax.jit(lambda v, x, seen: tokenizer.encode(config, v["params"], v["state"], x, seen))(variables, x, seen)
         for name, codes in (("policy", result.codes), ("tokenizer", own)):
             guesses[name] = np.asarray(depth.denormalise(decode(variables, codes), config.range))
     else:
@@ -107,12 +110,6 @@ def _depth_figures(
         sums.add(guess, truth, valid)
         out[name] = sums.result()
     return out
-
-
-def _truth(config: tokenizer.TokenizerConfig, raw, scale, offset) -> tuple[np.ndarray, np.ndarray]:
-    """Depth f32 [N, R, R] in its unit, and where it is valid."""
-    x, valid = tokenizer.preprocess(config, raw, scale, offset)
-    return np.asarray(depth.denormalise(x, config.range)), np.array(valid)
 
 
 def _nearest(maps: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -128,7 +125,8 @@ def _mean_map(meta: dict[str, Any], config: tokenizer.TokenizerConfig) -> np.nda
     total, count = 0.0, 0
     for i in range(max(1, min(MEAN_MAP_FRAMES, reader.frames) // 32)):
         batch = reader.batch(i)
-        truth, valid = _truth(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
+        x, seen = tokenizer.preprocess(config, batch["depth"], batch["depth_scale"], batch["depth_offset"])
+        truth, valid = np.asarray(depth.denormalise(x, config.range)), np.asarray(seen)
         total, count = total + np.where(valid, truth, 0.0).sum(axis=0), count + valid.sum(axis=0)
     reader.close()
     middle = (config.range.near + config.range.far) / 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,3 +48,20 @@ def test_true_pixels_have_no_error_and_missing_ones_do_not_count(result):
 def test_pixels_in_another_place_are_an_error(result):
     wrong = dataclasses.replace(result, pixels=result.pixels[:, [0, 2, 1, 3]])
     assert held_out._depth_figures(MODEL, wrong, CODER, {}, np.zeros((16, 16), np.float32))["policy"]["rmse"] > 0.3
+
+
+def test_the_tokenizers_own_error_is_that_of_its_own_codes(result):
+    """Also beside tokens without depth: a made-up code in their place changes what the neighbours decode to."""
+    coder = dataclasses.replace(CODER, quantiser="fsq", num_codes=64)
+    variables = tokenizer.init(coder, jax.random.key(0))
+    x, seen = tokenizer.preprocess(coder, result.raw_depth, result.scale, result.offset)
+    codes = np.asarray(tokenizer.encode(coder, variables["params"], variables["state"], x, seen))
+    assert codes[1, 0] and not seen[1, 0, 0]  # upper left of the second frame
+    given = dataclasses.replace(result, codes=codes, pixels=None)
+    flat = np.full((16, 16), 1.5, np.float32)
+    found = held_out._depth_figures(MODEL, given, coder, variables, flat)
+    assert found["tokenizer"] == found["policy"]  # a policy that says every code right
+    codes = codes.copy()
+    codes[1, 0] = 0
+    other = held_out._depth_figures(MODEL, dataclasses.replace(given, codes=codes), coder, variables, flat)
+    assert other["policy"] != found["policy"] and other["tokenizer"] == found["tokenizer"]
