@@ -61,14 +61,16 @@ def figures(workdir: str, batches: int, tokenizer_workdir: str = "") -> dict[str
       tokenizer_workdir: decodes codes; "" = no figures of depth in its unit.
 
     Returns:
-      offline.Result.figures and {"step", "parameters"}; with a tokenizer and a policy that was trained to say depth,
-      "depth": {"unit", "policy", "mean_map", and for codes "tokenizer"}, each as depth_metrics.DepthSums.result.
+      offline.Result.figures and {"step", "parameters", "depth_offset"}, the last in frames; with a tokenizer and a
+      policy that was trained to say depth, "depth": {"unit", "policy", "mean_map", and for codes "tokenizer"}, each as
+      depth_metrics.DepthSums.result.
 
     Raises:
       UserError: the policy was trained with the codes of another tokenizer.
     """
     model, result, meta, parameters = policy_result(workdir, batches)
-    out = {"step": meta["step"], "parameters": parameters, **result.figures}
+    ahead = data_of(meta).depth_offset
+    out = {"step": meta["step"], "parameters": parameters, "depth_offset": ahead, **result.figures}
     if tokenizer_workdir and result.raw_depth is not None:
         config, variables, _ = earlier_stages.load_tokenizer(tokenizer_workdir)
         identity = tokenizer.identity(config, variables["params"], variables["state"])

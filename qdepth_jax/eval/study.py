@@ -1,131 +1,280 @@
-"""Tables and plots of a study with variants and seeds, from the figures that tools/run_study.py keeps.
+"""Tables of a study with variants and seeds, from the figures that tools/run_study.py keeps.
 
-FOLDER/PART/VARIANT_SEED.json (cost of training), FOLDER/PART/VARIANT_SEED/{held_out,SUITE}.json, and the controls in
-FOLDER/PART/CONTROL/SUITE.json. A figure that is missing leaves its cell empty; nothing is filled in.
+FOLDER/PART/VARIANT_SEED.json (training: cost, metrics), FOLDER/PART/VARIANT_SEED/{held_out,SUITE}.json, controls in
+FOLDER/PART/CONTROL/SUITE.json, the cost of depth tokens in FOLDER/PART/{tokenizer,tokens}.json. A figure that is
+missing leaves its cell empty; nothing is filled in, and a seed counts when every suite of the part was run.
 
-Two intervals answer two questions. Wilson's, over all episodes of all seeds, says how well the success rate of these
-very policies is known. Student's t over seeds, of the differences to the baseline with the same seed, says whether
-training again would give the same order; with three seeds it is wide, and only it allows a claim about a variant.
+Three statements answer different questions. Wilson's interval, over all episodes of all seeds, says how well the
+success rate of these very policies is known (their starts are the same for every seed, so it is a little too narrow
+for starts at large). The sign test over episodes that only one of two policies solved says whether these very policies
+differ. Student's t over seeds, of the differences to the baseline with the same seed, says whether training again
+would give the same order; with three seeds it is wide, and only it allows a claim about a variant.
 """
 
+import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy import stats
 
+from qdepth_jax import errors, files
 from qdepth_jax.eval import episodes
 
 BASELINE = "baseline"
 CONTROLS = ("mean_action", "untrained")
-HEADER = (
-    "variant", "seeds", "successes", "rate, %", "95 % (episodes)", "rate of each seed, %",
-    "minus baseline, points (95 %, seeds)", "action L1", "depth RMSE, m", "depth AbsRel", "token accuracy",
-    "parameters", "training CPU-s",
-)  # fmt: skip
+TOKENS = ("tokenizer", "tokens")  # jobs whose cost every variant with depth tokens shares
+SUCCESS, FAILURE, CRASH = "1", "0", "c"  # of an outcome string, one character for each start
+
+# (suite/task, start) -> solved; a crash of the simulator is absent.
+Outcomes = dict[tuple[str, int], bool]
 
 
-def write(folder: pathlib.Path, parts: Sequence[str], variants: Sequence[str]) -> None:
-    """FOLDER/tables.md and FOLDER/success_PART.svg of what is there."""
+@dataclasses.dataclass
+class Run:
+    """One seed of a variant, or a control: what its files say; {} and None where one is missing."""
+
+    training: dict[str, Any]
+    held_out: dict[str, Any]
+    suites: dict[str, dict[str, Any]]
+    outcomes: Outcomes | None
+    crashes: int = 0
+
+
+Rows = dict[str, dict[str, Run]]  # variant or control -> seed -> run
+
+
+def write(folder: pathlib.Path, parts: Mapping[str, Sequence[str]], variants: Mapping[str, bool]) -> None:
+    """FOLDER/tables.md, FOLDER/success_PART.svg and FOLDER/loss_PART.svg of what is there.
+
+    Args:
+      parts: name -> its suites.
+      variants: name -> whether it needs depth tokens.
+    """
+    from qdepth_jax.eval import study_plots
+
     lines = []
-    for part in parts:
-        rows = collect(folder / part, variants)
-        if rows:
-            lines += [f"## {part}", "", *table(rows), ""]
-            by_task = task_table(rows)
-            lines += [*by_task, ""] if by_task else []
-            plot(folder / f"success_{part}.svg", rows)
+    for part, suites in parts.items():
+        rows = collect(folder / part, suites, variants)
+        if not rows:
+            continue
+        lines += [f"## {part}", "", *success_table(rows, suites), ""]
+        lines += (
+            [*held_out_table(rows), ""] if any(run.held_out for row in rows.values() for run in row.values()) else []
+        )
+        lines += [*cost_table(rows, variants, shared_cost(folder / part)), "", *task_table(rows), ""]
+        study_plots.success(folder / f"success_{part}.svg", rows)
+        study_plots.losses(folder / f"loss_{part}.svg", rows)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.md").write_text("\n".join(lines))
+    files.write_whole(folder / "tables.md", "\n".join(lines))
 
 
-def collect(folder: pathlib.Path, variants: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{variant or control: {"seeds": seed -> {"cost", "held_out", "suites": name -> result}}} of a part."""
-    rows: dict[str, dict[str, Any]] = {}
+def collect(folder: pathlib.Path, suites: Sequence[str], variants: Sequence[str]) -> Rows:
+    """What is there of a part.
+
+    Raises:
+      UserError: runs that were not made alike: other numbers of training steps, other options of the evaluation.
+    """
+    rows: Rows = {}
     for variant in (*variants, *CONTROLS):
-        seeds = {}
-        pattern = variant if variant in CONTROLS else f"{variant}_[0-9]*"
-        for run in sorted(path for path in folder.glob(pattern) if path.is_dir()):
-            found = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
-            cost = run.with_name(run.name + ".json")
-            seeds[run.name.rpartition("_")[2]] = {
-                "cost": json.loads(cost.read_text())["cost"] if cost.exists() else {},
-                "held_out": found.pop("held_out", {}),
-                "suites": found,
-            }
-        if seeds:
-            rows[variant] = {"seeds": seeds}
+        for path in sorted(folder.glob(variant if variant in CONTROLS else f"{variant}_[0-9]*")):
+            if path.is_dir():
+                rows.setdefault(variant, {})[path.name.rpartition("_")[2]] = read(path, suites)
+    alike: dict[str, dict[str, str]] = {}
+    for variant, row in rows.items():
+        for seed, run in row.items():
+            said = {"training steps": run.held_out["step"]} if run.held_out else {}
+            for suite, result in run.suites.items():
+                options = ("step_cap", "execute", "image_size", "supersample", "max_steps", "simulator")
+                said[f"options of {suite}"] = {name: result.get(name) for name in options}
+            for what, value in said.items():
+                alike.setdefault(what, {}).setdefault(json.dumps(value), f"{variant}, seed {seed}")
+    for what, values in alike.items():
+        if len(values) > 1:
+            listed = "; ".join(f"{value} ({where})" for value, where in values.items())
+            raise errors.UserError(f"{folder}: {what} differ, these runs cannot be compared: {listed}")
     return rows
 
 
-def rates(row: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Seed -> (successes, episodes) over all suites; only seeds that have every suite that any seed has."""
-    suites = {name for seed in row["seeds"].values() for name in seed["suites"]}
-    out = {}
-    for name, seed in row["seeds"].items():
-        if suites and suites <= set(seed["suites"]):
-            found = [rate for suite in seed["suites"].values() for rate in suite["suites"].values()]
-            out[name] = (sum(r["successes"] for r in found), sum(r["episodes"] for r in found))
-    return out
+def read(path: pathlib.Path, suites: Sequence[str]) -> Run:
+    """The run of folder PATH and of PATH.json."""
+    found = {suite: json.loads(file.read_text()) for suite in suites if (file := path / f"{suite}.json").exists()}
+    training, held_out = path.with_name(path.name + ".json"), path / "held_out.json"
+    outcomes, crashes = None, 0
+    if set(found) == set(suites):
+        outcomes = {}
+        for result in found.values():
+            first = result["starts"][0]
+            for task, text in result["outcomes"].items():
+                crashes += text.count(CRASH)
+                outcomes |= {(task, first + i): flag == SUCCESS for i, flag in enumerate(text) if flag != CRASH}
+    return Run(
+        json.loads(training.read_text()) if training.exists() else {},
+        json.loads(held_out.read_text()) if held_out.exists() else {},
+        found,
+        outcomes,
+        crashes,
+    )
 
 
-def table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Markdown lines, one row for each variant and control."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-    baseline = rates(rows[BASELINE]) if BASELINE in rows else {}
+def judged(row: Mapping[str, Run]) -> dict[str, Outcomes]:
+    """Seed -> outcomes, of the seeds whose every suite was run."""
+    return {seed: run.outcomes for seed, run in row.items() if run.outcomes}
+
+
+def rate(outcomes: Sequence[Outcomes], suite: str = "") -> tuple[int, int]:
+    """(successes, episodes), of one suite or of all."""
+    flags = [
+        flag for found in outcomes for (task, _), flag in found.items() if task.startswith(f"{suite}/" if suite else "")
+    ]
+    return sum(flags), len(flags)
+
+
+def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
+    """Markdown: closed loop, one row for each variant and control."""
+    header = ["variant", "seeds", "successes", "rate, %", "95 % (episodes)"]
+    by_suite = list(suites) if len(suites) > 1 else []
+    header += [f"{suite}, %" for suite in by_suite]
+    header += ["each seed, %", "minus baseline, points (95 %, seeds)", "won : lost against baseline (p)"]
+    lines = _begin(header)
+    baseline = judged(rows.get(BASELINE, {}))
+    compared = 0
     for name, row in rows.items():
-        found = rates(row)
-        k, n = sum(a for a, _ in found.values()), sum(b for _, b in found.values())
-        low, high = episodes.wilson(k, n)
-        held = [seed["held_out"] for seed in row["seeds"].values() if seed["held_out"]]
-        depth = [h["depth"]["policy"] for h in held if "depth" in h]
+        found = judged(row)
+        k, n = rate(list(found.values()))
+        low, high = (100 * x for x in episodes.wilson(k, n))
+        crashes = sum(run.crashes for run in row.values())
+        left = len(row) - len(found)
         cells = [
             name,
-            str(len(row["seeds"])),
-            f"{k} of {n}" if n else "",
+            f"{len(found)}" + (f" ({left} more unfinished)" if left else ""),
+            (f"{k} of {n}" if n else "") + (f", {crashes} crashes" if crashes else ""),
             f"{100 * k / n:.1f}" if n else "",
-            f"{100 * low:.1f} to {100 * high:.1f}" if n else "",
-            ", ".join(f"{100 * a / b:.1f}" for a, b in found.values() if b),
-            "" if name in (BASELINE, *CONTROLS) else difference(found, baseline),
-            mean([h["actions"]["policy"]["l1"] for h in held], "{:.4f}"),
-            mean([d["rmse"] for d in depth], "{:.4f}"),
-            mean([d["abs_rel"] for d in depth], "{:.4f}"),
-            mean([h["depth_tokens"]["accuracy"] for h in held if "depth_tokens" in h], "{:.3f}"),
-            mean([h["parameters"] for h in held], "{:,.0f}"),
-            mean([s["cost"]["cpu_seconds"] for s in row["seeds"].values() if s["cost"]], "{:.0f}"),
+            f"{low:.1f} to {high:.1f}" if n else "",
         ]
+        cells += [_percent(*rate(list(found.values()), suite)) for suite in by_suite]
+        cells.append(", ".join(_percent(*rate([outcomes])) for outcomes in found.values()))
+        if name in (BASELINE, *CONTROLS):
+            cells += ["", ""]
+        else:
+            pairs = [(found[seed], baseline[seed]) for seed in found if seed in baseline]
+            compared += len(pairs) > 1
+            cells += [difference(pairs), won_and_lost(pairs)]
         lines.append("| " + " | ".join(cells) + " |")
-    references = [s["held_out"] for row in rows.values() for s in row["seeds"].values() if s["held_out"]]
-    actions = [h["actions"] for h in references][:1]
-    depth = [h["depth"] for h in references if "tokenizer" in h.get("depth", {})][:1]
-    if actions:
-        chosen, repeated = actions[0]["mean_action"]["l1"], actions[0]["repeat_last_action"]["l1"]
+    if compared > 1:
+        chance = 100 * (1 - 0.95**compared)
         lines += [
             "",
-            f"Held out, without a policy: action L1 {chosen:.4f} (mean action), {repeated:.4f} (the one before).",
+            f"{compared} variants are compared with the baseline: if none differed, one of these intervals of 95 % or "
+            f"more would miss zero with a chance of about {chance:.0f} %.",
         ]
-    if depth:
-        flat, own = depth[0]["mean_map"]["rmse"], depth[0]["tokenizer"]["rmse"]
-        lines.append(f"Depth RMSE {flat:.4f} m (mean map of training frames), {own:.4f} m (true tokens, decoded).")
     return lines
 
 
-def difference(found: dict[str, tuple[int, int]], baseline: dict[str, tuple[int, int]]) -> str:
-    """Mean over seeds of the difference to the baseline's run with the same seed, in points, and its t interval."""
-    pairs = [
-        100 * (found[seed][0] / found[seed][1] - baseline[seed][0] / baseline[seed][1])
-        for seed in found
-        if seed in baseline and found[seed][1] and baseline[seed][1]
-    ]
-    if not pairs:
+def difference(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
+    """Mean over seeds of the difference of rates in points, and its t interval; pairs of (variant, baseline)."""
+    if any(set(ours) != set(theirs) for ours, theirs in pairs):
+        return "other episodes"
+    points = [100 * (_share(ours) - _share(theirs)) for ours, theirs in pairs]
+    if not points:
         return ""
-    middle = statistics.mean(pairs)
-    if len(pairs) < 2:
+    middle = statistics.mean(points)
+    if len(points) < 2:
         return f"{middle:+.1f} (one seed)"
-    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    spread = statistics.stdev(points)
+    if spread < 1e-9:
+        return f"{middle:+.1f} (equal for every seed: no interval)"
+    half = float(stats.t.ppf(0.975, len(points) - 1)) * spread / len(points) ** 0.5
     return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+
+
+def won_and_lost(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
+    """Episodes that only one of the two solved, and the p of an exact sign test."""
+    if not pairs or any(set(ours) != set(theirs) for ours, theirs in pairs):
+        return ""
+    won = sum(ours[key] and not theirs[key] for ours, theirs in pairs for key in ours)
+    lost = sum(theirs[key] and not ours[key] for ours, theirs in pairs for key in ours)
+    p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return f"{won} : {lost} ({p:.2f})"
+
+
+def held_out_table(rows: Rows) -> list[str]:
+    """Markdown: action error and depth on held-out frames, means over seeds, with what needs no policy beneath."""
+    header = ["variant", "action L1", "depth of frame", "depth RMSE, m", "depth AbsRel", "token accuracy"]
+    lines = _begin(header)
+    actions, references = {}, {}
+    for name, row in rows.items():
+        held = [run.held_out for run in row.values() if run.held_out]
+        if not held:
+            continue
+        depth = [h["depth"]["policy"] for h in held if "depth" in h]
+        ahead = held[0].get("depth_offset", 0)
+        cells = [
+            name,
+            mean([h["actions"]["policy"]["l1"] for h in held], "{:.4f}"),
+            (f"t+{ahead}" if ahead else "t") if depth else "",
+            mean([d["rmse"] for d in depth], "{:.4f}"),
+            mean([d["abs_rel"] for d in depth], "{:.4f}"),
+            mean([h["depth_tokens"]["accuracy"] for h in held if "depth_tokens" in h], "{:.3f}"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        actions = actions or held[0]["actions"]
+        for h in held:
+            if "tokenizer" in h.get("depth", {}):
+                frequent = h["depth_tokens"]["most_frequent_per_position_accuracy"]
+                references.setdefault(ahead, (h["depth"], frequent))
+    if actions:
+        chosen, repeated = actions["mean_action"]["l1"], actions["repeat_last_action"]["l1"]
+        lines += ["", f"Without a policy: action L1 {chosen:.4f} (mean action), {repeated:.4f} (the one before)."]
+    for ahead, (depth, frequent) in sorted(references.items()):
+        frame = f"t+{ahead}" if ahead else "t"
+        lines.append(
+            f"Depth of frame {frame}: RMSE {depth['mean_map']['rmse']:.4f} m (mean map of training frames), "
+            f"{depth['tokenizer']['rmse']:.4f} m (true codes, decoded); accuracy {frequent:.3f} (most frequent code of "
+            "each position)."
+        )
+    return lines
+
+
+def shared_cost(folder: pathlib.Path) -> float | None:
+    """CPU seconds of the depth tokenizer and its tokens; None where one of them is unknown."""
+    costs = [json.loads(path.read_text())["cost"] for name in TOKENS if (path := folder / f"{name}.json").exists()]
+    return sum(c["cpu_seconds"] for c in costs) if len(costs) == len(TOKENS) and all(costs) else None
+
+
+def cost_table(rows: Rows, variants: Mapping[str, bool], tokens: float | None) -> list[str]:
+    """Markdown: size, and CPU seconds of training alone and with what depth tokens cost."""
+    lines = _begin(["variant", "parameters", "training CPU-s", "with its share of the depth tokens"])
+    trained = {name: row for name, row in rows.items() if name in variants}
+    with_tokens = sum(len(row) for name, row in trained.items() if variants[name])
+    for name, row in trained.items():
+        spent = [run.training["cost"]["cpu_seconds"] for run in row.values() if run.training.get("cost")]
+        share = tokens / with_tokens if variants[name] and tokens is not None else None
+        total = mean([s + share for s in spent], "{:.0f}") if share is not None else ""
+        parameters = mean([run.held_out["parameters"] for run in row.values() if run.held_out], "{:,.0f}")
+        lines.append(f"| {name} | {parameters} | {mean(spent, '{:.0f}')} | {total if variants[name] else 'none'} |")
+    if tokens is not None:
+        lines += ["", f"Depth tokens cost {tokens:.0f} CPU-s, once for {with_tokens} policies."]
+    return lines
+
+
+def task_table(rows: Rows) -> list[str]:
+    """Markdown: successes of all judged seeds by task, one column for each variant and control."""
+    names, cells = {}, {}
+    for name, row in rows.items():
+        for run in row.values():
+            for suite in run.suites.values():
+                names |= {key: f"{key} {found['task']}" for key, found in suite["tasks"].items()}
+            for (task, _), flag in (run.outcomes or {}).items():
+                cell = cells.setdefault(task, {}).setdefault(name, [0, 0])
+                cell[0], cell[1] = cell[0] + flag, cell[1] + 1
+    lines = _begin(["task", *rows])
+    for task, found in cells.items():
+        shown = ["{} / {}".format(*found[name]) if name in found else "" for name in rows]
+        lines.append(f"| {names[task]} | " + " | ".join(shown) + " |")
+    return lines
 
 
 def mean(values: Sequence[float], form: str) -> str:
@@ -136,45 +285,13 @@ def mean(values: Sequence[float], form: str) -> str:
     return text + (f" ({form.format(min(values))} to {form.format(max(values))})" if len(set(values)) > 1 else "")
 
 
-def task_table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Markdown: successes of all seeds by task, one column for each variant and control."""
-    tasks: dict[str, dict[str, list[int]]] = {}
-    for name, row in rows.items():
-        for seed in row["seeds"].values():
-            for suite in seed["suites"].values():
-                for key, found in suite["tasks"].items():
-                    cell = tasks.setdefault(f"{key} {found['task']}", {}).setdefault(name, [0, 0])
-                    cell[0], cell[1] = cell[0] + found["successes"], cell[1] + found["episodes"]
-    if not tasks:
-        return []
-    lines = ["| task | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for task, cells in tasks.items():
-        shown = ["{} / {}".format(*cells[name]) if name in cells else "" for name in rows]
-        lines.append(f"| {task} | " + " | ".join(shown) + " |")
-    return lines
+def _begin(header: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
 
 
-def plot(path: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Success rates with Wilson's interval over all seeds, and a dot for each seed."""
-    import matplotlib
+def _share(outcomes: Outcomes) -> float:
+    return sum(outcomes.values()) / len(outcomes)
 
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "study"  # equal figures give equal files
-    import matplotlib.pyplot as plt
 
-    shown = {name: found for name, row in rows.items() if (found := rates(row))}
-    figure, axes = plt.subplots(figsize=(7, 0.45 * len(shown) + 1))
-    for place, found in enumerate(shown.values()):
-        k, n = sum(a for a, _ in found.values()), sum(b for _, b in found.values())
-        low, high = episodes.wilson(k, n)
-        axes.plot([100 * low, 100 * high], [place, place], color="tab:blue", linewidth=2)
-        axes.plot([100 * k / n], [place], "|", color="tab:blue", markersize=14)
-        axes.plot([100 * a / b for a, b in found.values()], [place] * len(found), "o", color="tab:orange", markersize=4)
-    axes.set_yticks(range(len(shown)), list(shown))
-    axes.invert_yaxis()
-    axes.set_xlabel("closed-loop success, % (bar: 95 % over episodes; dots: seeds)")
-    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+def _percent(successes: int, count: int) -> str:
+    return f"{100 * successes / count:.1f}" if count else ""

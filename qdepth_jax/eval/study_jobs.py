@@ -1,0 +1,198 @@
+"""Jobs of a study: commands in processes of their own, several at once, each done once and for all.
+
+A finished job leaves ROOT/logs/NAME.done.json with what it was: its command, the config of the experiment, and the
+jobs before it, as one digest. A job that is asked for with another digest is refused, not skipped: figures of two
+recipes would stand in one table.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent import futures
+
+from qdepth_jax import errors, files
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Attributes:
+      name: PART/RUN/... ; line: arguments of python.
+      made: a file that is there when it is done.
+      identity: of what it makes, as JSON; paths below the study's root and the tree are no part of it.
+      keep: its file with figures, .json or .jsonl, or None.
+    """
+
+    name: str
+    line: Sequence[str]
+    made: pathlib.Path
+    identity: str
+    keep: pathlib.Path | None = None
+
+
+def identity(root: pathlib.Path, tree: pathlib.Path, line: Sequence[str], config: str, before: Sequence[Job]) -> str:
+    """Digest of a command, of the config it trains with and of the jobs it builds on; --processes changes nothing."""
+    words = [word for word in line if not word.startswith("--processes=")]
+    text = json.dumps([words, config, [job.identity for job in before]])
+    return hashlib.sha256(text.replace(str(root), "ROOT").replace(str(tree), "TREE").encode()).hexdigest()[:16]
+
+
+def log_file(root: pathlib.Path, job: Job) -> pathlib.Path:
+    return root / "logs" / (job.name.replace("/", "_") + ".log")
+
+
+def done_file(root: pathlib.Path, job: Job) -> pathlib.Path:
+    return log_file(root, job).with_suffix(".done.json")
+
+
+def done(root: pathlib.Path, job: Job) -> bool:
+    """Whether it is finished.
+
+    Raises:
+      UserError: what is there was made by another command or config.
+    """
+    file = done_file(root, job)
+    if not file.exists() or not job.made.exists():
+        return False
+    found = json.loads(file.read_text())
+    if found["identity"] != job.identity:
+        raise errors.UserError(
+            f"{job.name} in {root} was made by another recipe or command (python {' '.join(found['line'])}, revision "
+            f"{found['revision'] or 'unknown'}) than this tree's (python {' '.join(job.line)}): use another --root, or "
+            f"delete {file} and {job.made} to make it again"
+        )
+    return True
+
+
+def run_all(
+    root: pathlib.Path, tree: pathlib.Path, chains: Sequence[Sequence[Job]], together: int, until: float
+) -> None:
+    """Runs what is missing of the chains, each in its order, `together` at once, each on its share of the cores.
+
+    No job starts after `until` (time.monotonic) or after one failed; the failure is raised when the others have ended.
+    SIGTERM and Ctrl-C reach the running jobs.
+    """
+    missing = [left for chain in chains if (left := [job for job in chain if not done(root, job)])]
+    left = itertools.count(sum(map(len, missing)), -1)
+    living: set[subprocess.Popen] = set()
+    stopping = threading.Event()
+    cores, number = sorted(os.sched_getaffinity(0)), itertools.count()
+
+    def pin() -> None:
+        # Of this thread, and so of the processes it starts.
+        os.sched_setaffinity(0, cores[next(number) % together :: together] or cores)
+
+    def work(chain: Sequence[Job]) -> None:
+        for job in chain:
+            if stopping.is_set() or time.monotonic() > until:
+                return
+            # One write: print() sends the end of the line apart, and other threads come between.
+            sys.stderr.write(f"{job.name}: {next(left)} jobs left, log {log_file(root, job)}\n")
+            run(root, tree, job, living)
+
+    def terminate(*_) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, terminate)
+    pool = futures.ThreadPoolExecutor(together, initializer=pin)
+    try:
+        for future in futures.as_completed([pool.submit(work, chain) for chain in missing]):
+            future.result()
+    except KeyboardInterrupt:
+        stopping.set()
+        for process in list(living):
+            process.terminate()  # a training run saves its step
+        raise
+    finally:
+        stopping.set()
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def run(root: pathlib.Path, tree: pathlib.Path, job: Job, living: set[subprocess.Popen]) -> None:
+    """Runs one job to its end; what it cost is added up in ROOT/logs/NAME.cost.json, over restarts."""
+    log = log_file(root, job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cost_file = log.with_suffix(".cost.json")
+    began = time.monotonic()
+    with open(log, "a", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            [sys.executable, *job.line], cwd=tree, stdout=out, stderr=out, env=os.environ | {"PYTHONPATH": str(tree)}
+        )
+    living.add(process)
+    _, status, used = os.wait4(process.pid, 0)  # what this job used, not all that ran meanwhile
+    process.returncode = os.waitstatus_to_exitcode(status)  # or it would be waited for again
+    living.remove(process)
+    spent = {"cpu_seconds": used.ru_utime + used.ru_stime, "wall_seconds": time.monotonic() - began}
+    earlier = json.loads(cost_file.read_text()) if cost_file.exists() else {}
+    total = {key: round(value + earlier.get(key, 0.0), 2) for key, value in spent.items()}
+    files.write_whole(cost_file, json.dumps(total))
+    if process.returncode or not job.made.exists():
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        why = f"ended with code {process.returncode}" if process.returncode else f"did not make {job.made}"
+        raise errors.UserError(f"{job.name} {why}, log {log}:\n{tail}")
+    mark = {"identity": job.identity, "revision": revision(tree), "line": list(job.line)}
+    files.write_whole(done_file(root, job), json.dumps(mark, indent=1))
+
+
+def revision(tree: pathlib.Path) -> str:
+    """Commit of a checkout, with "-dirty" where its code differs; "" where there is none."""
+    git = ["git", "-C", str(tree)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # an unpacked archive: the identity says what was run
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def keep(root: pathlib.Path, output: pathlib.Path, jobs: Sequence[Job]) -> int:
+    """Copies the figures of finished jobs, with cost and revision, to OUTPUT/NAME.json; returns how many there are."""
+    finished = [job for job in jobs if done(root, job)]
+    for job in finished:
+        cost = log_file(root, job).with_suffix(".cost.json")
+        content = {
+            # Null where it was not measured: something else made it.
+            "cost": json.loads(cost.read_text()) if cost.exists() else None,
+            "revision": json.loads(done_file(root, job).read_text())["revision"],
+        }
+        target = output / f"{job.name}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(target, json.dumps(content | figures(job.keep), indent=1) + "\n")
+    return len(finished)
+
+
+def figures(path: pathlib.Path | None) -> dict:
+    """What is worth keeping of a job's file: the losses of metrics.jsonl, one character for each episode."""
+    if path is None:
+        return {}
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return {"metrics": [{k: _short(v) for k, v in row.items() if _is_figure(k)} for row in rows]}
+    content = json.loads(path.read_text())
+    if "results" in content:
+        outcomes: dict[str, str] = {}
+        for row in sorted(content.pop("results"), key=lambda row: (row["suite"], row["task_id"], row["start"])):
+            key = f"{row['suite']}/{row['task_id']}"
+            outcomes[key] = outcomes.get(key, "") + ("c" if row["crash"] else str(int(row["success"])))
+        content["outcomes"] = outcomes
+        del content["checkpoint"]  # a path of this machine
+    return content
+
+
+def _is_figure(name: str) -> bool:
+    return name == "step" or name.rpartition("/")[2] in ("loss", "flow_loss", "depth_loss", "depth_accuracy")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
