@@ -74,11 +74,11 @@ PARTS = {
         action_dim=7,
         range=depth.DepthRange("metric", 0.25, 3.25),
         text_length=24,
-        demonstrations=20,
-        held_out=2,
+        demonstrations=15,
+        held_out=1,
         execute=8,
-        episodes=5,
-        steps=2000,
+        episodes=3,
+        steps=1200,
     ),
 }
 # Name -> (experiment file that makes it of this recipe, "" = this file itself; whether it needs depth tokens).

@@ -195,4 +195,4 @@ def _is_figure(name: str) -> bool:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    return value if isinstance(value, int) else float(f"{value:.5g}")
