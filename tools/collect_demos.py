@@ -50,8 +50,13 @@ def main(argv: list[str]) -> None:
 def run() -> dict:
     """Collects and assembles; returns the summary."""
     from qdepth_jax import errors
-    from qdepth_jax.sim import collection, demos
+    from qdepth_jax.sim import collection, demos, metaworld_tasks
 
+    if _SUITE.value == collection.METAWORLD and _SEED.value < metaworld_tasks.STARTS:
+        raise errors.UserError(
+            f"--seed={_SEED.value}: Meta-World's seeds 0 to {metaworld_tasks.STARTS - 1} are the starts of its "
+            f"evaluation, on which nothing may be trained: use --seed={metaworld_tasks.STARTS} or more"
+        )
     names = task_names(_SUITE.value)
     name = _NAME.value or _SUITE.value
     directory = Path(_OUTPUT.value) / name / _VERSION.value
