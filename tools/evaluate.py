@@ -144,8 +144,7 @@ def _policy(suite: str, robot):
     if other:
         seen = ", ".join(f"{height}x{width} ({view})" for view, (height, width) in other.items())
         print(
-            f"{suite}: pictures are rendered at --image_size={_IMAGE.value}, the policy was trained on {seen}: what it "
-            "sees is blurred otherwise",
+            f"{suite}: pictures are rendered at --image_size={_IMAGE.value}, but the policy was trained on {seen}",
             file=sys.stderr,
         )
     if _POLICY.value == "untrained":
