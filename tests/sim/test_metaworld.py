@@ -13,7 +13,7 @@ import stored_runs
 from absl import flags
 
 from qdepth_jax import errors
-from qdepth_jax.sim import metaworld, metaworld_instructions, metaworld_tasks
+from qdepth_jax.sim import collection, metaworld, metaworld_instructions, metaworld_tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,8 @@ def test_killed_in_the_middle_the_command_continues_to_the_same_results(tmp_path
     ]  # fmt: skip
 
 
-def test_no_demonstration_starts_where_evaluation_does(tmp_path):
+def test_no_demonstration_starts_where_evaluation_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(collection, "collect", lambda *args: pytest.fail("it collects"))
     with stored_runs.tool_module("collect_demos") as tool:
         flags.FLAGS(["collect_demos", "--suite=metaworld", "--seed=499", f"--output_dir={tmp_path}"])
         with pytest.raises(errors.UserError, match=r"--seed=499: Meta-World's seeds 0 to 499 .*use --seed=500 or more"):
