@@ -24,8 +24,8 @@ OPTIONS = (SEED, PREFIX, FROZEN, DEPTH)
 # view -> key. openpi's LIBERO robots send the first two; its data sets call a robot's only wrist camera the left one.
 VIEW_KEYS = {"main": "observation/image", "wrist": "observation/wrist_image", "left_wrist": "observation/wrist_image"}
 MAX_PROMPT = 4096  # characters
-# An old action may be so many times as large as the largest of the training data: what a policy says, whatever its
-# normalisation, stays far below, and beyond it is a mistake or no action of this robot.
+# An old action may be so many times as large as the largest of the training data, or as 1, which grippers are sent:
+# what a policy says stays far below, whatever its normalisation.
 LARGEST_ACTION = 10.0
 
 

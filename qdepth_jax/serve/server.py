@@ -65,7 +65,7 @@ class ServerOptions:
 
 
 def check_address(options: ServerOptions) -> None:
-    """Takes the address and lets it go again: asked before the minutes in which programs are compiled.
+    """Takes the address and lets it go again: a taken port is known before minutes are spent on compiling.
 
     Raises:
       UserError: it cannot be had.
