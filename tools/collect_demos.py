@@ -28,7 +28,9 @@ _WORK = flags.DEFINE_string(
     "work_dir", None, "finished attempts; default: OUTPUT_DIR/.work/NAME (safe to delete after)"
 )
 _PROCESSES = flags.DEFINE_integer("processes", 1, "parallel simulators (about 1.5 GB of memory each)", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 1000, "seed of the first attempt of every task", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 1000, "seed of the first attempt of every task; of Meta-World 500 or more", lower_bound=0
+)
 _SIZE = flags.DEFINE_integer("image_size", 256, "pixels, square", lower_bound=16)
 _QUALITY = flags.DEFINE_integer("jpeg_quality", 95, "JPEG quality", lower_bound=1, upper_bound=100)
 _SUPERSAMPLE = flags.DEFINE_integer("supersample", 2, "RGB samples per pixel and axis", lower_bound=1)
