@@ -185,7 +185,12 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         batches=lambda start: batches.iterate(start, train.prefetch),
         eval_batches=eval_batches,
         initialise=initialise,
-        meta={"data": batches.identity(), "tokenizer": codes["identity"] if codes else ""} | _origin(config.init_from),
+        meta={
+            "data": batches.identity(),
+            "pictures": batches.picture_sizes,
+            "tokenizer": codes["identity"] if codes else "",
+            **_origin(config.init_from),
+        },
     )
 
 

@@ -38,6 +38,8 @@ class Exported(NamedTuple):
     proprio_dim: to which a shorter state is filled with zeros; 0 = as it is.
     depth_tokenizer: folder of its export (load_export reads it too), "" where there is none.
     manifest: model.json, {} of a run.
+    pictures: view -> [height, width] of the pictures it was trained on, before they were resized; None = the run did
+      not say.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Exported(NamedTuple):
     proprio_dim: int
     depth_tokenizer: str
     manifest: dict[str, Any]
+    pictures: dict[str, list[int]] | None = None
 
 
 def load(path: str, dtype: str = "float32") -> Exported:
@@ -74,6 +77,7 @@ def load(path: str, dtype: str = "float32") -> Exported:
         data.get("proprio_dim", 0),
         config.get("tokenizer", ""),
         {},
+        meta.get("pictures"),
     )
 
 
@@ -133,4 +137,5 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
         data.get("proprio_dim", 0),
         str(folder / DEPTH) if manifest["depth_tokenizer"] else "",
         manifest,
+        manifest["meta"].get("pictures"),
     )

@@ -86,10 +86,15 @@ def load(
             f"{config.image_steps} images; closed loop keeps no history yet: train with one of each"
         )
     if not dataset and len(stored) > 1:
-        raise errors.UserError(f"the policy in {path!r} was trained on {sorted(stored)}: say whose robot it drives")
+        raise errors.UserError(
+            f"the policy in {path!r} was trained on {sorted(stored)}: say whose robot it drives with --dataset=NAME"
+        )
     base = next((name for name in stored if not dataset or re.fullmatch(f"{name}(_.*)?", dataset)), None)
     if base is None:
-        raise errors.UserError(f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}")
+        raise errors.UserError(
+            f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}: --dataset=NAME says whose "
+            "robot it drives"
+        )
     decoder = _decoder(path, found) if decode_depth else None
     options = options or inference.Inference()
     config = inference.configured(config, options)
@@ -159,8 +164,7 @@ def make_row(
     if np.shape(state) != (dims,):
         raise errors.UserError(f"states of {planner.dataset} have {dims} numbers, got {list(np.shape(state))}")
     state = normalise.normalise(np.asarray(state, np.float32)[None], planner.proprio)
-    ids, _ = planner.words.encode_table([instruction], planner.found.max_text_tokens, planner.found.text_rule, state)
-    batch = {"text": ids[0]}
+    batch = {"text": _text_ids(planner, instruction, state[0])}
     if config.proprio_steps:
         fill = max(0, planner.found.proprio_dim - state.shape[1])
         batch["proprio"] = np.pad(state, ((0, 0), (0, fill)))
@@ -178,6 +182,18 @@ def make_row(
     old = np.zeros((config.horizon, config.robot_action_dim), np.float32)
     old[: len(previous)] = normalise.normalise(previous, planner.action)
     return row._replace(previous=old, weights=weights)
+
+
+def _text_ids(planner: Planner, instruction: str, state: np.ndarray) -> np.ndarray:
+    """i32 [L]; state: f32 [D] normalised."""
+    ids, most = planner.words.encode(instruction, planner.found.text_rule, state), planner.found.max_text_tokens
+    if len(ids) > most:
+        state_too = ", the state among them" if planner.found.text_rule == "openpi_state" else ""
+        raise errors.UserError(
+            f"the instruction comes to {len(ids)} tokens{state_too}, this policy takes {most}: shorten "
+            f"{instruction[:60]!r}{'...' if len(instruction) > 60 else ''}"
+        )
+    return np.pad(np.asarray(ids, np.int32), (0, most - len(ids)), constant_values=text.PAD)
 
 
 def _resized(picture: np.ndarray, side: int) -> np.ndarray:

@@ -68,6 +68,7 @@ def meta_of(config, model, step=7, **more):
         "step": step,
         "config": config_lib.to_json(config),
         "data": data,
+        "pictures": {"main": [128, 128]},
         "tokenizer": "",
         "experiment_id": "e1",
     } | more

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import synthetic
+import tiny_runs
 
 from qdepth_jax import config as config_lib
 from qdepth_jax import experiment, optim, sharding, train_step
@@ -158,3 +159,8 @@ def test_the_demo_tokenizer_and_policy_share_their_codebook():
         model.depth.code_dim,
     )
     assert tokens.range == model.depth.range
+
+
+def test_a_run_records_the_size_of_its_pictures():
+    """The shipped sample has 128 pixels, the model takes 32."""
+    assert experiment.assemble(tiny_runs.config()).meta["pictures"] == {"main": [128, 128]}

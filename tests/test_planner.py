@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import stored_runs
 
-from qdepth_jax import depth, errors, planner
+from qdepth_jax import depth, errors, exported, planner
 from qdepth_jax.models import images, inference, policy, sampling, tokenizer
 
 
@@ -47,6 +47,15 @@ def test_packing_renames_no_policy_and_another_sampler_does():
     others = [planner.identity(small), planner.identity(given._replace(solver="heun"))]
     others.append(planner.identity(given._replace(config=inference.configured(config, inference.Inference(4)))))
     assert len({planner.identity(given), *others}) == 4
+
+
+@pytest.mark.parametrize("dataset", ["", "bridge"])
+def test_whose_robot_it_drives_is_a_flag(monkeypatch, dataset):
+    stored = dict.fromkeys(("libero_object", "libero_spatial"))
+    found = exported.Exported("policy", policy.sized("tiny"), {}, stored, "", 24, "raw", 0, "", {})
+    monkeypatch.setattr(exported, "load", lambda path: found)
+    with pytest.raises(errors.UserError, match=r"trained on \['libero_object', 'libero_spatial'\].*--dataset=NAME"):
+        planner.load("run", dataset)
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ _WORK = flags.DEFINE_string(
     "work_dir", None, "finished attempts; default: OUTPUT_DIR/.work/NAME (safe to delete after)"
 )
 _PROCESSES = flags.DEFINE_integer("processes", 1, "parallel simulators (about 1.5 GB of memory each)", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 1000, "seed of the first attempt of every task", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 1000, "seed of the first attempt of every task; of Meta-World 500 or more", lower_bound=0
+)
 _SIZE = flags.DEFINE_integer("image_size", 256, "pixels, square", lower_bound=16)
 _QUALITY = flags.DEFINE_integer("jpeg_quality", 95, "JPEG quality", lower_bound=1, upper_bound=100)
 _SUPERSAMPLE = flags.DEFINE_integer("supersample", 2, "RGB samples per pixel and axis", lower_bound=1)
@@ -50,8 +52,13 @@ def main(argv: list[str]) -> None:
 def run() -> dict:
     """Collects and assembles; returns the summary."""
     from qdepth_jax import errors
-    from qdepth_jax.sim import collection, demos
+    from qdepth_jax.sim import collection, demos, metaworld_tasks
 
+    if _SUITE.value == collection.METAWORLD and _SEED.value < metaworld_tasks.STARTS:
+        raise errors.UserError(
+            f"--seed={_SEED.value}: Meta-World's seeds 0 to {metaworld_tasks.STARTS - 1} are the starts of its "
+            f"evaluation, on which nothing may be trained: use --seed={metaworld_tasks.STARTS} or more"
+        )
     names = task_names(_SUITE.value)
     name = _NAME.value or _SUITE.value
     directory = Path(_OUTPUT.value) / name / _VERSION.value

@@ -140,6 +140,13 @@ def _policy(suite: str, robot):
         print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
     if _POLICY.value == "mean_action":
         return policies.mean_action(loaded, robot)
+    other = {view: size for view, size in (loaded.found.pictures or {}).items() if size != [_IMAGE.value] * 2}
+    if other:
+        seen = ", ".join(f"{height}x{width} ({view})" for view, (height, width) in other.items())
+        print(
+            f"{suite}: pictures are rendered at --image_size={_IMAGE.value}, but the policy was trained on {seen}",
+            file=sys.stderr,
+        )
     if _POLICY.value == "untrained":
         policies.check(loaded, robot)
         return policies.trained(policies.untrained(loaded, _WEIGHTS_SEED.value), robot, _BATCH.value, _SEED.value)

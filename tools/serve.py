@@ -23,6 +23,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "an export, or the workdir
 _DATASET = flags.DEFINE_string("dataset", "", "whose robot: picks the statistics; needed if it was trained on several")
 _UNITS = flags.DEFINE_string("units", "", "of actions: libero or standard; default: libero for LIBERO's data sets")
 _KEYS = flags.DEFINE_list("keys", [], "NAME=KEY,...: other names in observations; NAME: a view, state or prompt")
+_IGNORE = flags.DEFINE_list("ignore", [], "KEY,...: clients may send these, the policy has no use for them")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 = every network")
 _PORT = flags.DEFINE_integer("port", 8000, "0 = a free one")
 _KEY_FILE = flags.DEFINE_string("api_key_file", "", "file with the key that clients must send; QDEPTH_API_KEY does too")
@@ -58,9 +59,11 @@ def main(argv: list[str]) -> None:
     )
     how = inference.Inference(_STEPS.value, _SOLVER.value, _WEIGHTS.value, _UNROLL.value)
     options = policy_service.Options(
-        _DATASET.value, _UNITS.value, tuple(_KEYS.value), sizes, _SIDE.value, _DEPTH.value, _RTC.value, _SEED.value, how
-    )
+        _DATASET.value, _UNITS.value, tuple(_KEYS.value), sizes, _SIDE.value, _DEPTH.value, _RTC.value, _SEED.value,
+        how, tuple(_IGNORE.value),
+    )  # fmt: skip
     image_sizes = [_image_size(text) for text in _SIZES.value]
+    server.check_address(network)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     say(f"loading {_CHECKPOINT.value}")
     service = policy_service.Service(_CHECKPOINT.value, options)

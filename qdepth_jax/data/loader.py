@@ -157,6 +157,12 @@ class Loader:
         return {item.definition.name: {"action": item.action, "proprio": item.proprio} for item in self.sources}
 
     @property
+    def picture_sizes(self) -> dict[str, list[int]]:
+        """View -> [height, width] of its pictures before the device resizes them."""
+        views = [view for view in self.config.views if f"image_{view}" in self._layout]
+        return {view: [int(side) for side in self._layout[f"image_{view}"][0][-3:-1]] for view in views}
+
+    @property
     def depth_kind(self) -> str:
         """ "metric" or "relative", of the depth this loader reads."""
         return batch_keys.depth_kind(self.sources)

@@ -5,6 +5,7 @@ panel says which, and the range of its grey values (near is bright).
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -46,6 +47,10 @@ def write(path: pathlib.Path, frames: Sequence[Frame], depth_label: str, rate_hz
       depth_label: what the depth is, with its unit: "predicted depth, m".
       rate_hz: frames per second.
     """
+    # imageio-ffmpeg runs Python code (os.setpgrp, so that Ctrl-C does not reach ffmpeg) between fork and exec. Beside
+    # threads such as JAX's that can hang (its issue 58), so JAX warns at every video. This switch of its own makes it
+    # an ordinary start of a program, in which no fork hooks run; a video that Ctrl-C meets is not kept anyway.
+    os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
     import imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,10 @@ from openpi_client import base_policy, websocket_client_policy
 # What is no accident of the network: asking again does not help.
 _FINAL = (400, 401, 403, 404, 426)
 
+# Metadata that say what a request and its answer mean. The rest (batch sizes, real-time chunking, depth, limits) is how
+# the server was started: a request for what it lacks is refused with the reason.
+_MEANING = ("model", "dataset", "observation", "horizon", "action_dim", "actions", "flow")
+
 
 class ServerChanged(RuntimeError):
     """The server came back with another model."""
@@ -27,7 +31,7 @@ class ReconnectingPolicy(base_policy.BasePolicy):
     Args:
       host, port, api_key: as there.
       patience_s: how long one call waits for a server. pause_s: between two attempts.
-      same_model: a server that comes back with other weights, cameras or units is an error.
+      same_model: a server that comes back with other weights, observations or actions (_MEANING) is an error.
     """
 
     def __init__(self, host="127.0.0.1", port=8000, api_key=None, patience_s=60.0, pause_s=0.2, same_model=True):
@@ -86,12 +90,22 @@ class ReconnectingPolicy(base_policy.BasePolicy):
         metadata = client.get_server_metadata()
         if self._metadata is not None:
             self.reconnects += 1
-            changed = [key for key in metadata if metadata[key] != self._metadata.get(key)]
+            before, now = _meaning(self._metadata), _meaning(metadata)
+            changed = [key for key in _MEANING if now[key] != before[key]]
             if self._same_model and changed:
-                raise ServerChanged("the server came back with other " + ", ".join(map(str, changed)))
+                client._ws.close()
+                raise ServerChanged("the server came back with other " + ", ".join(changed))
         self._client, self._metadata = client, metadata
 
     def _drop(self):
         client, self._client = self._client, None
         if client is not None:
             client._ws.close()  # openpi-client has no method for it
+
+
+def _meaning(metadata):
+    found = {key: metadata.get(key) for key in _MEANING}
+    # The one limit that stands beside what a picture is.
+    seen = (found["observation"] or {}).items()
+    limited = {key: {name: x for name, x in entry.items() if name != "max_side"} for key, entry in seen}
+    return found | {"observation": limited}

@@ -24,6 +24,9 @@ OPTIONS = (SEED, PREFIX, FROZEN, DEPTH)
 # view -> key. openpi's LIBERO robots send the first two; its data sets call a robot's only wrist camera the left one.
 VIEW_KEYS = {"main": "observation/image", "wrist": "observation/wrist_image", "left_wrist": "observation/wrist_image"}
 MAX_PROMPT = 4096  # characters
+# An old action may be so many times as large as the largest of the training data, or as 1, which grippers are sent:
+# what a policy says stays far below, whatever its normalisation.
+LARGEST_ACTION = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,8 @@ def keys_of(views: tuple[str, ...], renamed: list[str]) -> Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Turns messages into requests. max_side: of a picture, pixels. depth, rtc: the server has programs for them."""
+    """Turns messages into requests. max_side: of a picture, pixels. depth, rtc: the server has programs for them.
+    ignored: keys that may come and are not looked at."""
 
     planner: planner.Planner
     keys: Keys
@@ -101,6 +105,16 @@ class Reader:
     max_side: int
     depth: bool
     rtc: bool
+    ignored: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if useless := sorted(set(self.ignored) & set(self.known)):
+            raise errors.UserError(f"--ignore={','.join(useless)}: this server reads {_list(useless)}; leave it out")
+
+    @property
+    def known(self) -> list[str]:
+        """Keys that are read."""
+        return [*self.keys.views.values(), self.keys.state, self.keys.prompt, *OPTIONS]
 
     @property
     def dims(self) -> int:
@@ -114,9 +128,11 @@ class Reader:
           UserError: says what is expected and what came.
         """
         config, keys = self.planner.config, self.keys
-        known = [*keys.views.values(), keys.state, keys.prompt, *OPTIONS]
-        if unknown := sorted(set(message) - set(known)):
-            raise errors.UserError(f"unknown keys {_list(unknown)}: this server reads {_list(known)}")
+        if unknown := sorted(set(message) - set(self.known) - set(self.ignored)):
+            raise errors.UserError(
+                f"unknown keys {_list(unknown)}: this server reads {_list(self.known)}; a server started with "
+                "--ignore=KEY,KEY lets such keys pass unread"
+            )
         there = {view: key for view, key in keys.views.items() if key in message}
         needed = [keys.state, keys.prompt, *([] if config.missing_views else keys.views.values())]
         missing = [key for key in needed if key not in message]
@@ -191,6 +207,13 @@ class Reader:
             raise errors.UserError(
                 f"{PREFIX!r} must be [k, {config.robot_action_dim}] with 1 <= k <= {config.horizon}, the actions left, "
                 f"got {list(prefix.shape)}"
+            )
+        known = self.planner.action.statistics
+        largest, limit = np.abs(prefix).max(), LARGEST_ACTION * max(np.abs([known.low, known.high]).max(), 1.0)
+        if largest > limit:
+            raise errors.UserError(
+                f"{PREFIX!r} holds {prefix.flat[np.abs(prefix).argmax()]:g}; actions of {self.planner.dataset} are let "
+                f"in from {-limit:g} to {limit:g}"
             )
         frozen = _whole(FROZEN, _option(message, FROZEN, len(prefix)))
         if frozen > len(prefix):

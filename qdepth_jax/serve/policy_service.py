@@ -25,6 +25,7 @@ class Options:
     depth: answer with depth where asked. seed: of requests that bring none.
     rtc: of real_time.VARIANTS, or "off": half as many programs to compile.
     how: steps and solver of the flow, and how weights are held.
+    ignore: keys that clients may send and nobody looks at.
     """
 
     dataset: str = ""
@@ -36,6 +37,7 @@ class Options:
     rtc: str = "inpaint"
     seed: int = 0
     how: inference.Inference = inference.Inference()
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.batch_sizes or sorted(set(self.batch_sizes)) != list(self.batch_sizes) or self.batch_sizes[0] < 1:
@@ -61,10 +63,11 @@ class Service:
         keys = observation.keys_of(loaded.config.views, list(options.keys))
         self.options, self.planner = options, loaded
         self.reader = observation.Reader(
-            loaded, keys, observation.UNITS[units], options.max_side, options.depth, self.rtc
+            loaded, keys, observation.UNITS[units], options.max_side, options.depth, self.rtc, options.ignore
         )
-        # A whole observation of the largest pictures, and as much again for numbers and text as they can need.
-        self.max_frame = len(keys.views) * 3 * options.max_side**2 + (1 << 18)
+        # A whole observation of the largest pictures, ignored ones too, and as much again for numbers and text as they
+        # can need.
+        self.max_frame = (len(keys.views) + len(options.ignore)) * 3 * options.max_side**2 + (1 << 18)
         self._calls = 0
 
     @property
@@ -114,16 +117,17 @@ class Service:
             picture = np.zeros((height, width, 3), np.uint8)
             plain = example | dict.fromkeys(self.reader.keys.views.values(), picture)
             self.reader.read(plain, 0, 0)
-        variants: list[dict[str, Any]] = [{}]
+        variants: dict[str, dict[str, Any]] = {"": {}}
         if self.rtc:
-            variants.append({observation.PREFIX: np.zeros((1, config.robot_action_dim), np.float32)})
+            old = np.zeros((1, config.robot_action_dim), np.float32)
+            variants[", real-time chunking"] = {observation.PREFIX: old}
         if self.options.depth:
-            variants += [variant | {observation.DEPTH: True} for variant in variants]
-        requests = [self.reader.read(plain | more, 0, 0) for more in variants]
-        for size in self.options.batch_sizes:
-            for request in requests:
-                self.run([request], size)
-            say(f"compiled for batches of {size}")
+            variants |= {f"{name}, depth": more | {observation.DEPTH: True} for name, more in variants.items()}
+        requests = {name: self.reader.read(plain | more, 0, 0) for name, more in variants.items()}
+        programs = [(size, name) for size in self.options.batch_sizes for name in requests]
+        for number, (size, name) in enumerate(programs, 1):
+            say(f"compiling program {number} of {len(programs)}: {size} at a time{name}")
+            self.run([requests[name]], size)
         return time.monotonic() - began
 
     def metadata(self) -> dict[str, Any]:
@@ -160,6 +164,7 @@ class Service:
             "dataset": self.planner.dataset,
             "observation": wanted,
             "options": options,
+            "ignored": list(self.options.ignore),
             "horizon": config.horizon,
             "action_dim": config.robot_action_dim,
             "actions": {

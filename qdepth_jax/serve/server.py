@@ -64,6 +64,30 @@ class ServerOptions:
             raise errors.UserError("--deadline_ms and --drain_s must be 0 or more, --max_connections 1 or more")
 
 
+def check_address(options: ServerOptions) -> None:
+    """Takes the address and lets it go again: a taken port is known before minutes are spent on compiling.
+
+    Raises:
+      UserError: it cannot be had.
+    """
+
+    async def take() -> None:
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, options.host, options.port, start_serving=False)).close()
+
+    try:
+        asyncio.run(take())
+    except OSError as error:
+        raise _cannot_listen(options, error) from error
+
+
+def _cannot_listen(options: ServerOptions, error: OSError) -> errors.UserError:
+    return errors.UserError(
+        f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port (0 = a free one) or "
+        "--host"
+    )
+
+
 class PolicyServer:
     """One server; `run` is its life."""
 
@@ -102,7 +126,7 @@ class PolicyServer:
             )  # fmt: skip
         except OSError as error:
             await self._batcher.close()
-            raise errors.UserError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from error
+            raise _cannot_listen(options, error) from error
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.add_signal_handler(number, self.stop)
         try:

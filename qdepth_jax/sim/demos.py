@@ -197,7 +197,9 @@ def read_recordings(directory: str | os.PathLike, limit: int | None = None) -> l
     """The episodes of a demonstration data set without their images; at most `limit` per split."""
     info = Path(directory) / "dataset_info.json"
     if not info.is_file():
-        raise errors.UserError(f"{directory} is no version directory of a data set: {info} is missing")
+        versions = sorted(str(path.parent) for path in Path(directory).glob("*/dataset_info.json"))
+        hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
+        raise errors.UserError(f"{directory} is no version directory of a data set: {info} is missing{hint}")
     recordings = []
     for split in json.loads(info.read_text())["splits"]:
         shards = sorted(Path(directory).glob(f"*-{split['name']}.tfrecord-*"))

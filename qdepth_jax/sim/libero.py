@@ -11,6 +11,7 @@ Physics runs without cameras; `LiberoEnv.render` draws a frame only when somebod
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import logging
 import warnings
@@ -82,7 +83,12 @@ def list_tasks(suite: str) -> list[LiberoTask]:
     benchmark, get_libero_path, _ = _import_libero()
     known = benchmark.get_benchmark_dict()
     if suite.lower() not in known:
-        raise errors.UserError(f"unknown LIBERO suite {suite!r}; known: {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(suite.lower(), known, 3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise errors.UserError(
+            f"unknown LIBERO suite {suite!r}: {hint}There are {', '.join(STEP_CAPS)} and LIBERO-PRO's variants of them "
+            "(_lan, _object, _swap, _task, ...)"
+        )
     with contextlib.redirect_stdout(io.StringIO()):
         tasks = known[suite.lower()](task_order_index=0)
     listed = []

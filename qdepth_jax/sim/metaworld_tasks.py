@@ -2,7 +2,7 @@
 
 Suites: metaworld_mt50 (or metaworld), all tasks, and metaworld_mt10, the ten of Meta-World's own MT10. Success is the
 package's flag at any step of at most 500. Start k is what seed k draws; demonstrations use seeds from 1000 on
-(tools/collect_demos.py).
+(tools/collect_demos.py, which refuses those of the starts).
 """
 
 import importlib.metadata

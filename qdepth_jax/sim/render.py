@@ -19,6 +19,12 @@ from qdepth_jax import errors
 GL_PACKAGES = "libosmesa6 libegl1 libegl-mesa0 libgl1-mesa-dri libgles2 libopengl0"
 
 
+def _gl_fix(backend: str | None) -> str:
+    if backend in ("osmesa", "egl"):
+        return f"On Debian or Ubuntu: apt-get install -y --no-install-recommends {GL_PACKAGES}"
+    return "Set MUJOCO_GL=osmesa (CPU) or egl (GPU): what else MuJoCo knows needs a display"
+
+
 def choose_gl_backend() -> str:
     """Sets MUJOCO_GL before MuJoCo is imported: the user's choice, else egl beside a GPU, else osmesa. Returns it."""
     if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ:
@@ -44,10 +50,9 @@ def import_mujoco():
         raise errors.UserError(
             f"the simulator needs the Python package {error.name!r}: pip install -e '.[sim]'"
         ) from error
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # RuntimeError: a backend it does not know
         raise errors.UserError(
-            f"MuJoCo cannot load its off-screen GL library for MUJOCO_GL={backend} ({error}). On Debian or Ubuntu: "
-            f"apt-get install -y --no-install-recommends {GL_PACKAGES}; then MUJOCO_GL=osmesa (CPU) or egl (GPU)"
+            f"MuJoCo cannot load an off-screen GL library for MUJOCO_GL={backend} ({error}). {_gl_fix(backend)}"
         ) from error
     return mujoco
 
@@ -77,8 +82,8 @@ class SceneRenderer:
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
         except Exception as error:  # each GL backend raises its own kinds
             raise errors.UserError(
-                f"no off-screen GL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}). "
-                f"On Debian or Ubuntu: apt-get install -y --no-install-recommends {GL_PACKAGES}"
+                f"no off-screen GL context with MUJOCO_GL={(backend := os.environ.get('MUJOCO_GL'))} ({error}). "
+                f"{_gl_fix(backend)}"
             ) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR

@@ -132,6 +132,14 @@ def test_mix_draws_by_frames_and_identity_says_what_it_is(mix):
     assert set(reader.normalisers) == {"libero_object", "libero_spatial"}
 
 
+def test_picture_sizes_are_those_before_the_device_resizes(libero_dir):
+    assert loader.Loader(_config(libero_dir), ("frame",), 8).picture_sizes == {}
+    reader = loader.Loader(_config(libero_dir), ("image_main",), 8)
+    assert reader.picture_sizes == {"main": list(reader.batch(0)["image_main"].shape[1:3])}
+    resized = _config(libero_dir, image_size=(20, 30), image_steps=2)
+    assert loader.Loader(resized, ("image_main",), 8).picture_sizes == {"main": [20, 30]}
+
+
 def test_held_out_episodes_never_train_and_never_count_in_statistics(libero_dir):
     config = _config(libero_dir, held_out_every=2, horizon=2)
     train = loader.Loader(config, ("frame",), 4)

@@ -7,8 +7,10 @@ import pathlib
 import subprocess
 import sys
 import time
+import warnings
 
 import fake_simulator
+import jax
 import numpy as np
 import pytest
 
@@ -242,6 +244,19 @@ def test_frames_show_three_panels_and_the_range():
     assert again[0, 0] - again[-1, 0] > 80  # a far background does not take the contrast
     inverse = rollout_video.draw(frames, "predicted, relative inverse depth")[0][20:, side : 2 * side, 0].astype(int)
     assert inverse[0, 0] < inverse[-1, -1]
+
+
+def test_a_video_is_written_without_a_fork_of_this_process(tmp_path, monkeypatch):
+    """JAX, once it has a device, warns of every fork in which hooks run."""
+    pytest.importorskip("imageio_ffmpeg", reason="extra 'sim' is not installed: pip install 'qdepth_jax[sim]'")
+    monkeypatch.delenv("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", raising=False)
+    jax.devices()
+    frames = [rollout_video.Frame(np.zeros((8, 8, 3), np.uint8), None, [0.0], [0.0])] * 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rollout_video.write(tmp_path / "video.mp4", frames, "none", 10.0)
+    assert [str(warning.message) for warning in caught if "fork" in str(warning.message)] == []
+    assert (tmp_path / "video.mp4").stat().st_size > 500 and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,9 @@ def picture(*shape, dtype=np.uint8):
         ({"prompt": 3}, "'prompt' must be text, got int 3"),
         ({"prompt": b"open"}, "must be text, got bytes"),
         ({"prompt": " "}, "1 to 4096 characters"),
-        ({"prompt": "drawer " * 30}, "tokens"),
+        ({"prompt": "drawer " * 30}, r"comes to \d\d+ tokens, this policy takes 24: shorten 'drawer .*'\.\.\.$"),
         ({"observation/joints": np.zeros(3)}, "unknown keys 'observation/joints': this server reads 'observation/im"),
+        ({"observation/joints": np.zeros(3)}, "--ignore=KEY,KEY"),
         ({"seed": -1}, "whole number"),
         ({"seed": True}, "whole number"),
         ({"seed": [1, 2, 3]}, "seed, call"),
@@ -109,6 +110,7 @@ def picture(*shape, dtype=np.uint8):
         ({"depth": 1}, "true or false"),
         ({"rtc/frozen": 1}, "needs 'rtc/prefix'"),
         ({"rtc/prefix": np.zeros((5, 7))}, r"\[k, 7\] with 1 <= k <= 4"),
+        ({"rtc/prefix": np.full((2, 7), -1e30)}, "holds -1e.30; actions of libero_object are let in from -10 to 10"),
         ({"rtc/prefix": np.zeros((2, 7)), "rtc/frozen": 3}, "3, but 'rtc/prefix' has 2"),
     ],
 )

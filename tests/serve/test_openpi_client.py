@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -135,6 +136,14 @@ def test_the_command_knows_the_policy(export, flag, message):
     pytest.importorskip("websockets", reason="the serve extra is not installed")
     with stored_runs.command("serve") as main, pytest.raises(errors.UserError, match=message):
         main(f"--checkpoint={export}", flag)
+
+
+def test_the_command_knows_a_taken_port_before_it_loads_anything():
+    pytest.importorskip("websockets", reason="the serve extra is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as other, stored_runs.command("serve") as main:
+        port = other.getsockname()[1]
+        with pytest.raises(errors.UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+            main("--checkpoint=nothing_here", f"--port={port}")
 
 
 @pytest.mark.parametrize(

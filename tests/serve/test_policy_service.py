@@ -1,10 +1,41 @@
 """What the server is asked to be, checked before anything is loaded."""
 
 import pytest
+from test_observation import good, reader
 
-from qdepth_jax import errors
+from qdepth_jax import errors, planner
 from qdepth_jax.models import inference
-from qdepth_jax.serve import policy_service
+from qdepth_jax.serve import policy_service, protocol
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """`service(**options)` with a policy that was never run."""
+    monkeypatch.setattr(planner, "load", lambda *args: reader().planner)
+    return lambda **options: policy_service.Service("", policy_service.Options(**options))
+
+
+def test_every_program_is_named_before_it_is_compiled(service, monkeypatch):
+    told, found = [], service(batch_sizes=(1, 4), depth=True)
+    asked = lambda requests, size: told.append((size, requests[0].row.previous is not None, requests[0].depth))  # noqa: E731
+    monkeypatch.setattr(found, "run", asked)
+    found.warm_up(told.append)
+    lines, programs = told[::2], told[1::2]
+    assert programs == [(s, rtc, depth) for s in (1, 4) for depth in (False, True) for rtc in (False, True)]
+    assert lines[0] == "compiling program 1 of 8: 1 at a time"
+    assert lines[7] == "compiling program 8 of 8: 4 at a time, real-time chunking, depth"
+
+
+def test_keys_that_the_policy_has_no_use_for_pass_where_the_server_says_so(service):
+    found = service(ignore=("observation/joints", "observation/right_image"))
+    frame = protocol.pack(good(**{"observation/joints": [1.0], "observation/right_image": "any"}))
+    assert found.prepare(frame).row.batch.keys() == {"text", "proprio", "image_main", "image_wrist"}
+    # As large as the others may be.
+    assert found.max_frame - service().max_frame == 2 * 3 * 1024**2
+    with pytest.raises(errors.UserError, match=r"'observation/third'.*--ignore=KEY"):
+        found.prepare(protocol.pack(good(**{"observation/third": 1})))
+    with pytest.raises(errors.UserError, match="--ignore=prompt,seed: this server reads 'prompt', 'seed'"):
+        service(ignore=("seed", "prompt", "x"))
 
 
 def test_a_solver_that_cannot_continue_chunks_is_refused_unless_nobody_does():

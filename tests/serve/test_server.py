@@ -208,6 +208,10 @@ def test_an_address_in_use_is_a_plain_error():
         again = server.PolicyServer(service, server.ServerOptions(port=port))
         with pytest.raises(errors.UserError, match=f"cannot listen on 127.0.0.1:{port}"):
             await again.run()
+        # Asked beforehand, as the command does it before it compiles.
+        with pytest.raises(errors.UserError, match=f"cannot listen on 127.0.0.1:{port}: .*another --port"):
+            await asyncio.to_thread(server.check_address, server.ServerOptions(port=port))
+        await asyncio.to_thread(server.check_address, server.ServerOptions(port=0))
 
     serve(scenario)
 

