@@ -117,9 +117,10 @@ def run_block(plan: Plan, work: str, task: int, numbers: range) -> str:
     """One process's share: attempts in one environment. Returns why the expert cannot do the task, or ''."""
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
     present = {a.number: a for a in finished_attempts(Path(work), task)}
-    env, successes = None, 0
+    env, successes, parent = None, 0, multiprocessing.parent_process()
     for number in numbers:
-        if successes >= plan.wanted:
+        # Killed, the command cannot stop its processes; what they have finished is on disk.
+        if successes >= plan.wanted or (parent is not None and not parent.is_alive()):
             break
         if number not in present:
             if env is None:
