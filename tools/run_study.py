@@ -97,7 +97,7 @@ def prepare(root: pathlib.Path, part_name: str) -> list[Job]:
         add(f"index/{dataset}", ["tools/index_rlds.py", str(data.parent)], data / "qdepth_index")
     workdir, config = root / part_name / "tokenizer", f"experiments/cpu_study.py:{part_name},tokenizer"
     line = train_line(config, workdir, root, part_name)
-    add(f"{part_name}/tokenizer", line, workdir / "metrics.jsonl", config_text(config))
+    add(f"{part_name}/tokenizer", line, workdir, config_text(config))
     line = ["tools/tokenize_depth.py", f"--tokenizer={workdir}"]
     add(f"{part_name}/tokens", line, workdir / "tokens")
     return jobs
@@ -136,7 +136,7 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
     if needs_tokens:
         line.append(f"--config.tokenizer={root / part_name / 'tokenizer'}")
     of = study_jobs.identity(root, ROOT, line, config_text(config), prepared)
-    train = Job(name, line, workdir / "metrics.jsonl", of, workdir / "metrics.jsonl")
+    train = Job(name, line, workdir, of, workdir / "metrics.jsonl")
     made = workdir / "held_out.json"
     line = [
         "tools/evaluate_offline.py", f"--policy={workdir}", f"--tokenizer={root / part_name / 'tokenizer'}",

@@ -28,7 +28,7 @@ class Job:
 
     Attributes:
       name: PART/RUN/... ; line: arguments of python.
-      made: a file that is there when it is done.
+      made: a file or folder that is there when it is done; to make it again it has to go.
       identity: of what it makes, as JSON; paths below the study's root and the tree are no part of it.
       keep: its file with figures, .json or .jsonl, or None.
     """
