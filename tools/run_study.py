@@ -79,11 +79,11 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(root: pathlib.Path, part_name: str) -> list[Job]:
-    """Demonstrations, the depth tokenizer and its tokens; each is done when all before it are."""
+    """Demonstrations, the depth tokenizer and its tokens, the common start; each is done when all before it are."""
     part, jobs = cpu_study.PARTS[part_name], []
 
-    def add(name: str, line: list[str], made: pathlib.Path, config: str = "") -> None:
-        jobs.append(Job(name, line, made, study_jobs.identity(root, ROOT, line, config, jobs)))
+    def add(name: str, line: list[str], made: pathlib.Path, config: str = "", kept: pathlib.Path | None = None) -> None:
+        jobs.append(Job(name, line, made, study_jobs.identity(root, ROOT, line, config, jobs), kept))
 
     for dataset, suite in part.suites.items():
         line = [
@@ -100,6 +100,13 @@ def prepare(root: pathlib.Path, part_name: str) -> list[Job]:
     add(f"{part_name}/tokenizer", line, workdir, config_text(config))
     line = ["tools/tokenize_depth.py", f"--tokenizer={workdir}"]
     add(f"{part_name}/tokens", line, workdir / "tokens")
+    if part.pretraining:
+        workdir, config = root / part_name / study.START, f"experiments/{study.BASELINE}.py:cpu_study,{part_name}"
+        line = [
+            *train_line(config, workdir, root, part_name), f"--config.train.total_steps={part.pretraining}",
+            f"--config.train.eval_every={part.pretraining // 4}", "--config.train.checkpoint_every=500",
+        ]  # fmt: skip
+        add(f"{part_name}/{study.START}", line, workdir, config_text(config), workdir / "metrics.jsonl")
     return jobs
 
 
@@ -135,6 +142,8 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
     line = [*train_line(config, workdir, root, part_name), f"--config.seed={seed}"]
     if needs_tokens:
         line.append(f"--config.tokenizer={root / part_name / 'tokenizer'}")
+    if part.pretraining:
+        line.append(f"--config.init_from={root / part_name / study.START}")
     of = study_jobs.identity(root, ROOT, line, config_text(config), prepared)
     train = Job(name, line, workdir, of, workdir / "metrics.jsonl")
     made = workdir / "held_out.json"
@@ -151,19 +160,21 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
 
 
 def controls(root: pathlib.Path, part_name: str, chains: list[list[Job]]) -> list[Job]:
-    """What needs no training, on the same episodes; [] where the policy it takes its data from is not asked for."""
+    """Policies that are no variant, on the same episodes; [] where the run they take data from is not asked for."""
     part, name = cpu_study.PARTS[part_name], f"{part_name}/{next(iter(cpu_study.VARIANTS))}_{cpu_study.SEEDS[0]}"
     train = next((chain[0] for chain in chains if chain[0].name == name), None)
     if train is None:
         print(f"no controls for {part_name}: they take model and statistics of {name}", file=sys.stderr)
         return []
-    return [
-        closed_loop(
-            root, f"{part_name}/{kind}/{suite}", suite, part, root / name, root / part_name / kind / suite, kind, train
-        )
-        for suite in part.suites.values()
-        for kind in study.CONTROLS
-    ]
+    jobs = []
+    for suite in part.suites.values():
+        for control in study.CONTROLS:
+            made, start = root / part_name / control / suite, control == study.START
+            if start and not part.pretraining:
+                continue
+            workdir, kind = (root / part_name / control, "trained") if start else (root / name, control)
+            jobs.append(closed_loop(root, f"{part_name}/{control}/{suite}", suite, part, workdir, made, kind, train))
+    return jobs
 
 
 def closed_loop(

@@ -24,7 +24,8 @@ from qdepth_jax import errors, files
 from qdepth_jax.eval import episodes
 
 BASELINE = "baseline"
-CONTROLS = ("mean_action", "untrained")
+START = "pretrained"  # the common start of all policies of a part that has one
+CONTROLS = ("mean_action", "untrained", START)
 TOKENS = ("tokenizer", "tokens")  # jobs whose cost every variant with depth tokens shares
 SUCCESS, FAILURE, CRASH = "1", "0", "c"  # of an outcome string, one character for each start
 
@@ -64,7 +65,10 @@ def write(folder: pathlib.Path, parts: Mapping[str, Sequence[str]], variants: Ma
         lines += (
             [*held_out_table(rows), ""] if any(run.held_out for row in rows.values() for run in row.values()) else []
         )
-        lines += [*cost_table(rows, variants, shared_cost(folder / part)), "", *task_table(rows), ""]
+        lines += [*cost_table(rows, variants, shared_cost(folder / part))]
+        if start := [run.training["cost"] for run in rows.get(START, {}).values() if run.training.get("cost")]:
+            lines += ["", f"The common start of all of them cost {start[0]['cpu_seconds']:.0f} CPU-s, once."]
+        lines += ["", *task_table(rows), ""]
         study_plots.success(folder / f"success_{part}.svg", rows)
         study_plots.losses(folder / f"loss_{part}.svg", rows)
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ def losses(path: pathlib.Path, rows: study.Rows) -> None:
     """Flow loss on held-out frames over training steps, the mean of the seeds; nothing where none was kept."""
     curves = {}
     for name, row in rows.items():
+        if name in study.CONTROLS:  # the common start: another length
+            continue
         by_step: dict[int, list[float]] = {}
         for run in row.values():
             for line in run.training.get("metrics", []):

@@ -151,3 +151,13 @@ def test_depth_tokens_are_paid_by_those_who_need_them(folder):
     assert cells(text, "baseline")["with its share of the depth tokens"] == "none"
     keep(folder / "toy", "tokens", {"cost": None})
     assert cells(write(folder), "qdepth")["with its share of the depth tokens"] == ""
+
+
+def test_the_common_start_of_all_policies_has_a_row_and_its_cost_but_is_compared_with_nobody(folder):
+    keep(folder / "toy", "pretrained", {"cost": {"cpu_seconds": 5000}, "metrics": [{"step": 9, "val/flow_loss": 0.1}]})
+    keep(folder / "toy" / "pretrained", "s", result(flags(3)))
+    text = write(folder)
+    start = cells(text, "pretrained")
+    assert start["successes"] == "3 of 20" and start["minus baseline, points (95 %, seeds)"] == ""
+    assert "The common start of all of them cost 5000 CPU-s, once." in text
+    assert not (folder / "loss_toy.svg").exists()  # its curve has another length than the variants'
