@@ -89,7 +89,7 @@ def run() -> dict:
         "dataset": str(directory),
         "episodes": {s.name: sum(s.shard_lengths) for s in splits.values()},
         "bytes": sum(s.num_bytes for s in splits.values()),
-        "frames": sum(a.steps for tried in done.values() for a in collection.accepted(tried, wanted)),
+        "frames": sum(a.steps for tried in done.values() for a in collection.accepted(tried)),
         "expert_success": {t["name"]: f"{t['success']}/{t['attempts']}" for t in tasks.values()},
         "short": [t["name"] for t in tasks.values() if t["kept"] < wanted],
         "not_collected": {names[task]: reason for task, reason in impossible.items()},

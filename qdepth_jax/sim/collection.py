@@ -2,8 +2,8 @@
 
 Attempt k of a task uses seed `base seed + k`; the first successful attempts in that order are the demonstrations, so
 the result does not depend on the number of processes or on interruptions. Attempts are handed out in blocks (building
-an environment takes seconds). Every finished attempt leaves a file in the work folder: a second run reads it instead
-of simulating.
+an environment takes seconds); a block ends where the attempts before it suffice. Every finished attempt leaves a file
+in the work folder: a second run reads it instead of simulating.
 """
 
 import concurrent.futures
@@ -65,10 +65,10 @@ class Attempt:
 def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Attempt]], dict[int, str]]:
     """Runs attempts until every task has its episodes or used up its attempts.
 
-    Returns the attempts of each task in order, and for the tasks that the expert cannot do the reason instead.
+    Returns the attempts of each task that count (`judged`), and for tasks that the expert cannot do the reason instead.
     """
     check_identity(plan, work)
-    attempts: dict[int, list[Attempt]] = {task: finished_attempts(work, task) for task in plan.tasks}
+    attempts = {task: judged(finished_attempts(work, task), plan.wanted) for task in plan.tasks}
     impossible: dict[int, str] = {}
     next_block = dict.fromkeys(plan.tasks, 0)
     # Fresh interpreters: a forked GL context or simulator is not usable.
@@ -79,9 +79,14 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
 
         def submit(task: int) -> None:
             """Keeps as many blocks of the task under way as could still be needed."""
-            have = len(accepted(attempts[task], plan.wanted))
+            if len(accepted(attempts[task])) >= plan.wanted:
+                return
+            # What later blocks have is worth counting, but only an earlier one can fill the gap before it.
+            on_disk = len(accepted(finished_attempts(work, task)))
             under_way = sum(t == task for t in running.values())
-            while under_way * BLOCK < plan.wanted - have and next_block[task] * BLOCK < plan.max_attempts:
+            while (not under_way or under_way * BLOCK < plan.wanted - on_disk) and (
+                next_block[task] * BLOCK < plan.max_attempts
+            ):
                 first = next_block[task] * BLOCK
                 numbers = range(first, min(first + BLOCK, plan.max_attempts))
                 next_block[task] += 1
@@ -104,8 +109,8 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
                 if reason:
                     impossible[task] = reason
                     continue
-                attempts[task] = finished_attempts(work, task)
-                have = [len(accepted(a, plan.wanted)) for a in attempts.values()]
+                attempts[task] = judged(finished_attempts(work, task), plan.wanted)
+                have = [len(accepted(a)) for a in attempts.values()]
                 bar.update(sum(have) - bar.n)
                 if bar.disable:
                     print(f"{plan.suite}: {sum(have)} of {total} episodes", file=sys.stderr, flush=True)
@@ -116,20 +121,21 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
 def run_block(plan: Plan, work: str, task: int, numbers: range) -> str:
     """One process's share: attempts in one environment. Returns why the expert cannot do the task, or ''."""
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
-    present = {a.number: a for a in finished_attempts(Path(work), task)}
-    env, successes, parent = None, 0, multiprocessing.parent_process()
+    env, parent = None, multiprocessing.parent_process()
     for number in numbers:
-        # Killed, the command cannot stop its processes; what they have finished is on disk.
-        if successes >= plan.wanted or (parent is not None and not parent.is_alive()):
+        present = finished_attempts(Path(work), task)  # other blocks go on meanwhile
+        if len(accepted(judged(present, plan.wanted))) >= plan.wanted:
             break
-        if number not in present:
+        # Killed, the command cannot stop its processes; what they have finished is on disk.
+        if parent is not None and not parent.is_alive():
+            break
+        if number not in {a.number for a in present}:
             if env is None:
                 env, reason = make_env(plan, task)
                 if reason:
                     env.close()
                     return reason
-            present[number] = run_attempt(plan, env, Path(work), task, number)
-        successes += present[number].outcome == demos.SUCCESS
+            run_attempt(plan, env, Path(work), task, number)
     if env is not None:
         env.close()
     return ""
@@ -172,13 +178,24 @@ def run_attempt(plan: Plan, env, work: Path, task: int, number: int) -> Attempt:
     return attempt
 
 
-def accepted(attempts: list[Attempt], wanted: int) -> list[Attempt]:
-    """The first successes in order of attempt, at most `wanted`."""
-    return [a for a in attempts if a.outcome == demos.SUCCESS][:wanted]
+def judged(attempts: list[Attempt], wanted: int) -> list[Attempt]:
+    """The attempts that count: from 0 on, up to the first that is missing or to the last success that is wanted."""
+    counted, successes = [], 0
+    for number, attempt in enumerate(attempts):
+        if attempt.number != number or successes >= wanted:
+            break
+        counted.append(attempt)
+        successes += attempt.outcome == demos.SUCCESS
+    return counted
+
+
+def accepted(attempts: list[Attempt]) -> list[Attempt]:
+    """The successes among them."""
+    return [a for a in attempts if a.outcome == demos.SUCCESS]
 
 
 def finished_attempts(work: Path, task: int) -> list[Attempt]:
-    """Attempts on disk, in order, up to the first that is missing inside its block (a block may end early)."""
+    """Attempts on disk, in order; one may be missing before another that a later block has made."""
     files = sorted((work / f"task_{task:03d}").glob("*.json"))
     return [Attempt(**json.loads(path.read_bytes())) for path in files]
 
@@ -191,7 +208,7 @@ def report(plan: Plan, attempts: dict[int, list[Attempt]], impossible: dict[int,
             print(f"{task:3d} {names[task]}: not collected, {impossible[task]}")
             continue
         counts = Counter(a.outcome for a in attempts[task])
-        kept = accepted(attempts[task], plan.wanted)
+        kept = accepted(attempts[task])
         steps = [a.steps for a in kept]
         tasks[task] = {
             "name": names[task],
@@ -219,7 +236,7 @@ def assemble(
     name = directory.parent.name
     chosen: dict[str, list[tuple[int, int, Path]]] = {"train": [], "val": []}
     for task, tried in attempts.items():
-        for rank, attempt in enumerate(accepted(tried, plan.wanted)):
+        for rank, attempt in enumerate(accepted(tried)):
             split = "train" if rank < plan.episodes else "val"
             path = work / f"task_{task:03d}" / f"{attempt.number:05d}.episode"
             chosen[split].append((rank, task, path))

@@ -1,7 +1,14 @@
 """Blocks of attempts; the simulator is left out."""
 
+import concurrent.futures
+import dataclasses
+import json
 import multiprocessing
+import random
 
+import pytest
+
+from qdepth_jax import files
 from qdepth_jax.sim import collection, demos
 
 
@@ -10,31 +17,68 @@ class Env:
         pass
 
 
-def plan(episodes):
-    return collection.Plan("libero_object", (0,), episodes, 0, 10, 1000, None, demos.Encoding())
+def plan(episodes, most=10):
+    return collection.Plan("libero_object", (0,), episodes, 0, most, 1000, None, demos.Encoding())
 
 
-def attempts(monkeypatch, tmp_path, alive):
-    made = []
-
-    class Parent:
-        def is_alive(self):
-            return alive(made)
+@pytest.fixture
+def made(monkeypatch):
+    """The numbers of the attempts that were made; every third fails. Processes are threads here."""
+    numbers = []
 
     def attempt(plan, env, work, task, number):
-        made.append(number)
-        return collection.Attempt(number, plan.seed + number, demos.SUCCESS, 1)
+        numbers.append(number)
+        outcome = demos.FAILED if number % 3 == 2 else demos.SUCCESS
+        folder = work / f"task_{task:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        one = collection.Attempt(number, plan.seed + number, outcome, 1)
+        files.write_whole(folder / f"{number:05d}.json", json.dumps(dataclasses.asdict(one)))
+        return one
 
-    monkeypatch.setattr(multiprocessing, "parent_process", Parent)
     monkeypatch.setattr(collection, "make_env", lambda plan, task: (Env(), ""))
     monkeypatch.setattr(collection, "run_attempt", attempt)
+    monkeypatch.setattr(
+        concurrent.futures, "ProcessPoolExecutor", lambda n, context: concurrent.futures.ThreadPoolExecutor(n)
+    )
+    return numbers
+
+
+def test_a_block_ends_with_the_episodes_wanted(made, tmp_path):
     assert collection.run_block(plan(5), str(tmp_path), 0, range(10)) == ""
-    return made
+    assert made == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_a_block_ends_with_the_episodes_wanted(monkeypatch, tmp_path):
-    assert attempts(monkeypatch, tmp_path, lambda made: True) == [0, 1, 2, 3, 4]
+def test_a_block_ends_where_those_before_it_suffice(made, tmp_path):
+    for first in (0, 10):
+        collection.run_block(plan(9, 30), str(tmp_path), 0, range(first, first + 10))
+    assert made == [*range(10), 10, 11, 12]  # seven of the first ten, then 10 and 12
 
 
-def test_a_block_does_not_outlive_the_command(monkeypatch, tmp_path):
-    assert attempts(monkeypatch, tmp_path, lambda made: len(made) < 2) == [0, 1]
+def test_a_block_does_not_outlive_the_command(made, monkeypatch, tmp_path):
+    class Parent:
+        def is_alive(self):
+            return len(made) < 2
+
+    monkeypatch.setattr(multiprocessing, "parent_process", Parent)
+    collection.run_block(plan(5), str(tmp_path), 0, range(10))
+    assert made == [0, 1]
+
+
+@pytest.mark.parametrize("wanted", [3, 7, 9, 16])
+def test_what_counts_does_not_depend_on_what_was_on_disk(made, tmp_path, wanted):
+    """Whichever attempts an interrupted run had finished, in whichever blocks."""
+    whole, _ = collection.collect(plan(wanted, 40), tmp_path / "whole", processes=1)
+    assert len(collection.accepted(whole[0])) == wanted and whole[0][-1].outcome == demos.SUCCESS
+    draw = random.Random(wanted)
+    for case in range(10):
+        work = tmp_path / str(case)
+        collection.check_identity(plan(wanted, 40), work)
+        for number in draw.sample(range(40), draw.randrange(1, 30)):
+            collection.run_attempt(plan(wanted, 40), None, work, 0, number)
+        again, _ = collection.collect(plan(wanted, 40), work, processes=2)
+        assert again == whole
+
+
+def test_the_attempts_of_a_task_are_limited(made, tmp_path):
+    found, _ = collection.collect(plan(30, 24), tmp_path, processes=1)
+    assert len(found[0]) == 24 and len(collection.accepted(found[0])) == 16 and sorted(made) == list(range(24))

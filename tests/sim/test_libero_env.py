@@ -131,6 +131,6 @@ def test_an_interrupted_collection_continues_to_the_same_episodes(tmp_path):
     second, _ = collection.collect(more, tmp_path, processes=2)
     assert path.stat().st_mtime_ns == written
     assert second[8][: len(first[8])] == first[8]
-    assert len(collection.accepted(second[8], 2)) == 2
+    assert len(collection.accepted(second[8])) == 2
     with pytest.raises(ValueError, match="choose another --work_dir"):
         collection.collect(collection.dataclasses.replace(plan, seed=5), tmp_path, processes=1)
