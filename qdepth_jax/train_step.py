@@ -106,7 +106,8 @@ def train_step(
     params = optax.apply_updates(train_state.params, updates)
     ema = train_state.ema
     if ema is not None:
-        ema = jax.tree.map(lambda a, p: ema_decay * a + (1.0 - ema_decay) * p, ema, params)
+        # Not decay * a + (1 - decay) * p: rounded, the two factors sum to less than 1, and what is frozen would shrink.
+        ema = jax.tree.map(lambda a, p: a + (1.0 - ema_decay) * (p - a), ema, params)
     new = train_state.replace(params=params, state=model_state, opt_state=opt_state, ema=ema)
     new = _accept(jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads)), new, train_state)
     return new, metrics | _norms_and_counts(objective, grads, train_state, new, learning_rate)

@@ -181,6 +181,12 @@ def test_ema_is_the_running_average():
     start, end, _ = reference()
     for s, e, a in zip(*(jax.tree.leaves(t) for t in (start.params, end.params, end.ema)), strict=True):
         np.testing.assert_allclose(a, 0.9 * s + 0.1 * e, rtol=1e-5, atol=1e-7)
+    # What is frozen has exactly its own value as average, after any number of steps.
+    leaves = zip(*(jax.tree.leaves(t) for t in (start.params, end.params, end.ema)), strict=True)
+    still = [(s, a) for s, e, a in leaves if (s == e).all() and s.any()]
+    assert still
+    for s, a in still:
+        np.testing.assert_array_equal(a, s)
 
 
 def test_metrics_are_the_norms_of_what_they_name():
