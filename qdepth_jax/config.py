@@ -114,10 +114,15 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
-        for name in ("learning_rate", "min_learning_rate", "clip_norm", "eps", "weight_decay"):
+        for name in ("learning_rate", "min_learning_rate", "weight_decay"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
                 raise errors.UserError(f"optim.{name}={value} must be a number >= 0")
+        # Clipping to 0 would train nothing, and without eps a parameter whose gradient is 0 becomes 0/0.
+        for name, hint in (("clip_norm", "1e9 clips nothing"), ("eps", "1e-8 is usual")):
+            value = getattr(self, name)
+            if not 0.0 < value < float("inf"):
+                raise errors.UserError(f"optim.{name}={value} must be a number > 0 ({hint})")
         for name in ("b1", "b2", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise errors.UserError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -223,7 +228,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise errors.UserError(f"{path} must be a list, got {value!r}")
         item = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        pairs = ((item, v) for v in value) if item else zip(args, value)
+        if item is None and len(value) != len(args):
+            raise errors.UserError(f"{path} must have {len(args)} entries, got {len(value)}: {value!r}")
+        pairs = ((item, v) for v in value) if item else zip(args, value, strict=True)
         return tuple(_convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(pairs))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -51,11 +51,19 @@ def test_json_round_trip_builds_the_same():
         ({"inner": {"size": True}}, "must be int, got True"),
         ({"inner": 3}, "must be a section"),
         ({"inner": {"rows": 3}}, "must be a list"),
+        ({"inner": {"rows": [["a", 1.0, 2.0]]}}, r"rows\[0\] must have 2 entries, got 3: \['a', 1.0, 2.0\]"),
     ],
 )
 def test_bad_values_are_named(values, message):
     with pytest.raises(errors.UserError, match=message):
         config_lib.build(Outer, values, "model")
+
+
+@pytest.mark.parametrize("values", [{"clip_norm": 0.0}, {"eps": 0.0}, {"eps": float("nan")}])
+def test_what_would_train_nothing_or_divide_by_zero_is_refused(values):
+    (name,) = values
+    with pytest.raises(errors.UserError, match=f"optim.{name}={values[name]} must be a number > 0"):
+        config_lib.OptimConfig(**values)
 
 
 def test_differences_name_the_leaf():
