@@ -49,6 +49,20 @@ def check(keys: Sequence[str], config: data_config.DataConfig, sources: Sequence
         raise errors.UserError(
             f"{swapping} show one of two cameras at random, but {asked} belong to the first: set data.swap_views=False"
         )
+    if images[0] in keys and (asked := [name for name in keys if name in ("depth", "depth_tokens")]):
+        for item in sources:
+            name, views = item.definition.name, item.definition.views
+            if views.get(config.views[0]) != item.definition.main_view:
+                of = next(view for view, feature in views.items() if feature == item.definition.main_view)
+                other = (
+                    f"which data set {name} lacks: train without it, or with a model without depth"
+                    if config.views[0] not in views
+                    else f"set model.views (data.views) to begin with {of!r}"
+                )
+                raise errors.UserError(
+                    f"{asked} of data set {name} belong to its view {of!r}, but depth is predicted from the first view "
+                    f"of the model, {config.views[0]!r}: {other}"
+                )
     for name, wanted in (("action", 0), ("proprio", config.proprio_dim)):
         widths = {item.definition.name: getattr(item.frames, name).shape[1] for item in sources}
         if wanted and max(widths.values()) > wanted:

@@ -212,6 +212,14 @@ def test_sidecars_of_other_data_or_cameras_are_refused(libero_dir, tmp_path):
         loader.Loader(_config(entry), TOKENS, 4)
 
 
+def test_depth_of_another_view_than_the_first_is_refused(libero_dir, tmp_path):
+    entry = _tokens(libero_dir, tmp_path / "tokens")
+    for features in (("image_wrist", "depth"), ("image_wrist", *TOKENS)):
+        with pytest.raises(errors.UserError, match=r"belong to its view 'main'.*'wrist': set model.views .*'main'"):
+            loader.Loader(_config(entry, views=("wrist", "main")), features, 4)
+    loader.Loader(_config(entry, views=("wrist", "main")), ("depth",), 4)  # a tokenizer sees no picture
+
+
 def test_mixes_that_do_not_fit_are_refused(libero_dir, tmp_path):
     other = make_libero(tmp_path, (4, 4, 5, 6), name="libero_goal")
     tokens = [_tokens(libero_dir, tmp_path / "a"), _tokens(other, tmp_path / "b", identity="tok-2")]
