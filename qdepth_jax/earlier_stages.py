@@ -176,6 +176,34 @@ def check_conventions(workdir: str, model: Any) -> None:
         checkpoint.say(f"{workdir} and this model differ by design: {line}")
 
 
+def check_inputs(workdir: str, data: dict[str, Any], codes: str) -> None:
+    """Compares what the ids of texts and depth tokens mean there and here; reads no array.
+
+    Args:
+      workdir: as of `take_parameters`; imported weights do not say what their ids mean, and nothing is compared.
+      data: this run's `Loader.identity()`.
+      codes: identity of the depth tokenizer whose codes this run predicts, or "".
+
+    Raises:
+      UserError: another text tokenizer: every row of the text embedding would stand for another piece.
+    """
+    meta = stored_model.find(workdir).meta
+    before = meta.get("data") or {}
+    there, here = before.get("text_tokenizer"), data.get("text_tokenizer")
+    if there and here and there != here:
+        raise errors.UserError(
+            f"init_from={workdir!r} was trained with text tokenizer {there}, this run reads its texts with {here}: "
+            "their ids mean other words. Set data.text_tokenizer to the file that was used there"
+        )
+    if there and here and (rules := [d.get("text_rule", "raw") for d in (before, data)]) and rules[0] != rules[1]:
+        checkpoint.say(f"prompts were written by data.text_rule={rules[0]!r} in {workdir}, here by {rules[1]!r}")
+    if codes and meta.get("tokenizer") and meta["tokenizer"] != codes:
+        checkpoint.say(
+            f"the depth expert of {workdir} predicts the codes of tokenizer {meta['tokenizer']}, here those of "
+            f"{codes}: what its last layer knows of single codes is lost"
+        )
+
+
 def check_depth_start(start: str, model: Any) -> None:
     """Refuses config.init_depth_from before anything is loaded.
 

@@ -147,6 +147,13 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     for line in batches.summary():
         train_loop.say(line)
     _check_fit(config, model, batches, codes)
+    if config.init_from:
+        earlier_stages.check_inputs(config.init_from, batches.identity(), codes["identity"] if codes else "")
+        if config.model_kind == "tokenizer" and model.running:
+            train_loop.say(
+                f"init_from brings encoder and decoder; the codebook is no parameter and is drawn anew at step "
+                f"{model.start_step} (model.start_step)"
+            )
     held_out, eval_batches = held_out_section(config, data), None
     if train.eval_every:
         if held_out is None:

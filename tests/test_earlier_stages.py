@@ -133,6 +133,21 @@ def test_every_field_of_a_policy_is_a_size_or_is_compared():
     assert not {"horizon", "dtype", "remat", "siglip.width", "vlm.width", "flow.steps", "depth"} & compared
 
 
+def test_ids_that_mean_other_words_are_refused_and_other_codes_are_said(tmp_path, capsys):
+    before = {"text_tokenizer": "aa", "text_rule": "raw"}
+    meta = {"config": config_lib.to_json(stored_runs.experiment("policy", stored_runs.BASELINE))}
+    meta |= {"data": before, "tokenizer": "codes-1"}
+    checkpoint.save_params(str(tmp_path), {"b": jnp.zeros(3)}, meta)
+    with pytest.raises(errors.UserError, match="text tokenizer aa, this run reads its texts with bb"):
+        earlier_stages.check_inputs(str(tmp_path), before | {"text_tokenizer": "bb"}, "codes-1")
+    earlier_stages.check_inputs(str(tmp_path), before, "codes-1")
+    assert capsys.readouterr().err == ""
+    earlier_stages.check_inputs(str(tmp_path), before | {"text_rule": "openpi"}, "codes-2")
+    err = capsys.readouterr().err
+    assert "data.text_rule='raw' in" in err and "here by 'openpi'" in err
+    assert "tokenizer codes-1, here those of codes-2" in err
+
+
 @pytest.mark.slow
 def test_a_policy_starts_from_paligemma_in_its_own_way(tmp_path, capsys):
     model = stored_runs.BASELINE
