@@ -41,7 +41,7 @@ class Run:
     held_out: dict[str, Any]
     suites: dict[str, dict[str, Any]]
     outcomes: Outcomes | None
-    crashes: int = 0
+    crashed: frozenset[tuple[str, int]] = frozenset()
 
 
 Rows = dict[str, dict[str, Run]]  # variant or control -> seed -> run
@@ -106,20 +106,22 @@ def read(path: pathlib.Path, suites: Sequence[str]) -> Run:
     """The run of folder PATH and of PATH.json."""
     found = {suite: json.loads(file.read_text()) for suite in suites if (file := path / f"{suite}.json").exists()}
     training, held_out = path.with_name(path.name + ".json"), path / "held_out.json"
-    outcomes, crashes = None, 0
+    outcomes, crashed = None, frozenset()
     if set(found) == set(suites):
-        outcomes = {}
-        for result in found.values():
-            first = result["starts"][0]
-            for task, text in result["outcomes"].items():
-                crashes += text.count(CRASH)
-                outcomes |= {(task, first + i): flag == SUCCESS for i, flag in enumerate(text) if flag != CRASH}
+        flags = {
+            (task, result["starts"][0] + i): flag
+            for result in found.values()
+            for task, text in result["outcomes"].items()
+            for i, flag in enumerate(text)
+        }
+        outcomes = {key: flag == SUCCESS for key, flag in flags.items() if flag != CRASH}
+        crashed = frozenset(flags.keys() - outcomes.keys())
     return Run(
         json.loads(training.read_text()) if training.exists() else {},
         json.loads(held_out.read_text()) if held_out.exists() else {},
         found,
         outcomes,
-        crashes,
+        crashed,
     )
 
 
@@ -136,6 +138,12 @@ def rate(outcomes: Sequence[Outcomes], suite: str = "") -> tuple[int, int]:
     return sum(flags), len(flags)
 
 
+def both_finished(ours: Run, theirs: Run) -> tuple[Outcomes, Outcomes]:
+    """Outcomes without the episodes in which either crashed."""
+    crashed = ours.crashed | theirs.crashed
+    return tuple({key: flag for key, flag in run.outcomes.items() if key not in crashed} for run in (ours, theirs))
+
+
 def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
     """Markdown: closed loop, one row for each variant and control."""
     header = ["variant", "seeds", "successes", "rate, %", "95 % (episodes)"]
@@ -149,7 +157,7 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
         found = judged(row)
         k, n = rate(list(found.values()))
         low, high = (100 * x for x in episodes.wilson(k, n))
-        crashes = sum(run.crashes for run in row.values())
+        crashes = sum(len(run.crashed) for run in row.values())
         left = len(row) - len(found)
         cells = [
             name,
@@ -163,9 +171,11 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
         if name in (BASELINE, *CONTROLS):
             cells += ["", ""]
         else:
-            pairs = [(found[seed], baseline[seed]) for seed in found if seed in baseline]
+            both = [(row[seed], rows[BASELINE][seed]) for seed in found if seed in baseline]
+            left = sum(len(ours.crashed | theirs.crashed) for ours, theirs in both)
+            pairs = [pair for ours, theirs in both if all(pair := both_finished(ours, theirs))]
             compared += len(pairs) > 1
-            cells += [difference(pairs), won_and_lost(pairs)]
+            cells += [difference(pairs) + (f", {left} crashed left out" if left else ""), won_and_lost(pairs)]
         lines.append("| " + " | ".join(cells) + " |")
     if compared > 1:
         chance = 100 * (1 - 0.95**compared)

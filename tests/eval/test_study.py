@@ -112,6 +112,17 @@ def test_crashes_are_named_and_in_no_rate(folder):
     assert cells(write(folder), "untrained")["successes"] == "1 of 19, 1 crashes"
 
 
+def test_an_episode_that_crashed_for_either_is_left_out_of_the_comparison(folder):
+    keep(folder / "toy" / "baseline_0", "s", result("c" + flags(3, 19)))
+    keep(folder / "toy" / "qdepth_0", "s", result("11c1" + flags(4, 16)))
+    for seed in (1, 2):
+        (folder / "toy" / f"qdepth_{seed}" / "s.json").unlink()
+    ours = cells(write(folder), "qdepth")
+    # Starts 1 and 3 to 19: 1 + 1 + 4 of 18 against 1 (start 1) and 1 (start 3).
+    assert ours["minus baseline, points (95 %, seeds)"] == "+22.2 (one seed), 2 crashed left out"
+    assert ours["won : lost against baseline (p)"] == "4 : 0 (0.12)"
+
+
 def test_runs_that_were_not_made_alike_are_refused(folder):
     keep(folder / "toy" / "qdepth_1", "s", result(flags(4), execute=8))
     with pytest.raises(errors.UserError, match=r"options of s differ.*qdepth, seed 1"):
