@@ -7,14 +7,17 @@ Jobs are ordinary commands, each in a process of its own that continues where it
 file and is not repeated, so start the command again as often as it takes. --hours stops before the next job.
 Demonstrations and depth tokens come first, one job at a time; then --together policies at once, each on its share of
 the cores. Figures of finished jobs are copied to --output (default docs/study), small enough to commit, and the tables
-and plots there are written anew. Needs the `sim` extra. The last line of stdout is JSON.
+and plots there are written anew. With --skip_kept, policies whose figures of this recipe are in --output already are
+not made again: to go on on another machine. Needs the `sim` extra. The last line of stdout is JSON.
 """
 
 import importlib
+import itertools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -35,8 +38,10 @@ _SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in cpu_study.SEEDS], "se
 _HOURS = flags.DEFINE_float("hours", 0.0, "start no job after so many hours; 0 = no limit", lower_bound=0.0)
 _PROCESSES = flags.DEFINE_integer("processes", 2, "parallel simulators, of all policies at once", lower_bound=1)
 _TOGETHER = flags.DEFINE_integer("together", 1, "policies at once, each on its share of the cores", lower_bound=1)
+_SKIP = flags.DEFINE_bool("skip_kept", False, "do not repeat a policy whose figures of this recipe are in --output")
 _DO = flags.DEFINE_enum("do", "run", ["run", "list", "report"], "run what is missing, list it, or write the tables")
 
+CONTROLLED = (next(iter(cpu_study.VARIANTS)), str(cpu_study.SEEDS[0]))  # whose model the controls take
 IMAGE_SIZE, SUPERSAMPLE = 128, 1  # of the demonstrations and of the evaluation alike
 
 
@@ -51,31 +56,45 @@ def main(argv: list[str]) -> None:
         if unknown := [item for item in given if item not in known]:
             raise errors.UserError(f"--{name}: {', '.join(unknown)} is unknown, use some of {', '.join(known)}")
     root, output = pathlib.Path(_ROOT.value).absolute(), pathlib.Path(_OUTPUT.value).absolute()
-    prepared = {part: prepare(root, part) for part in _PARTS.value}
-    # Seeds outside of parts: a study cut short has every variant of both.
-    chains = [
-        policy(root, part, variant, seed, prepared[part])
-        for seed in _SEEDS.value
-        for part in _PARTS.value
-        for variant in _VARIANTS.value
-    ]
-    last = [[job] for part in _PARTS.value for job in controls(root, part, chains)]
-    first = [job for jobs in prepared.values() for job in jobs]
-    jobs = [*first, *(job for chain in [*chains, *last] for job in chain)]
+    if CONTROLLED[0] not in _VARIANTS.value or CONTROLLED[1] not in _SEEDS.value:
+        print(f"no controls: they take model and statistics of {'_'.join(CONTROLLED)}", file=sys.stderr)
+    everything = plan(root, cpu_study.PARTS, cpu_study.VARIANTS, [str(seed) for seed in cpu_study.SEEDS])
+    study_jobs.check_kept(output, [job for chain in everything for job in chain])
+    chains = plan(root, _PARTS.value, _VARIANTS.value, _SEEDS.value)
+    jobs = [job for chain in chains for job in chain]
+
+    def left(job: Job) -> bool:
+        return not study_jobs.done(root, job) and not (_SKIP.value and study_jobs.kept(output, job))
+
     if _DO.value == "list":
         for job in jobs:
-            print(f"{'done  ' if study_jobs.done(root, job) else '      '}{job.name}: python {' '.join(job.line)}")
+            print(f"{'      ' if left(job) else 'done  '}{job.name}: python {' '.join(job.line)}")
     try:
         if _DO.value == "run":
             until = time.monotonic() + 3600 * _HOURS.value if _HOURS.value else float("inf")
-            for stage, together in (([first], 1), (chains, _TOGETHER.value), (last, _TOGETHER.value)):
-                study_jobs.run_all(root, ROOT, stage, together, until)
+            first, policies = chains[: len(_PARTS.value)], chains[len(_PARTS.value) :]
+            # Jobs of a chain use what those before them made: one of which nothing is left to do is left out whole.
+            policies = [chain for chain in policies if any(map(left, chain))]
+            needed = {chain[0].name.partition("/")[0] for chain in policies}
+            first = [chain for part, chain in zip(_PARTS.value, first, strict=True) if part in needed]
+            study_jobs.run_all(root, ROOT, [list(itertools.chain(*first))], 1, until)
+            study_jobs.run_all(root, ROOT, policies, _TOGETHER.value, until)
     finally:  # after a failure, too: what is finished is kept
         if _DO.value != "list":
             study_jobs.keep(root, output, jobs)
             suites = {name: tuple(part.suites.values()) for name, part in cpu_study.PARTS.items()}
             study.write(output, suites, {name: needs for name, (_, needs) in cpu_study.VARIANTS.items()})
-    print(json.dumps({"jobs": len(jobs), "left": sum(not study_jobs.done(root, job) for job in jobs)}))
+    print(json.dumps({"jobs": len(jobs), "left": sum(map(left, jobs))}))
+
+
+def plan(root: pathlib.Path, parts: Sequence[str], variants: Sequence[str], seeds: Sequence[str]) -> list[list[Job]]:
+    """Chains of jobs: first one for each part that its others need, then one for each policy."""
+    prepared = {part: prepare(root, part) for part in parts}
+    judged = [chain for part in parts if (chain := judged_start(root, part, prepared[part]))]
+    # Seeds outside of parts: a study cut short has every variant of both.
+    return [*prepared.values(), *judged] + [
+        policy(root, part, variant, seed, prepared[part]) for seed in seeds for part in parts for variant in variants
+    ]
 
 
 def prepare(root: pathlib.Path, part_name: str) -> list[Job]:
@@ -134,7 +153,7 @@ def config_text(config: str) -> str:
 
 
 def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared: list[Job]) -> list[Job]:
-    """Training, held-out figures and closed loop of one variant with one seed."""
+    """Training, held-out figures and closed loop of one variant with one seed; once, of the controls, too."""
     part = cpu_study.PARTS[part_name]
     file, needs_tokens = cpu_study.VARIANTS[variant]
     config = f"experiments/{file}.py:cpu_study,{part_name}" if file else f"experiments/cpu_study.py:{part_name}"
@@ -156,25 +175,27 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
         closed_loop(root, f"{name}/{suite}", suite, part, workdir, workdir / suite, "trained", train)
         for suite in part.suites.values()
     ]
+    if (variant, seed) == CONTROLLED:
+        loops += [
+            closed_loop(
+                root, f"{part_name}/{kind}/{suite}", suite, part, workdir, root / part_name / kind / suite, kind, train
+            )
+            for kind in study.CONTROLS
+            for suite in part.suites.values()
+        ]
     return [train, held_out, *loops]
 
 
-def controls(root: pathlib.Path, part_name: str, chains: list[list[Job]]) -> list[Job]:
-    """Policies that are no variant, on the same episodes; [] where the run they take data from is not asked for."""
-    part, name = cpu_study.PARTS[part_name], f"{part_name}/{next(iter(cpu_study.VARIANTS))}_{cpu_study.SEEDS[0]}"
-    train = next((chain[0] for chain in chains if chain[0].name == name), None)
-    if train is None:
-        print(f"no controls for {part_name}: they take model and statistics of {name}", file=sys.stderr)
-        return []
-    jobs = []
-    for suite in part.suites.values():
-        for control in study.CONTROLS:
-            made, start = root / part_name / control / suite, control == study.START
-            if start and not part.pretraining:
-                continue
-            workdir, kind = (root / part_name / control, "trained") if start else (root / name, control)
-            jobs.append(closed_loop(root, f"{part_name}/{control}/{suite}", suite, part, workdir, made, kind, train))
-    return jobs
+def judged_start(root: pathlib.Path, part_name: str, prepared: list[Job]) -> list[Job]:
+    """Closed loop of the common start; [] where every policy starts from random weights."""
+    part, workdir = cpu_study.PARTS[part_name], root / part_name / study.START
+    return [
+        closed_loop(
+            root, f"{part_name}/{study.START}/{suite}", suite, part, workdir, workdir / suite, "trained", prepared[-1]
+        )
+        for suite in part.suites.values()
+        if part.pretraining
+    ]
 
 
 def closed_loop(

@@ -25,7 +25,8 @@ from qdepth_jax.eval import episodes
 
 BASELINE = "baseline"
 START = "pretrained"  # the common start of all policies of a part that has one
-CONTROLS = ("mean_action", "untrained", START)
+CONTROLS = ("mean_action", "untrained")
+SINGLE = (*CONTROLS, START)  # one run each, compared with nobody
 TOKENS = ("tokenizer", "tokens")  # jobs whose cost every variant with depth tokens shares
 SUCCESS, FAILURE, CRASH = "1", "0", "c"  # of an outcome string, one character for each start
 
@@ -82,8 +83,8 @@ def collect(folder: pathlib.Path, suites: Sequence[str], variants: Sequence[str]
       UserError: runs that were not made alike: other numbers of training steps, other options of the evaluation.
     """
     rows: Rows = {}
-    for variant in (*variants, *CONTROLS):
-        for path in sorted(folder.glob(variant if variant in CONTROLS else f"{variant}_[0-9]*")):
+    for variant in (*variants, *SINGLE):
+        for path in sorted(folder.glob(variant if variant in SINGLE else f"{variant}_[0-9]*")):
             if path.is_dir():
                 rows.setdefault(variant, {})[path.name.rpartition("_")[2]] = read(path, suites)
     alike: dict[str, dict[str, str]] = {}
@@ -168,7 +169,7 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
         ]
         cells += [_percent(*rate(list(found.values()), suite)) for suite in by_suite]
         cells.append(", ".join(_percent(*rate([outcomes])) for outcomes in found.values()))
-        if name in (BASELINE, *CONTROLS):
+        if name in (BASELINE, *SINGLE):
             cells += ["", ""]
         else:
             both = [(row[seed], rows[BASELINE][seed]) for seed in found if seed in baseline]

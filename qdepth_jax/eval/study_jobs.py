@@ -2,7 +2,8 @@
 
 A finished job leaves ROOT/logs/NAME.done.json with what it was: its command, the config of the experiment, and the
 jobs before it, as one digest. A job that is asked for with another digest is refused, not skipped: figures of two
-recipes would stand in one table.
+recipes would stand in one table. What `keep` writes carries the digest, too: figures that were made on another machine
+count like a finished job where that is asked for, and figures of another recipe are in no table.
 """
 
 import dataclasses
@@ -72,6 +73,23 @@ def done(root: pathlib.Path, job: Job) -> bool:
             f"delete {file} and {job.made} to make it again"
         )
     return True
+
+
+def kept(output: pathlib.Path, job: Job) -> bool:
+    """Whether its figures are in OUTPUT, made by this very recipe."""
+    file = output / f"{job.name}.json"
+    return file.exists() and json.loads(file.read_text()).get("identity") == job.identity
+
+
+def check_kept(output: pathlib.Path, jobs: Sequence[Job]) -> None:
+    """Raises UserError if figures in OUTPUT are of other recipes than these jobs: tables would mix them."""
+    files_of = [output / f"{job.name}.json" for job in jobs]
+    other = [file for file, job in zip(files_of, jobs, strict=True) if file.exists() and not kept(output, job)]
+    if other:
+        raise errors.UserError(
+            f"{len(other)} files were made by another recipe than this tree's, {', '.join(map(str, other[:3]))}"
+            f"{' and others' if len(other) > 3 else ''}: use another --output, or move them away"
+        )
 
 
 def run_all(
@@ -162,6 +180,7 @@ def keep(root: pathlib.Path, output: pathlib.Path, jobs: Sequence[Job]) -> int:
     for job in finished:
         cost = log_file(root, job).with_suffix(".cost.json")
         content = {
+            "identity": job.identity,
             # Null where it was not measured: something else made it.
             "cost": json.loads(cost.read_text()) if cost.exists() else None,
             "revision": json.loads(done_file(root, job).read_text())["revision"],

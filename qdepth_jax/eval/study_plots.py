@@ -29,7 +29,7 @@ def losses(path: pathlib.Path, rows: study.Rows) -> None:
     """Flow loss on held-out frames over training steps, the mean of the seeds; nothing where none was kept."""
     curves = {}
     for name, row in rows.items():
-        if name in study.CONTROLS:  # the common start: another length
+        if name in study.SINGLE:  # the common start: another length
             continue
         by_step: dict[int, list[float]] = {}
         for run in row.values():

@@ -34,7 +34,7 @@ def test_a_finished_job_is_not_repeated_and_its_figures_are_kept(tmp_path):
     assert [j.made.read_text() for j in jobs] == ["x", "x"]
     assert study_jobs.keep(tmp_path, tmp_path / "kept", jobs) == 2
     kept = json.loads((tmp_path / "kept" / "a.json").read_text())
-    assert kept["cost"]["cpu_seconds"] > 0 and set(kept) == {"cost", "revision"}
+    assert kept["cost"]["cpu_seconds"] > 0 and set(kept) == {"identity", "cost", "revision"}
 
 
 def test_a_made_file_alone_is_not_a_finished_job(tmp_path):
@@ -57,6 +57,20 @@ def test_another_recipe_is_refused_not_skipped(tmp_path):
     assert job(elsewhere, "a", WRITE).identity == job(tmp_path, "a", WRITE).identity
     alike = [study_jobs.identity(tmp_path, TREE, ["x", f"--processes={n}"], "", ()) for n in (1, 2)]
     assert alike[0] == alike[1]
+
+
+def test_figures_of_another_recipe_stand_in_no_table(tmp_path):
+    one, output = job(tmp_path, "a", WRITE), tmp_path / "kept"
+    study_jobs.check_kept(output, [one])
+    assert not study_jobs.kept(output, one)
+    study_jobs.run_all(tmp_path, TREE, [[one]], 1, NEVER)
+    study_jobs.keep(tmp_path, output, [one])
+    study_jobs.check_kept(output, [one])
+    assert study_jobs.kept(output, one)
+    other = job(tmp_path, "a", WRITE, config="steps: 2000")
+    assert not study_jobs.kept(output, other)
+    with pytest.raises(errors.UserError, match=r"1 files were made by another recipe.*a.json: use another --output"):
+        study_jobs.check_kept(output, [job(tmp_path, "b", WRITE), other])
 
 
 def test_a_failure_is_told_and_stops_what_has_not_begun(tmp_path):
