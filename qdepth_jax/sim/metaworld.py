@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.sim import metaworld_instructions
+from qdepth_jax.sim import metaworld_instructions, simulator
 from qdepth_jax.sim import render as render_lib
 
 CAMERA = "corner2"
@@ -72,7 +72,8 @@ class MetaWorldEnv:
         action = np.asarray(action, np.float32)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"Meta-World needs {ACTION_DIM} finite action numbers, got {action!r}")
-        self._observation, _, _, _, info = self._env.step(np.clip(action, -1, 1))
+        with simulator.physics(self._env.data):
+            self._observation, _, _, _, info = self._env.step(np.clip(action, -1, 1))
         return bool(info["success"] >= 1)
 
     def expert_action(self) -> np.ndarray:

@@ -10,10 +10,11 @@ An adapter module has
 and a row in ADAPTERS. A task carries the name of its adapter, so that a worker process imports the one it needs.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,25 @@ ADAPTERS = (
 
 class SimulatorFailure(RuntimeError):
     """The simulator could not go on (diverged, or found no valid placement): neither a success nor a failure."""
+
+
+@contextlib.contextmanager
+def physics(data: Any) -> Iterator[None]:
+    """Around a step of MuJoCo on its MjData.
+
+    Raises:
+      SimulatorFailure: MuJoCo gave up, or the state has diverged, which it answers with a warning and a silent return
+        to the start pose.
+    """
+    from mujoco import FatalError, mjtWarning
+
+    try:
+        yield
+    except (FatalError, ArithmeticError) as error:
+        raise SimulatorFailure(f"{type(error).__name__}: {error}") from error
+    for kind in (mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC):
+        if data.warning[int(kind)].number:
+            raise SimulatorFailure(f"the physics diverged ({kind.name}) at time {data.time:.2f} s")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import stored_runs
 from absl import flags
 
 from qdepth_jax import errors
-from qdepth_jax.sim import collection, metaworld, metaworld_instructions, metaworld_tasks
+from qdepth_jax.sim import collection, metaworld, metaworld_instructions, metaworld_tasks, simulator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,6 +43,24 @@ def test_scripted_policy_solves_door_open_and_a_seed_is_an_episode():
     # Upright: the table in front is nearer than what lies behind it.
     assert np.median(seen["depth"][-8:]) < np.median(seen["depth"][:8])
     assert any(env.step(env.expert_action()) for _ in range(metaworld.STEP_CAP))
+    env.close()
+
+
+@pytest.mark.slow
+def test_diverged_physics_are_no_failed_episode(tmp_path, monkeypatch):
+    if importlib.util.find_spec("metaworld") is None:
+        pytest.skip("extra 'sim' is not installed: pip install 'qdepth_jax[sim]'")
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
+    env, idle = metaworld.MetaWorldEnv(metaworld.list_tasks().index("door-open-v3"), image_size=64), np.zeros(4)
+    env.reset(1)
+    env.step(idle)
+    wanted = env.sim_state()
+    env._env.data.qvel[:] = np.nan
+    with pytest.raises(simulator.SimulatorFailure, match=r"the physics diverged \(mjWARN_BADQVEL\) at time"):
+        env.step(idle)
+    env.reset(1)
+    env.step(idle)
+    np.testing.assert_array_equal(env.sim_state(), wanted)
     env.close()
 
 
