@@ -20,7 +20,7 @@ CAMERA = "corner2"
 # Where published visual policies put it (Masked World Models, LeRobot's metaworld environment): from its own place the
 # objects are three pixels wide.
 CAMERA_POSITION = (0.75, 0.075, 0.7)
-STEP_CAP = 500  # Meta-World's own episode length
+STEP_CAP = 500  # Meta-World's own episode length: a step beyond it raises ValueError
 ACTION_DIM = 4
 
 

@@ -81,6 +81,7 @@ class Task:
       starts: how many numbered starts there are: the benchmark's own, never used for demonstrations.
       adapter: module that makes its environment.
       to_the_end: an episode runs to its cap, and success is the flag at the last step; else the first success ends it.
+      most_steps: the simulator takes no more in an episode; 0 = as many as are wanted.
     """
 
     suite: str
@@ -91,6 +92,7 @@ class Task:
     starts: int
     adapter: str
     to_the_end: bool = False
+    most_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
