@@ -8,8 +8,7 @@ Noise of a plan depends on (seed, call) of its observation alone, never on its p
 
 import functools
 import hashlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,12 +88,7 @@ def load(
         raise errors.UserError(
             f"the policy in {path!r} was trained on {sorted(stored)}: say whose robot it drives with --dataset=NAME"
         )
-    base = next((name for name in stored if not dataset or re.fullmatch(f"{name}(_.*)?", dataset)), None)
-    if base is None:
-        raise errors.UserError(
-            f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}: --dataset=NAME says whose "
-            "robot it drives"
-        )
+    base = _whose(stored, dataset, f"the policy in {path!r}")
     decoder = _decoder(path, found) if decode_depth else None
     options = options or inference.Inference()
     config = inference.configured(config, options)
@@ -110,6 +104,16 @@ def load(
         decoder,
         options.solver,
     )
+
+
+def _whose(stored: Collection[str], dataset: str, who: str) -> str:
+    """The name of `stored` that is meant: that very one, or else the longest of which `dataset` is a variant."""
+    named = [name for name in stored if not dataset or f"{dataset}_".startswith(f"{name}_")]
+    if not named:
+        raise errors.UserError(
+            f"{who} was trained on {sorted(stored)}, not on {dataset!r}: --dataset=NAME says whose robot it drives"
+        )
+    return max(named, key=len)
 
 
 def _decoder(path: str, found: exported.Exported) -> tuple[tokenizer.TokenizerConfig, dict[str, Any]] | None:

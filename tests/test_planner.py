@@ -1,6 +1,7 @@
 """From observations to rows of the network: resizing and noise are those of training and evaluation, to the bit."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -56,6 +57,32 @@ def test_whose_robot_it_drives_is_a_flag(monkeypatch, dataset):
     monkeypatch.setattr(exported, "load", lambda path: found)
     with pytest.raises(errors.UserError, match=r"trained on \['libero_object', 'libero_spatial'\].*--dataset=NAME"):
         planner.load("run", dataset)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("libero_object", "libero_object"),
+        ("libero_object_swap", "libero_object_swap"),
+        ("libero_object_swap_lan", "libero_object_swap"),
+        ("libero_object_lan", "libero_object"),
+        ("kitchen(v1.0)_lan", "kitchen(v1.0)"),
+        ("libero_objects", ""),
+        ("kitchen(v1x0)", ""),
+    ],
+)
+def test_the_nearest_name_says_whose_statistics(monkeypatch, asked, meant):
+    names = ("libero_object", "libero_object_swap", "kitchen(v1.0)")
+    stored = {name: {"action": name, "proprio": name} for name in names}
+    model = policy.sized("tiny", scan=False)
+    found = exported.Exported("policy", model, {"params": {}}, stored, stored_runs.WORDS, 24, "raw", 0, "", {})
+    monkeypatch.setattr(exported, "load", lambda path: found)
+    if not meant:
+        with pytest.raises(errors.UserError, match=f"not on {re.escape(repr(asked))}"):
+            planner.load("run", asked)
+        return
+    loaded = planner.load("run", asked)
+    assert (loaded.dataset, loaded.action, loaded.proprio) == (meant, meant, meant)
 
 
 @pytest.mark.slow
