@@ -8,6 +8,7 @@ Noise of a plan depends on (seed, call) of its observation alone, never on its p
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,12 @@ def load(
             f"the policy in {path!r} was trained on {sorted(stored)}: say whose robot it drives with --dataset=NAME"
         )
     base = _whose(stored, dataset, f"the policy in {path!r}")
+    if stored[base]["action"].kind == "normal" and config.flow.clip:
+        logging.warning(
+            "the policy in %r cuts its actions off %g standard deviations from their mean: it was trained with "
+            "data.normalisation=normal and model.flow.clip=%g; train with model.flow.clip=0",
+            path, config.flow.clip, config.flow.clip,
+        )  # fmt: skip
     decoder = _decoder(path, found) if decode_depth else None
     options = options or inference.Inference()
     config = inference.configured(config, options)
