@@ -113,6 +113,25 @@ def load(
     )
 
 
+def of_dataset(planner: Planner, dataset: str) -> Planner:
+    """The same policy, nothing of it twice, with the statistics of another data set, named as for `load`.
+
+    Raises:
+      UserError: it was not trained on this data set.
+    """
+    base = _whose(planner.found.statistics, dataset, "the policy")
+    return planner._replace(dataset=base, **planner.found.statistics[base])
+
+
+def with_decoder(planner: Planner, path: str) -> Planner:
+    """The same policy, loaded from `path`, with the tokenizer that turns its predicted codes into depth.
+
+    Raises:
+      UserError: it predicts no depth, or its tokenizer is missing.
+    """
+    return planner._replace(decoder=_decoder(path, planner.found))
+
+
 def _whose(stored: Collection[str], dataset: str, who: str) -> str:
     """The name of `stored` that is meant: that very one, or else the longest of which `dataset` is a variant."""
     named = [name for name in stored if not dataset or f"{dataset}_".startswith(f"{name}_")]
