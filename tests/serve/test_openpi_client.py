@@ -156,7 +156,12 @@ def test_the_command_knows_a_taken_port_before_it_loads_anything():
         ("--units=metres", "libero, standard"),
         ("--api_key_file=nowhere", "--api_key_file=nowhere"),
         ("--port=70000", "--port=70000"),
-        ("--deadline_ms=-1", "0 or more"),
+        ("--deadline_ms=-1", "--deadline_ms=-1 must be 0 or more"),
+        ("--deadline_ms=nan", "--deadline_ms=nan must be 0 or more, and finite"),
+        ("--drain_s=-1", "--drain_s=-1 must be 0 or more"),
+        ("--drain_s=nan", "--drain_s=nan must be 0 or more, and finite"),
+        ("--drain_s=inf", "--drain_s=inf must be 0 or more, and finite"),
+        ("--max_connections=0", "--max_connections=0 must be 1 or more"),
         ("--seed=3", "nothing_here"),
     ],
 )
