@@ -119,7 +119,9 @@ def _load():
             loaded = planner.with_decoder(loaded, _CHECKPOINT.value)
         except errors.UserError as error:
             print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
-    return policies.untrained(loaded, _WEIGHTS_SEED.value) if _POLICY.value == "untrained" else loaded
+    if _POLICY.value == "untrained":
+        return policies.untrained(loaded, _WEIGHTS_SEED.value, how.weights)
+    return loaded
 
 
 def _prepared(suite: str, tasks, loaded, options):

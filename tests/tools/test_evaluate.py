@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 import stored_runs
@@ -11,7 +12,7 @@ from absl import flags
 from qdepth_jax import errors, exported, planner
 from qdepth_jax.data import normalise
 from qdepth_jax.eval import policies
-from qdepth_jax.models import policy
+from qdepth_jax.models import inference, policy
 from qdepth_jax.sim import libero, libero_tasks, simulator
 
 
@@ -120,6 +121,18 @@ def test_a_policy_is_loaded_once_for_all_suites_and_videos(evaluate, monkeypatch
         flags.FLAGS(["evaluate", "--checkpoint=y", "--suite=fake", "--videos=1"])
         tool._load()
     assert loads == ["x", "y"] and "the policy in 'y' has no depth expert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", inference.WEIGHTS)
+def test_random_weights_are_held_as_asked(monkeypatch, weights):
+    config = policy.sized("tiny", depth=None, layers=1, scan=False)
+    given = planner.Planner(config, {}, None, "", None, None, None, None)
+    monkeypatch.setattr(planner, "load", lambda *args, **kwargs: given)
+    with stored_runs.tool_module("evaluate") as tool:
+        arguments = ["--policy=untrained", f"--weights={weights}", "--videos=0", "--failure_videos=0"]
+        flags.FLAGS(["evaluate", "--checkpoint=x", "--suite=fake", *arguments])
+        held = tool._load()
+    assert any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(held.variables)) == (weights == "int8")
 
 
 @pytest.mark.parametrize(
