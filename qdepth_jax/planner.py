@@ -21,9 +21,6 @@ from qdepth_jax import errors, exported
 from qdepth_jax.data import normalise, text
 from qdepth_jax.models import depth_expert, flow, images, inference, policy, real_time, sampling, tokenizer
 
-# Programs that resize are kept for so many sizes of pictures; a robot has one or two.
-KEPT_SIZES = 16
-
 
 class Planner(NamedTuple):
     """Attributes:
@@ -227,19 +224,19 @@ def _text_ids(planner: Planner, instruction: str, state: np.ndarray) -> np.ndarr
 
 
 def _resized(picture: np.ndarray, side: int) -> np.ndarray:
-    """u8 [H, W, 3] -> u8 [S, S, 3]: what images.prepare makes of it, which rounds to whole grey values."""
+    """u8 [H, W, 3] -> u8 [S, S, 3]: what images.prepare makes of it, which rounds to whole grey values.
+
+    Compiled once per size, of which an evaluation has one; the server's pictures come resized (serve/observation.py).
+    """
     if picture.shape[:2] == (side, side):
         return np.asarray(picture)
     return np.asarray(_resize_program(picture.shape[0], picture.shape[1], side)(np.asarray(picture)))
 
 
-@functools.lru_cache(maxsize=KEPT_SIZES)
+@functools.cache
 def _resize_program(height: int, width: int, side: int) -> Callable[[np.ndarray], jax.Array]:
-    """Compiled, and dropped again with the cache: clients that vary their size must not fill the memory."""
     shape = jax.ShapeDtypeStruct((height, width, 3), jnp.uint8)
-    program = jax.jit(lambda x: images.resize(x[None], side)[0].astype(jnp.uint8)).lower(shape).compile()
-    images.lanczos_weights.cache_clear()  # they are constants of the program now
-    return program
+    return jax.jit(lambda x: images.resize(x[None], side)[0].astype(jnp.uint8)).lower(shape).compile()
 
 
 def plan(planner: Planner, rows: Sequence[Row], size: int = 0, variant: str = "inpaint") -> np.ndarray:

@@ -102,7 +102,7 @@ class PolicyServer:
         self._open: set[websockets.asyncio.server.ServerConnection] = set()
         self._busy: set[websockets.asyncio.server.ServerConnection] = set()
         self._stop = asyncio.Event()
-        # Not the batcher's thread: a picture of a new size compiles a small program, for which nobody else waits.
+        # Not the batcher's thread: a request is decoded and its pictures resized while the program runs for others.
         self._reading = concurrent.futures.ThreadPoolExecutor(1, "prepare")
         self._batcher = batching.Batcher(
             service.run, options.batch_sizes, options.deadline_s, lambda: len(self._open), self.metrics

@@ -47,7 +47,7 @@ def export(tmp_path_factory):
 
 
 def start(export, *arguments, port=0):
-    flags = [f"--checkpoint={export}", f"--port={port}", "--batch_sizes=1,4", "--image_sizes=", *arguments]
+    flags = [f"--checkpoint={export}", f"--port={port}", "--batch_sizes=1,4", *arguments]
     # The second start of a server takes its programs from the cache. Unoptimised ones compile in a third of the time.
     cache = {"JAX_COMPILATION_CACHE_DIR": export + "_cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     fast = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -151,7 +151,6 @@ def test_the_command_knows_a_taken_port_before_it_loads_anything():
     [
         ("--batch_sizes=4,1", "rising numbers"),
         ("--batch_sizes=one", "whole numbers"),
-        ("--image_sizes=9", "HEIGHTxWIDTH"),
         ("--rtc=soft", "inpaint, guided, off"),
         ("--units=metres", "libero, standard"),
         ("--api_key_file=nowhere", "--api_key_file=nowhere"),
