@@ -46,8 +46,13 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
         ("mesh", config_lib.MeshConfig),
     ):
         config_lib.build(cls, config[name], name)
-    data_section(config)
+    data = data_section(config)
     make_objective(config)
+    if config.model_kind == "policy" and data.normalisation == "normal" and (clip := model_config(config).flow.clip):
+        raise errors.UserError(
+            f"data.normalisation=normal with model.flow.clip={clip:g}: planned actions would be cut off {clip:g} "
+            "standard deviations from their mean; set model.flow.clip=0, or data.normalisation=bounds"
+        )
 
 
 def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective:

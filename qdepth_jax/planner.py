@@ -8,8 +8,8 @@ Noise of a plan depends on (seed, call) of its observation alone, never on its p
 
 import functools
 import hashlib
-import re
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,6 @@ from qdepth_jax import depth as depth_values
 from qdepth_jax import errors, exported
 from qdepth_jax.data import normalise, text
 from qdepth_jax.models import depth_expert, flow, images, inference, policy, real_time, sampling, tokenizer
-
-# Programs that resize are kept for so many sizes of pictures; a robot has one or two.
-KEPT_SIZES = 16
 
 
 class Planner(NamedTuple):
@@ -89,12 +86,13 @@ def load(
         raise errors.UserError(
             f"the policy in {path!r} was trained on {sorted(stored)}: say whose robot it drives with --dataset=NAME"
         )
-    base = next((name for name in stored if not dataset or re.fullmatch(f"{name}(_.*)?", dataset)), None)
-    if base is None:
-        raise errors.UserError(
-            f"the policy in {path!r} was trained on {sorted(stored)}, not on {dataset!r}: --dataset=NAME says whose "
-            "robot it drives"
-        )
+    base = _whose(stored, dataset, f"the policy in {path!r}")
+    if stored[base]["action"].kind == "normal" and config.flow.clip:
+        logging.warning(
+            "the policy in %r cuts its actions off %g standard deviations from their mean: it was trained with "
+            "data.normalisation=normal and model.flow.clip=%g; train with model.flow.clip=0",
+            path, config.flow.clip, config.flow.clip,
+        )  # fmt: skip
     decoder = _decoder(path, found) if decode_depth else None
     options = options or inference.Inference()
     config = inference.configured(config, options)
@@ -110,6 +108,35 @@ def load(
         decoder,
         options.solver,
     )
+
+
+def of_dataset(planner: Planner, dataset: str) -> Planner:
+    """The same policy, nothing of it twice, with the statistics of another data set, named as for `load`.
+
+    Raises:
+      UserError: it was not trained on this data set.
+    """
+    base = _whose(planner.found.statistics, dataset, "the policy")
+    return planner._replace(dataset=base, **planner.found.statistics[base])
+
+
+def with_decoder(planner: Planner, path: str) -> Planner:
+    """The same policy, loaded from `path`, with the tokenizer that turns its predicted codes into depth.
+
+    Raises:
+      UserError: it predicts no depth, or its tokenizer is missing.
+    """
+    return planner._replace(decoder=_decoder(path, planner.found))
+
+
+def _whose(stored: Collection[str], dataset: str, who: str) -> str:
+    """The name of `stored` that is meant: that very one, or else the longest of which `dataset` is a variant."""
+    named = [name for name in stored if not dataset or f"{dataset}_".startswith(f"{name}_")]
+    if not named:
+        raise errors.UserError(
+            f"{who} was trained on {sorted(stored)}, not on {dataset!r}: --dataset=NAME says whose robot it drives"
+        )
+    return max(named, key=len)
 
 
 def _decoder(path: str, found: exported.Exported) -> tuple[tokenizer.TokenizerConfig, dict[str, Any]] | None:
@@ -197,19 +224,19 @@ def _text_ids(planner: Planner, instruction: str, state: np.ndarray) -> np.ndarr
 
 
 def _resized(picture: np.ndarray, side: int) -> np.ndarray:
-    """u8 [H, W, 3] -> u8 [S, S, 3]: what images.prepare makes of it, which rounds to whole grey values."""
+    """u8 [H, W, 3] -> u8 [S, S, 3]: what images.prepare makes of it, which rounds to whole grey values.
+
+    Compiled once per size, of which an evaluation has one; the server's pictures come resized (serve/observation.py).
+    """
     if picture.shape[:2] == (side, side):
         return np.asarray(picture)
     return np.asarray(_resize_program(picture.shape[0], picture.shape[1], side)(np.asarray(picture)))
 
 
-@functools.lru_cache(maxsize=KEPT_SIZES)
+@functools.cache
 def _resize_program(height: int, width: int, side: int) -> Callable[[np.ndarray], jax.Array]:
-    """Compiled, and dropped again with the cache: clients that vary their size must not fill the memory."""
     shape = jax.ShapeDtypeStruct((height, width, 3), jnp.uint8)
-    program = jax.jit(lambda x: images.resize(x[None], side)[0].astype(jnp.uint8)).lower(shape).compile()
-    images.lanczos_weights.cache_clear()  # they are constants of the program now
-    return program
+    return jax.jit(lambda x: images.resize(x[None], side)[0].astype(jnp.uint8)).lower(shape).compile()
 
 
 def plan(planner: Planner, rows: Sequence[Row], size: int = 0, variant: str = "inpaint") -> np.ndarray:

@@ -16,12 +16,12 @@ from qdepth_jax.sim import simulator
 ROBOT = simulator.Robot("fake", ("main", "wrist"), 2, 3, 10.0, lambda x: x)
 
 
-def task(task_id: int = 0, name: str = "", cap: int = 40) -> simulator.Task:
-    return simulator.Task("fake", task_id, name, f"go {task_id}", cap, 50, __name__)
+def task(task_id: int = 0, name: str = "", cap: int = 40, suite: str = "fake") -> simulator.Task:
+    return simulator.Task(suite, task_id, name, f"go {task_id}", cap, 50, __name__)
 
 
 def list_tasks(suite: str) -> list[simulator.Task]:
-    return [task(0, "first"), task(1, "second")]
+    return [task(0, "first", suite=suite), task(1, "second", suite=suite)]
 
 
 def robot(suite: str) -> simulator.Robot:

@@ -11,7 +11,7 @@ import synthetic
 import tiny_runs
 
 from qdepth_jax import config as config_lib
-from qdepth_jax import experiment, optim, sharding, train_step
+from qdepth_jax import errors, experiment, optim, sharding, train_step
 from qdepth_jax.models import policy, tokenizer
 
 VARIANTS = ("baseline", "no_depth_loss", "pixel_depth", "proprio_sees_depth", "separate_text_image", "future_depth")
@@ -159,6 +159,15 @@ def test_the_demo_tokenizer_and_policy_share_their_codebook():
         model.depth.code_dim,
     )
     assert tokens.range == model.depth.range
+
+
+def test_actions_are_not_cut_off_one_deviation_from_their_mean():
+    config = load("demo", "policy")
+    config.data.normalisation = "normal"
+    with pytest.raises(errors.UserError, match=r"normalisation=normal with model.flow.clip=1: .*set model.flow.clip=0"):
+        experiment.check_keys(config)
+    config.model.flow.clip = 0.0
+    experiment.check_keys(config)
 
 
 def test_a_run_records_the_size_of_its_pictures():

@@ -1,6 +1,7 @@
 """From observations to rows of the network: resizing and noise are those of training and evaluation, to the bit."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -8,7 +9,21 @@ import pytest
 import stored_runs
 
 from qdepth_jax import depth, errors, exported, planner
-from qdepth_jax.models import images, inference, policy, sampling, tokenizer
+from qdepth_jax.data import normalise
+from qdepth_jax.models import flow, images, inference, policy, sampling, tokenizer
+
+
+def pair(dims, kind="bounds"):
+    """Statistics of a data set whose actions and states have so many numbers."""
+    values = np.random.default_rng(dims).normal(size=(20, dims)).astype(np.float32)
+    return dict.fromkeys(("action", "proprio"), normalise.Normaliser(normalise.compute(values), kind))
+
+
+def without_weights(monkeypatch, stored, **fields):
+    """What planner.load finds."""
+    model = policy.sized("tiny", scan=False, **fields)
+    found = exported.Exported("policy", model, {"params": {}}, stored, stored_runs.WORDS, 24, "raw", 0, "", {})
+    monkeypatch.setattr(exported, "load", lambda path: found)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 52), (20, 28)])
@@ -56,6 +71,38 @@ def test_whose_robot_it_drives_is_a_flag(monkeypatch, dataset):
     monkeypatch.setattr(exported, "load", lambda path: found)
     with pytest.raises(errors.UserError, match=r"trained on \['libero_object', 'libero_spatial'\].*--dataset=NAME"):
         planner.load("run", dataset)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("libero_object", "libero_object"),
+        ("libero_object_swap", "libero_object_swap"),
+        ("libero_object_swap_lan", "libero_object_swap"),
+        ("libero_object_lan", "libero_object"),
+        ("kitchen(v1.0)_lan", "kitchen(v1.0)"),
+        ("libero_objects", ""),
+        ("kitchen(v1x0)", ""),
+    ],
+)
+def test_the_nearest_name_says_whose_statistics(monkeypatch, asked, meant):
+    stored = {name: pair(dims) for dims, name in enumerate(("libero_object", "libero_object_swap", "kitchen(v1.0)"), 1)}
+    without_weights(monkeypatch, stored)
+    if not meant:
+        with pytest.raises(errors.UserError, match=f"not on {re.escape(repr(asked))}"):
+            planner.load("run", asked)
+        return
+    loaded = planner.load("run", asked)
+    assert (loaded.dataset, loaded.action, loaded.proprio) == (meant, *stored[meant].values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "said"), [("normal", 1.0, True), ("normal", 0.0, False), ("minmax", 1.0, False)]
+)
+def test_a_policy_whose_actions_are_cut_off_is_said(monkeypatch, caplog, kind, clip, said):
+    without_weights(monkeypatch, {"bridge": pair(7, kind)}, flow=flow.FlowConfig(clip=clip))
+    planner.load("run")
+    assert ("'run' cuts its actions off 1 standard deviations from their mean" in caplog.text) == said
 
 
 @pytest.mark.slow

@@ -52,12 +52,17 @@ def main(argv: list[str]) -> None:
 def run() -> dict:
     """Collects and assembles; returns the summary."""
     from qdepth_jax import errors
-    from qdepth_jax.sim import collection, demos, metaworld_tasks
+    from qdepth_jax.sim import collection, demos, metaworld, metaworld_tasks
 
     if _SUITE.value == collection.METAWORLD and _SEED.value < metaworld_tasks.STARTS:
         raise errors.UserError(
             f"--seed={_SEED.value}: Meta-World's seeds 0 to {metaworld_tasks.STARTS - 1} are the starts of its "
             f"evaluation, on which nothing may be trained: use --seed={metaworld_tasks.STARTS} or more"
+        )
+    if _SUITE.value == collection.METAWORLD and (_MAX_STEPS.value or 0) > metaworld.STEP_CAP:
+        raise errors.UserError(
+            f"--max_steps={_MAX_STEPS.value}: an episode of Meta-World ends after {metaworld.STEP_CAP} steps in the "
+            f"simulator: use at most --max_steps={metaworld.STEP_CAP}"
         )
     names = task_names(_SUITE.value)
     name = _NAME.value or _SUITE.value

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     # Heavy imports only now: --help answers at once.
     from qdepth_jax import errors
     from qdepth_jax.eval import closed_loop, episodes
+    from qdepth_jax.sim import simulator
 
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
@@ -73,7 +74,10 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     if _POLICY.value == "replay":
         return _replay(options)
-    plans = [_prepared(suite, options) for suite in _SUITE.value]  # whatever is wrong is said before anything runs
+    # Whatever is wrong is said before anything runs.
+    tasks = {suite: simulator.list_tasks(suite, _TASKS.value) for suite in _SUITE.value}
+    loaded = _load() if _POLICY.value != "expert" else None
+    plans = [_prepared(suite, tasks[suite], loaded, options) for suite in tasks]
     found = []
     for suite, policy, jobs, header in plans:
         results = closed_loop.run(policy, jobs, options, _folder(suite))
@@ -102,15 +106,32 @@ def _check_flags() -> None:
         raise errors.UserError(f"--suite={','.join(_SUITE.value)} names a suite twice")
 
 
-def _prepared(suite: str, options):
+def _load():
+    """The policy, loaded once for all suites."""
+    from qdepth_jax import errors, planner
+    from qdepth_jax.eval import policies
+    from qdepth_jax.models import inference
+
+    how = inference.Inference(_STEPS.value, _SOLVER.value, _WEIGHTS.value)
+    loaded = planner.load(_CHECKPOINT.value, _DATASET.value or _SUITE.value[0], options=how)
+    if _POLICY.value != "mean_action" and (_VIDEOS.value or _FAILURES.value):
+        try:
+            loaded = planner.with_decoder(loaded, _CHECKPOINT.value)
+        except errors.UserError as error:
+            print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
+    if _POLICY.value == "untrained":
+        return policies.untrained(loaded, _WEIGHTS_SEED.value, how.weights)
+    return loaded
+
+
+def _prepared(suite: str, tasks, loaded, options):
     """(suite, policy, jobs, header of the results), checked as far as possible."""
     from qdepth_jax.eval import closed_loop
     from qdepth_jax.sim import simulator
 
-    tasks = simulator.list_tasks(suite, _TASKS.value)
     starts = range(_FIRST.value, _FIRST.value + _EPISODES.value)
     jobs = [(task, simulator.Start(number)) for task in tasks for number in starts]
-    policy = _policy(suite, simulator.robot_of(tasks[0]))
+    policy = _policy(suite, simulator.robot_of(tasks[0]), loaded)
     closed_loop.check(policy, jobs, options, _folder(suite))
     header = {
         "suite": suite,
@@ -123,21 +144,13 @@ def _prepared(suite: str, options):
     return suite, policy, jobs, header
 
 
-def _policy(suite: str, robot):
-    from qdepth_jax import errors, planner
+def _policy(suite: str, robot, loaded):
+    from qdepth_jax import planner
     from qdepth_jax.eval import policies
-    from qdepth_jax.models import inference
 
     if _POLICY.value == "expert":
         return policies.expert()
-    how = inference.Inference(_STEPS.value, _SOLVER.value, _WEIGHTS.value)
-    path, dataset = _CHECKPOINT.value, _DATASET.value or suite
-    shows = _POLICY.value != "mean_action" and (_VIDEOS.value or _FAILURES.value)
-    try:
-        loaded = planner.load(path, dataset, decode_depth=bool(shows), options=how)
-    except errors.UserError as error:
-        loaded = planner.load(path, dataset, options=how)  # says so itself if the reason was another than depth
-        print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
+    loaded = planner.of_dataset(loaded, _DATASET.value or suite)
     if _POLICY.value == "mean_action":
         return policies.mean_action(loaded, robot)
     other = {view: size for view, size in (loaded.found.pictures or {}).items() if size != [_IMAGE.value] * 2}
@@ -147,9 +160,6 @@ def _policy(suite: str, robot):
             f"{suite}: pictures are rendered at --image_size={_IMAGE.value}, but the policy was trained on {seen}",
             file=sys.stderr,
         )
-    if _POLICY.value == "untrained":
-        policies.check(loaded, robot)
-        return policies.trained(policies.untrained(loaded, _WEIGHTS_SEED.value), robot, _BATCH.value, _SEED.value)
     return policies.trained(loaded, robot, _BATCH.value, _SEED.value)
 
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import sys
 
 from absl import flags
@@ -30,7 +29,6 @@ _KEY_FILE = flags.DEFINE_string("api_key_file", "", "file with the key that clie
 _BATCHES = flags.DEFINE_list("batch_sizes", ["1", "2", "4", "8"], "batches that are compiled; the last is the largest")
 _DEADLINE = flags.DEFINE_float("deadline_ms", 5.0, "a request waits no longer for those of other robots")
 _SIDE = flags.DEFINE_integer("max_side", 1024, "pixels of the largest picture")
-_SIZES = flags.DEFINE_list("image_sizes", ["224x224", "256x256"], "HEIGHTxWIDTH of pictures to compile for beforehand")
 _CONNECTIONS = flags.DEFINE_integer("max_connections", 64, "more are refused")
 _DEPTH = flags.DEFINE_bool("depth", False, "answer with decoded depth to requests that ask for it")
 _RTC = flags.DEFINE_string("rtc", "inpaint", "real-time chunking: inpaint, guided (the paper's, slower) or off")
@@ -62,12 +60,11 @@ def main(argv: list[str]) -> None:
         _DATASET.value, _UNITS.value, tuple(_KEYS.value), sizes, _SIDE.value, _DEPTH.value, _RTC.value, _SEED.value,
         how, tuple(_IGNORE.value),
     )  # fmt: skip
-    image_sizes = [_image_size(text) for text in _SIZES.value]
     server.check_address(network)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     say(f"loading {_CHECKPOINT.value}")
     service = policy_service.Service(_CHECKPOINT.value, options)
-    seconds = service.warm_up(say, image_sizes)
+    seconds = service.warm_up(say)
     logging.getLogger("qdepth_jax.serve").setLevel(logging.INFO)
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # strangers who speak no HTTP are no news
     metadata = service.metadata()
@@ -89,15 +86,6 @@ def _whole_numbers() -> tuple[int, ...]:
     if not all(text.isdigit() for text in _BATCHES.value):
         raise errors.UserError(f"--batch_sizes={','.join(_BATCHES.value)}: whole numbers, for example 1,2,4,8")
     return tuple(int(text) for text in _BATCHES.value)
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    from qdepth_jax import errors
-
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not found or not 8 <= min(sides := (int(found[1]), int(found[2]))) <= max(sides) <= _SIDE.value:
-        raise errors.UserError(f"--image_sizes has {text!r}: HEIGHTxWIDTH, each 8 to --max_side={_SIDE.value}")
-    return sides
 
 
 def _api_key() -> str:

@@ -149,6 +149,11 @@ def check(policy: policies.Policy, jobs: Sequence[Job], options: Options, folder
                 f"{task.suite} {task.name} has the starts 0 to {task.starts - 1}, not {start.number}: ask for at most "
                 f"{task.starts} episodes per task"
             )
+        if task.most_steps and options.max_steps > task.most_steps:
+            raise errors.UserError(
+                f"--max_steps={options.max_steps}: an episode of {task.suite} {task.name} ends after {task.most_steps} "
+                f"steps in the simulator: use at most --max_steps={task.most_steps}"
+            )
         robot = simulator.robot_of(task)
         if policy.robot not in (None, robot.name):
             raise errors.UserError(f"a policy for {policy.robot} cannot drive {robot.name} ({task.suite})")

@@ -138,14 +138,14 @@ def noise_seed(seed: int, query: Query) -> int:
     return zlib.crc32(f"{seed}/{query.task.suite}/{query.task.task_id}/{query.start}".encode())
 
 
-def untrained(planner: Any, seed: int) -> Any:
-    """The planner with fresh random weights of the same architecture; the codebook stays."""
+def untrained(planner: Any, seed: int, weights: str = "float") -> Any:
+    """The planner with fresh random weights of the same architecture, held as asked; the codebook stays."""
     import jax
 
     from qdepth_jax.models import inference, policy
 
     fresh = jax.jit(lambda key: policy.init(planner.config, key)["params"])(jax.random.key(seed))
-    return planner._replace(variables={**planner.variables, "params": inference.pack(planner.config, fresh)})
+    return planner._replace(variables={**planner.variables, "params": inference.pack(planner.config, fresh, weights)})
 
 
 def mean_action(planner: Any, robot: simulator.Robot) -> Policy:

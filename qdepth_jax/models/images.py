@@ -1,6 +1,7 @@
 """Images on the device: uint8 of any size -> f32 in [-1, 1] at the size of the vision tower.
 
-The resampling matrices depend on sizes alone, so they are NumPy constants: nothing of them is traced or compiled.
+The resampling matrices depend on sizes alone, so they are NumPy constants: nothing of them is traced or compiled. Where
+sizes are not known beforehand, `resize_on_host` does the same without compiling anything.
 
 Axis letters: B batch, H W input size, S output size.
 """
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)  # up to 1 MB each, and the clients of a server choose the sizes
 def lanczos_weights(size_in: int, size_out: int) -> np.ndarray:
     """Lanczos-3 resampling along one axis, antialiased when shrinking, edges renormalised. f32 [size_out, size_in]."""
     scale = size_in / size_out
@@ -32,6 +33,20 @@ def resize(image: Array, size: int) -> Array:
     x = jnp.einsum("BHWC,SH->BSWC", image.astype(jnp.float32), rows, precision="highest")
     x = jnp.einsum("BSWC,RW->BSRC", x, columns, precision="highest")
     return jnp.clip(jnp.round(x), 0.0, 255.0)
+
+
+def resize_on_host(picture: np.ndarray, size: int) -> np.ndarray:
+    """`resize` of one picture u8 [H, W, 3] in NumPy -> u8 [size, size, 3].
+
+    Equal to it but for the order of sums: where one comes out half way between two grey values, it may be the other.
+    """
+    height, width = picture.shape[:2]
+    if (height, width) == (size, size):
+        return picture
+    rows, columns = (lanczos_weights(n, size) for n in (height, width))
+    x = rows @ picture.reshape(height, width * 3).astype(np.float32)
+    x = columns @ x.reshape(size, width, 3).swapaxes(0, 1).reshape(width, size * 3)
+    return np.clip(np.round(x), 0, 255).astype(np.uint8).reshape(size, size, 3).swapaxes(0, 1)
 
 
 def prepare(image: Array, size: int) -> Array:

@@ -8,13 +8,20 @@ long outage the picture in it is old, so `infer` gives up after `patience_s`, an
 observation had become. What the server refuses (RuntimeError with its message) is never sent again.
 """
 
+import contextlib
+import socket
+import threading
 import time
 
 import websockets.exceptions
-from openpi_client import base_policy, websocket_client_policy
+import websockets.sync.client
+from openpi_client import base_policy, msgpack_numpy, websocket_client_policy
 
 # What is no accident of the network: asking again does not help.
 _FINAL = (400, 401, 403, 404, 426)
+
+# A connection that is not open after so many seconds is tried again.
+_OPEN_S = 10.0
 
 # Metadata that say what a request and its answer mean. The rest (batch sizes, real-time chunking, depth, limits) is how
 # the server was started: a request for what it lacks is refused with the reason.
@@ -30,7 +37,7 @@ class ReconnectingPolicy(base_policy.BasePolicy):
 
     Args:
       host, port, api_key: as there.
-      patience_s: how long one call waits for a server. pause_s: between two attempts.
+      patience_s: how long one call waits for a server and its answer. pause_s: between two attempts.
       same_model: a server that comes back with other weights, observations or actions (_MEANING) is an error.
     """
 
@@ -48,7 +55,8 @@ class ReconnectingPolicy(base_policy.BasePolicy):
         """As openpi's.
 
         Raises:
-          RuntimeError: the server's answer to a bad observation. TimeoutError: no server for `patience_s`.
+          RuntimeError: the server's answer to a bad observation. TimeoutError: no server, or a mute one, for
+          `patience_s`.
           ServerChanged: see `same_model`.
         """
         return self._try(lambda client: client.infer(obs))
@@ -60,12 +68,13 @@ class ReconnectingPolicy(base_policy.BasePolicy):
         self._drop()
 
     def _try(self, call):
-        began, failed = time.monotonic(), None
+        deadline, failed = time.monotonic() + self._patience_s, None
         while True:
             try:
                 if self._client is None:
-                    self._connect()
-                answer = call(self._client)
+                    self._connect(deadline)
+                with _until(deadline, self._client._ws):
+                    answer = call(self._client)
                 self.last_outage_s = time.monotonic() - failed if failed is not None else 0.0
                 return answer
             except ServerChanged:
@@ -81,12 +90,15 @@ class ReconnectingPolicy(base_policy.BasePolicy):
                 if status in _FINAL or code in (1008, 1009):
                     raise
                 failed = time.monotonic() if failed is None else failed
-                if time.monotonic() - began > self._patience_s:
-                    raise TimeoutError(f"no policy server for {self._patience_s:.0f} s: {error}") from error
+                if _left(deadline) <= self._pause_s:  # too late for another attempt
+                    where, waited = "{}:{}".format(*self._where), f"{self._patience_s:g} s"
+                    raise TimeoutError(
+                        f"no answer from a policy server at {where} for {waited} ({type(error).__name__}: {error})"
+                    ) from error
                 time.sleep(self._pause_s)
 
-    def _connect(self):
-        client = websocket_client_policy.WebsocketClientPolicy(*self._where)
+    def _connect(self, deadline):
+        client = _Client(deadline, *self._where)
         metadata = client.get_server_metadata()
         if self._metadata is not None:
             self.reconnects += 1
@@ -101,6 +113,46 @@ class ReconnectingPolicy(base_policy.BasePolicy):
         client, self._client = self._client, None
         if client is not None:
             client._ws.close()  # openpi-client has no method for it
+
+
+class _Client(websocket_client_policy.WebsocketClientPolicy):
+    """openpi's, which by itself asks a closed port and listens to a mute server for ever."""
+
+    def __init__(self, deadline, *where):
+        self._deadline = deadline
+        super().__init__(*where)
+
+    def _wait_for_server(self):
+        connection = websockets.sync.client.connect(
+            self._uri,
+            compression=None,
+            max_size=None,
+            additional_headers={"Authorization": f"Api-Key {self._api_key}"} if self._api_key else None,
+            open_timeout=min(_OPEN_S, _left(self._deadline)),
+        )
+        with _until(self._deadline, connection):
+            return connection, msgpack_numpy.unpackb(connection.recv())
+
+
+@contextlib.contextmanager
+def _until(deadline, connection):
+    """Ends the connection at the deadline, whatever it waits for: sending has no timeout of its own."""
+
+    def end():
+        with contextlib.suppress(OSError):  # it has ended already
+            connection.socket.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(min(_left(deadline), threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _left(deadline):
+    return max(0.0, deadline - time.monotonic())
 
 
 def _meaning(metadata):

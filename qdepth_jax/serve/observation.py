@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors, planner
+from qdepth_jax.models import images
 from qdepth_jax.serve import protocol
 from qdepth_jax.sim import actions
 
@@ -139,7 +140,9 @@ class Reader:
         if missing or not there:
             need = missing or list(keys.views.values())
             raise errors.UserError(f"the observation lacks {_list(need)}; it has {_list(sorted(message))}")
-        pictures = {view: self._picture(key, message[key]) for view, key in there.items()}
+        # On the host: a program for each size that a robot may come with would be compiled while the others wait.
+        side = config.siglip.image_size
+        pictures = {view: images.resize_on_host(self._picture(key, message[key]), side) for view, key in there.items()}
         prefix, frozen = self._prefix(message)
         seed, call = _seed(message[SEED]) if SEED in message else (seed, call)
         depth = _option(message, DEPTH, False)

@@ -108,15 +108,12 @@ class Service:
                 answers[number]["depth"] = depths[number]
         return answers
 
-    def warm_up(self, say: Callable[[str], None], image_sizes: Sequence[tuple[int, int]] = ()) -> float:
+    def warm_up(self, say: Callable[[str], None]) -> float:
         """Compiles everything a request can need, by running it. Returns seconds."""
         began, config = time.monotonic(), self.planner.config
         side = config.siglip.image_size
-        example = {self.reader.keys.state: np.zeros(self.reader.dims), self.reader.keys.prompt: "warm up"}
-        for height, width in {(side, side), *image_sizes}:
-            picture = np.zeros((height, width, 3), np.uint8)
-            plain = example | dict.fromkeys(self.reader.keys.views.values(), picture)
-            self.reader.read(plain, 0, 0)
+        plain = {self.reader.keys.state: np.zeros(self.reader.dims), self.reader.keys.prompt: "warm up"}
+        plain |= dict.fromkeys(self.reader.keys.views.values(), np.zeros((side, side, 3), np.uint8))
         variants: dict[str, dict[str, Any]] = {"": {}}
         if self.rtc:
             old = np.zeros((1, config.robot_action_dim), np.float32)

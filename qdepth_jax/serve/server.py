@@ -15,6 +15,7 @@ import dataclasses
 import hmac
 import http
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -60,8 +61,11 @@ class ServerOptions:
     def __post_init__(self):
         if not 0 <= self.port < 65536:
             raise errors.UserError(f"--port={self.port}: 0 (a free one) to 65535")
-        if self.deadline_s < 0 or self.drain_s < 0 or self.max_connections < 1:
-            raise errors.UserError("--deadline_ms and --drain_s must be 0 or more, --max_connections 1 or more")
+        for flag, value in (("deadline_ms", 1e3 * self.deadline_s), ("drain_s", self.drain_s)):
+            if not 0 <= value < math.inf:  # false for NaN too
+                raise errors.UserError(f"--{flag}={value:g} must be 0 or more, and finite")
+        if self.max_connections < 1:
+            raise errors.UserError(f"--max_connections={self.max_connections} must be 1 or more")
 
 
 def check_address(options: ServerOptions) -> None:
@@ -98,7 +102,7 @@ class PolicyServer:
         self._open: set[websockets.asyncio.server.ServerConnection] = set()
         self._busy: set[websockets.asyncio.server.ServerConnection] = set()
         self._stop = asyncio.Event()
-        # Not the batcher's thread: a picture of a new size compiles a small program, for which nobody else waits.
+        # Not the batcher's thread: a request is decoded and its pictures resized while the program runs for others.
         self._reading = concurrent.futures.ThreadPoolExecutor(1, "prepare")
         self._batcher = batching.Batcher(
             service.run, options.batch_sizes, options.deadline_s, lambda: len(self._open), self.metrics

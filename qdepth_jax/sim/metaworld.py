@@ -13,14 +13,14 @@ import warnings
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.sim import metaworld_instructions
+from qdepth_jax.sim import metaworld_instructions, simulator
 from qdepth_jax.sim import render as render_lib
 
 CAMERA = "corner2"
 # Where published visual policies put it (Masked World Models, LeRobot's metaworld environment): from its own place the
 # objects are three pixels wide.
 CAMERA_POSITION = (0.75, 0.075, 0.7)
-STEP_CAP = 500  # Meta-World's own episode length
+STEP_CAP = 500  # Meta-World's own episode length: a step beyond it raises ValueError
 ACTION_DIM = 4
 
 
@@ -72,7 +72,8 @@ class MetaWorldEnv:
         action = np.asarray(action, np.float32)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"Meta-World needs {ACTION_DIM} finite action numbers, got {action!r}")
-        self._observation, _, _, _, info = self._env.step(np.clip(action, -1, 1))
+        with simulator.physics(self._env.data):
+            self._observation, _, _, _, info = self._env.step(np.clip(action, -1, 1))
         return bool(info["success"] >= 1)
 
     def expert_action(self) -> np.ndarray:

@@ -36,6 +36,7 @@ def list_tasks(suite: str) -> list[simulator.Task]:
             step_cap=metaworld.STEP_CAP,
             starts=STARTS,
             adapter=__name__,
+            most_steps=metaworld.STEP_CAP,
         )
         for number, name in enumerate(names)
         if name in members[suite]

@@ -10,10 +10,11 @@ An adapter module has
 and a row in ADAPTERS. A task carries the name of its adapter, so that a worker process imports the one it needs.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,25 @@ ADAPTERS = (
 
 class SimulatorFailure(RuntimeError):
     """The simulator could not go on (diverged, or found no valid placement): neither a success nor a failure."""
+
+
+@contextlib.contextmanager
+def physics(data: Any) -> Iterator[None]:
+    """Around a step of MuJoCo on its MjData.
+
+    Raises:
+      SimulatorFailure: MuJoCo gave up, or the state has diverged, which it answers with a warning and a silent return
+        to the start pose.
+    """
+    from mujoco import FatalError, mjtWarning
+
+    try:
+        yield
+    except (FatalError, ArithmeticError) as error:
+        raise SimulatorFailure(f"{type(error).__name__}: {error}") from error
+    for kind in (mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC):
+        if data.warning[int(kind)].number:
+            raise SimulatorFailure(f"the physics diverged ({kind.name}) at time {data.time:.2f} s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Task:
       starts: how many numbered starts there are: the benchmark's own, never used for demonstrations.
       adapter: module that makes its environment.
       to_the_end: an episode runs to its cap, and success is the flag at the last step; else the first success ends it.
+      most_steps: the simulator takes no more in an episode; 0 = as many as are wanted.
     """
 
     suite: str
@@ -71,6 +92,7 @@ class Task:
     starts: int
     adapter: str
     to_the_end: bool = False
+    most_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,17 @@ def test_resize_is_tensorflows_lanczos3(height, width, size):
     assert off.max() <= 1 and (off > 0).mean() < 1e-3
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 52, 28), (20, 28, 28), (128, 128, 96), (256, 320, 224)])
+def test_the_host_resizes_as_the_device_does(height, width, size):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    for picture in (noise, by_tf.photograph(height, width)):
+        found = images.resize_on_host(picture, size)
+        assert found.dtype == np.uint8 and images.resize_on_host(found, size) is found
+        wanted = jax.jit(lambda x: images.resize(x[None], size)[0])(picture)
+        off = np.abs(np.asarray(wanted, int) - found)
+        assert off.max() <= 1 and off.sum() <= 1e-4 * off.size  # none of the small ones
+
+
 def test_range_and_pass_through():
     image = jnp.array([0, 255], jnp.uint8).repeat(6).reshape(1, 2, 2, 3)
     np.testing.assert_allclose(images.prepare(image, 2).ravel()[:1], -1.0, atol=1e-6)

@@ -47,7 +47,7 @@ def export(tmp_path_factory):
 
 
 def start(export, *arguments, port=0):
-    flags = [f"--checkpoint={export}", f"--port={port}", "--batch_sizes=1,4", "--image_sizes=", *arguments]
+    flags = [f"--checkpoint={export}", f"--port={port}", "--batch_sizes=1,4", *arguments]
     # The second start of a server takes its programs from the cache. Unoptimised ones compile in a third of the time.
     cache = {"JAX_COMPILATION_CACHE_DIR": export + "_cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     fast = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -151,12 +151,16 @@ def test_the_command_knows_a_taken_port_before_it_loads_anything():
     [
         ("--batch_sizes=4,1", "rising numbers"),
         ("--batch_sizes=one", "whole numbers"),
-        ("--image_sizes=9", "HEIGHTxWIDTH"),
         ("--rtc=soft", "inpaint, guided, off"),
         ("--units=metres", "libero, standard"),
         ("--api_key_file=nowhere", "--api_key_file=nowhere"),
         ("--port=70000", "--port=70000"),
-        ("--deadline_ms=-1", "0 or more"),
+        ("--deadline_ms=-1", "--deadline_ms=-1 must be 0 or more"),
+        ("--deadline_ms=nan", "--deadline_ms=nan must be 0 or more, and finite"),
+        ("--drain_s=-1", "--drain_s=-1 must be 0 or more"),
+        ("--drain_s=nan", "--drain_s=nan must be 0 or more, and finite"),
+        ("--drain_s=inf", "--drain_s=inf must be 0 or more, and finite"),
+        ("--max_connections=0", "--max_connections=0 must be 1 or more"),
         ("--seed=3", "nothing_here"),
     ],
 )

@@ -1,10 +1,12 @@
 """What the server is asked to be, checked before anything is loaded."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_observation import good, reader
 
 from qdepth_jax import errors, planner
-from qdepth_jax.models import inference
+from qdepth_jax.models import images, inference
 from qdepth_jax.serve import policy_service, protocol
 
 
@@ -24,6 +26,16 @@ def test_every_program_is_named_before_it_is_compiled(service, monkeypatch):
     assert programs == [(s, rtc, depth) for s in (1, 4) for depth in (False, True) for rtc in (False, True)]
     assert lines[0] == "compiling program 1 of 8: 1 at a time"
     assert lines[7] == "compiling program 8 of 8: 4 at a time, real-time chunking, depth"
+
+
+def test_a_picture_of_a_size_not_seen_before_compiles_nothing(service, monkeypatch):
+    """One thread reads the requests of all robots."""
+    monkeypatch.setattr(planner, "_resize_program", lambda *size: pytest.fail(f"it compiles for {size}"))
+    picture = np.random.default_rng(0).integers(0, 256, (40, 52, 3)).astype(np.uint8)
+    found = service(max_side=64).prepare(protocol.pack(good(**{"observation/image": picture}))).row.batch["image_main"]
+    side = found.shape[0]
+    assert found.dtype == np.uint8 and found.shape == (side, side, 3) != picture.shape
+    np.testing.assert_array_equal(images.prepare(found[None], side), images.prepare(jnp.asarray(picture[None]), side))
 
 
 def test_keys_that_the_policy_has_no_use_for_pass_where_the_server_says_so(service):

@@ -68,6 +68,14 @@ def test_views_are_the_benchmarks_own_images_rotated(env):
         assert np.abs(published[:, ::-1] - ours[name]).mean() > 20
 
 
+def test_diverged_physics_are_no_failed_episode(env, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
+    env.data.qvel[:] = np.nan
+    with pytest.raises(simulator.SimulatorFailure, match=r"the physics diverged \(mjWARN_BADQVEL\) at time"):
+        env.step(libero.IDLE_ACTION)
+    env.reset(3)
+
+
 def test_a_seed_is_an_episode_whatever_came_before():
     """Task 7 puts a bowl on a fixture, which drifts under plain soft resets."""
     env = libero.LiberoEnv(libero.list_tasks("libero_spatial")[7])

@@ -13,7 +13,8 @@ import stored_runs
 from absl import flags
 
 from qdepth_jax import errors
-from qdepth_jax.sim import collection, metaworld, metaworld_instructions, metaworld_tasks
+from qdepth_jax.eval import closed_loop, policies
+from qdepth_jax.sim import collection, metaworld, metaworld_instructions, metaworld_tasks, simulator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -47,6 +48,24 @@ def test_scripted_policy_solves_door_open_and_a_seed_is_an_episode():
 
 
 @pytest.mark.slow
+def test_diverged_physics_are_no_failed_episode(tmp_path, monkeypatch):
+    if importlib.util.find_spec("metaworld") is None:
+        pytest.skip("extra 'sim' is not installed: pip install 'qdepth_jax[sim]'")
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
+    env, idle = metaworld.MetaWorldEnv(metaworld.list_tasks().index("door-open-v3"), image_size=64), np.zeros(4)
+    env.reset(1)
+    env.step(idle)
+    wanted = env.sim_state()
+    env._env.data.qvel[:] = np.nan
+    with pytest.raises(simulator.SimulatorFailure, match=r"the physics diverged \(mjWARN_BADQVEL\) at time"):
+        env.step(idle)
+    env.reset(1)
+    env.step(idle)
+    np.testing.assert_array_equal(env.sim_state(), wanted)
+    env.close()
+
+
+@pytest.mark.slow
 def test_killed_in_the_middle_the_command_continues_to_the_same_results(tmp_path):
     if importlib.util.find_spec("metaworld") is None:
         pytest.skip("extra 'sim' is not installed: pip install 'qdepth_jax[sim]'")
@@ -74,11 +93,20 @@ def test_killed_in_the_middle_the_command_continues_to_the_same_results(tmp_path
     ]  # fmt: skip
 
 
-def test_no_demonstration_starts_where_evaluation_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--seed=499", r"--seed=499: Meta-World's seeds 0 to 499 .*use --seed=500 or more"),
+        ("--max_steps=501", r"--max_steps=501: .* ends after 500 steps .*use at most --max_steps=500"),
+    ],
+)
+def test_demonstrations_neither_start_where_evaluation_does_nor_outlast_the_simulator(
+    tmp_path, monkeypatch, flag, message
+):
     monkeypatch.setattr(collection, "collect", lambda *args: pytest.fail("it collects"))
     with stored_runs.tool_module("collect_demos") as tool:
-        flags.FLAGS(["collect_demos", "--suite=metaworld", "--seed=499", f"--output_dir={tmp_path}"])
-        with pytest.raises(errors.UserError, match=r"--seed=499: Meta-World's seeds 0 to 499 .*use --seed=500 or more"):
+        flags.FLAGS(["collect_demos", "--suite=metaworld", flag, f"--output_dir={tmp_path}"])
+        with pytest.raises(errors.UserError, match=message):
             tool.run()
     assert not list(tmp_path.iterdir())
 
@@ -90,6 +118,10 @@ def test_suites_of_metaworld(monkeypatch):
     assert [task.task_id for task in whole] == list(range(50))
     assert {task.name for task in ten} == set(metaworld_tasks.MT10) and len(ten) == 10
     assert all(task.name == metaworld.list_tasks()[task.task_id] for task in ten)
+    cap = metaworld.STEP_CAP
+    closed_loop.check(policies.expert(), [(ten[0], simulator.Start(0))], closed_loop.Options(max_steps=cap), None)
+    with pytest.raises(errors.UserError, match=r"--max_steps=501: .*metaworld_mt10 reach-v3 ends after 500 steps"):
+        closed_loop.check(policies.expert(), [(ten[7], simulator.Start(0))], closed_loop.Options(max_steps=501), None)
     assert max(range(ten[0].starts)) < 1000  # seeds of demonstrations begin there (tools/collect_demos.py)
     with pytest.raises(ValueError, match="unknown Meta-World suite 'metaworld_mt1': use metaworld, metaworld_mt50"):
         metaworld_tasks.list_tasks("metaworld_mt1")

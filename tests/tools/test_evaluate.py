@@ -3,13 +3,16 @@
 import json
 import types
 
+import jax
+import numpy as np
 import pytest
 import stored_runs
 from absl import flags
 
-from qdepth_jax import errors, planner
+from qdepth_jax import errors, exported, planner
+from qdepth_jax.data import normalise
 from qdepth_jax.eval import policies
-from qdepth_jax.models import policy
+from qdepth_jax.models import inference, policy
 from qdepth_jax.sim import libero, libero_tasks, simulator
 
 
@@ -94,6 +97,44 @@ def test_a_missing_asset_is_no_crash(monkeypatch):
         libero_tasks.make_env(task, 64, 1)
 
 
+def test_a_policy_is_loaded_once_for_all_suites_and_videos(evaluate, monkeypatch, capsys, tmp_path):
+    """Each with its own statistics; that it has no depth is no reason to load it again."""
+    model = policy.sized("tiny", depth=None, scan=False, action_dim=3, proprio_dim=2)
+    rng, stored = np.random.default_rng(0), {}
+    for suite in ("fake", "other"):
+        numbers = {"action": rng.normal(size=(20, 3)), "proprio": rng.normal(size=(20, 2))}
+        stored[suite] = {k: normalise.Normaliser(normalise.compute(x)) for k, x in numbers.items()}
+    found, loads = (
+        exported.Exported("policy", model, {"params": {}}, stored, stored_runs.WORDS, 24, "raw", 0, "", {}),
+        [],
+    )
+    monkeypatch.setattr(exported, "load", lambda path: loads.append(path) or found)
+    monkeypatch.setattr(simulator, "ADAPTERS", (("fake|other", "fake_simulator"),))
+    arguments = ["--policy=mean_action", "--checkpoint=x", "--suite=fake,other", "--episodes=1", f"--output={tmp_path}"]
+    evaluate(*arguments)
+    assert loads == ["x"]
+    for suite, normalisers in stored.items():
+        said = json.loads((tmp_path / suite / "result.json").read_text())["policy"]
+        assert said["dataset"] == suite
+        np.testing.assert_allclose(said["action"], normalisers["action"].statistics.mean, rtol=1e-6)
+    with stored_runs.tool_module("evaluate") as tool:
+        flags.FLAGS(["evaluate", "--checkpoint=y", "--suite=fake", "--videos=1"])
+        tool._load()
+    assert loads == ["x", "y"] and "the policy in 'y' has no depth expert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", inference.WEIGHTS)
+def test_random_weights_are_held_as_asked(monkeypatch, weights):
+    config = policy.sized("tiny", depth=None, layers=1, scan=False)
+    given = planner.Planner(config, {}, None, "", None, None, None, None)
+    monkeypatch.setattr(planner, "load", lambda *args, **kwargs: given)
+    with stored_runs.tool_module("evaluate") as tool:
+        arguments = ["--policy=untrained", f"--weights={weights}", "--videos=0", "--failure_videos=0"]
+        flags.FLAGS(["evaluate", "--checkpoint=x", "--suite=fake", *arguments])
+        held = tool._load()
+    assert any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(held.variables)) == (weights == "int8")
+
+
 @pytest.mark.parametrize(
     ("trained_on", "said"),
     [
@@ -107,11 +148,11 @@ def test_a_missing_asset_is_no_crash(monkeypatch):
 )
 def test_pictures_of_another_size_than_in_training_are_said(monkeypatch, capsys, trained_on, said):
     found = types.SimpleNamespace(pictures=trained_on)
-    monkeypatch.setattr(planner, "load", lambda *args, **kwargs: types.SimpleNamespace(found=found))
+    monkeypatch.setattr(planner, "of_dataset", lambda loaded, dataset: loaded)
     monkeypatch.setattr(policies, "trained", lambda loaded, *args: loaded)
     with stored_runs.tool_module("evaluate") as tool:
         flags.FLAGS(["evaluate", "--checkpoint=x", "--image_size=84"])
-        assert tool._policy("fake", None).found is found
+        assert tool._policy("fake", None, types.SimpleNamespace(found=found)).found is found
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == bool(said) and said in "".join(lines)
 
