@@ -61,7 +61,9 @@ def main(mode, port, count, robots, side):
                     found["milliseconds"].append(took)
                     found["infer_ms"].append(answer["policy_timing"]["infer_ms"])
                     found["batches"].append(answer["server_timing"]["batch"])
-                print(f"answer {seed}", file=sys.stderr, flush=True)
+                # One write: print() sends the end of the line apart, and other threads come between.
+                sys.stderr.write(f"answer {seed}\n")
+                sys.stderr.flush()
                 if mode == "patient":
                     time.sleep(0.05)
             with lock:

@@ -19,8 +19,12 @@ _SUITE = flags.DEFINE_string("suite", None, "libero_spatial, libero_object, ...,
 _TASKS = flags.DEFINE_list("tasks", ["all"], "task numbers or names, or 'all'")
 _EPISODES = flags.DEFINE_integer("episodes", 50, "successful episodes per task in split train", lower_bound=1)
 _VAL = flags.DEFINE_integer("val_episodes", 0, "successful episodes per task in split val", lower_bound=0)
-_MAX_ATTEMPTS = flags.DEFINE_integer("max_attempts", None, "attempts per task; default: 3 times the episodes, plus 10")
-_MAX_STEPS = flags.DEFINE_integer("max_steps", None, "longest episode to keep; default: the suite's official step cap")
+_MAX_ATTEMPTS = flags.DEFINE_integer(
+    "max_attempts", None, "attempts per task; default: 3 times the episodes, plus 10", lower_bound=1
+)
+_MAX_STEPS = flags.DEFINE_integer(
+    "max_steps", None, "longest episode to keep; default: the suite's official step cap", lower_bound=1
+)
 _OUTPUT = flags.DEFINE_string("output_dir", None, "the data set goes to OUTPUT_DIR/NAME/VERSION", required=True)
 _NAME = flags.DEFINE_string("name", None, "name of the data set; default: the suite")
 _VERSION = flags.DEFINE_string("version", "1.0.0", "version of the data set")
