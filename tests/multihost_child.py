@@ -155,6 +155,33 @@ def fail_storage(number: int, count: int) -> None:
     distributed.together(read if number == 1 else lambda: None)
 
 
+def fail_export(number: int, count: int) -> None:
+    """One host cannot read its part of an export (given as EXPORT) that goes to the devices of all of them."""
+    import jax
+    import jax.numpy as jnp
+
+    from qdepth_jax import config, sharding, stored_model
+
+    mesh, own = sharding.make_mesh(config.MeshConfig()), stored_model._file_reader
+    placed = jax.NamedSharding(mesh, jax.P())
+
+    def stale(stored, item):
+        def read(group):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        return read if number == 1 else own(stored, item)
+
+    stored_model._file_reader = stale
+    stored_model.restore_leaves(
+        os.environ["EXPORT"],
+        lambda there: {
+            path: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"]), sharding=placed)
+            for path, leaf in there.items()
+        },
+        agree=distributed.all_agree,
+    )
+
+
 def fail_alone(number: int, count: int, failing: int, kind: type = errors.UserError) -> None:
     """One host fails between two steps, while the others wait for it inside one."""
     import jax
@@ -188,6 +215,7 @@ def stop(number: int, count: int) -> None:
 
 
 MODES = {"agree": agree, "config": other_config, "fail": fail, "storage": fail_storage, "stop": stop}
+MODES["export"] = fail_export
 MODES |= {f"alone{i}": functools.partial(fail_alone, failing=i) for i in (0, 1)}
 MODES["alone_storage"] = functools.partial(fail_alone, failing=1, kind=errors.TryAgain)
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import multihost
 import numpy as np
 import pytest
+import stored_runs
 
-from qdepth_jax import cluster, config, distributed, errors, same_program, sharding, stop_signal
+from qdepth_jax import cluster, config, distributed, errors, export_model, same_program, sharding, stop_signal
 
 # ---- what the launcher says ----
 
@@ -219,6 +220,17 @@ def test_a_host_whose_storage_is_away_ends_all_with_try_again(mode, text):
     done = multihost.run_all(lambda port, i: [multihost.CHILD, mode, str(port), "2", str(i)], 2)
     assert [code for code, _, _ in done] == [75, 75], done
     assert all("error: " in err and text in err for _, _, err in done), done
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_read_an_export_keeps_nobody_waiting_in_a_sum(tmp_path, monkeypatch):
+    stored_runs.write(tmp_path / "run", "policy", stored_runs.BASELINE)
+    options = export_model.Options(format="safetensors")
+    export_model.write_export(str(tmp_path / "run"), str(tmp_path / "out"), options, lambda line: None)
+    monkeypatch.setenv("EXPORT", str(tmp_path / "out"))
+    done = multihost.run_all(lambda port, i: [multihost.CHILD, "export", str(port), "2", str(i)], 2)
+    assert [code for code, _, _ in done] == [75, 75], done
+    assert "cannot be read at the moment" in done[0][2] and "Stale file handle" in done[1][2]
 
 
 @pytest.mark.slow
