@@ -187,6 +187,8 @@ def test_jobset_restarts_for_ever_after_a_stop_and_seldom_after_a_crash():
     ends, rule = policy["rules"]  # in this order: the first that matches counts
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and ends["action"] == "FailJobSet"
     assert ends["onJobFailureReasons"] == rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    # ruleNameFmt of JobSet's webhook, which refuses the whole JobSet for another name; no dashes.
+    assert all(re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", found["name"]) for found in policy["rules"])
     (pattern,) = ends["onJobFailureMessagePatterns"]  # Kubernetes, pkg/controller/job/pod_failure_policy.go
     message = "Container train for pod ns/x failed with exit code {} matching FailJob rule at index {}"
     assert re.search(pattern, message.format(2, 0)) and not re.search(pattern, message.format(75, 1))

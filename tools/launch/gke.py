@@ -150,13 +150,13 @@ def jobset(work: Workload) -> dict[str, Any]:
                 "maxRestarts": work.max_restarts,
                 "rules": [
                     {
-                        "name": "bad-input",
+                        "name": "BadInput",
                         "action": "FailJobSet",
                         "onJobFailureReasons": ["PodFailurePolicy"],
                         "onJobFailureMessagePatterns": [f"exit code {training.BAD_INPUT} matching FailJob rule"],
                     },
                     {
-                        "name": "stopped-or-evicted",
+                        "name": "StoppedOrEvicted",
                         "action": "RestartJobSetAndIgnoreMaxRestarts",
                         "onJobFailureReasons": ["PodFailurePolicy"],
                     },
