@@ -55,7 +55,8 @@ def is_transient(error: BaseException | None) -> bool:
         # Of JAX too: a collective whose other side is gone.
         if not isinstance(error, UserError) and _STATUS.match(str(error)):
             return True
-        if any(getattr(error, name, None) in _HTTP for name in ("code", "status")):
+        found = [getattr(error, name, None) for name in ("code", "status")]  # of some clients a method or a dict
+        if any(isinstance(value, int) and value in _HTTP for value in found):
             return True
         error = error.__cause__
     return False

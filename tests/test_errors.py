@@ -13,7 +13,7 @@ from qdepth_jax import checkpoint_read, distributed, errors
 class Http(Exception):
     """As gcsfs raises them."""
 
-    def __init__(self, code: int):
+    def __init__(self, code: int | dict):
         super().__init__(f"{code}")
         self.code = code
 
@@ -38,6 +38,7 @@ def from_(cause: Exception) -> errors.UserError:
         (from_(from_(TimeoutError())), 75),
         (Http(503), 75),
         (Http(404), 1),
+        (Http({}), 1),
         (ValueError("UNAVAILABLE: connection reset"), 75),
         (ValueError("the word UNAVAILABLE in a sentence"), 1),
         (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
