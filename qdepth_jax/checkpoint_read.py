@@ -25,7 +25,8 @@ TREES = ("params", "state", "ema")
 # this bounds what another mesh reads in vain.
 CHUNK_BYTES = 4 * 2**20
 
-# What storage says when it cannot be read now, or not by us: no sign of damage.
+# What storage says when it cannot be read now, or not by us: no sign of damage. The first two stay until somebody acts.
+_REFUSED = re.compile(r"PERMISSION_DENIED|UNAUTHENTICATED")
 _UNAVAILABLE = re.compile(
     r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
 )
@@ -129,20 +130,21 @@ def together(agree: Callable[[bool], bool], folder: epath.Path, read: Callable[[
     """(`read()`, "") if it succeeds on all processes, else (None, what is damaged), on all of them alike.
 
     Raises:
-      UserError: on all of them, where one cannot read at the moment.
+      TryAgain: on all of them, where storage does not answer one of them. UserError: where it refuses one.
     """
-    value, cause, unavailable = None, "", ""
+    value, cause, unavailable, refused = None, "", "", False
     try:
         value = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # whatever a damaged file makes Orbax raise
         if _is_unavailable(error):
-            unavailable = short(error)
+            unavailable, refused = short(error), _is_refused(error)
         else:
             cause = str(error) if isinstance(error, Damaged) else short(error)
     if not agree(not unavailable):
-        raise errors.UserError(
+        kind = errors.TryAgain if agree(not refused) else errors.UserError  # the same exit code on all of them
+        raise kind(
             f"checkpoint {folder} cannot be read at the moment, which is no sign of damage: "
             + (unavailable or "another process says why")
         )
@@ -242,6 +244,11 @@ def _is_unavailable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether a later start would be refused too. RESOURCE_EXHAUSTED and CANCELLED of a store pass; EACCES does not."""
+    return bool(_REFUSED.search(str(error))) or (isinstance(error, OSError) and not errors.is_transient(error))
 
 
 def short(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
@@ -11,7 +12,10 @@ from qdepth_jax import errors
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """`app.run(main)`; a UserError, a bad flag or a bad --config becomes a message on stderr and exit code 2."""
+    """`app.run(main)`; a UserError, a bad flag or a bad --config becomes a message on stderr and exit code 2.
+
+    What is transient (errors.is_transient) ends with 75, also where it comes as a bare OSError.
+    """
 
     def guarded(argv: list[str]) -> int:
         # Orbax tells its normal course at warning level through absl, and at error level, with tracebacks, what it also
@@ -22,10 +26,15 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             return main(argv) or 0
         except errors.UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+            return errors.exit_code(error)
         except KeyboardInterrupt:
             print("stopped; the same command, given again, continues from what is finished", file=sys.stderr)
-            return 130
+            return errors.INTERRUPTED
+        except Exception as error:
+            if not errors.is_transient(error):
+                raise
+            traceback.print_exc()
+            return errors.TRY_AGAIN
 
     app.run(guarded, flags_parser=_parse)
 

@@ -32,7 +32,11 @@ _KEY = "qdepth_jax"
 
 
 class HostFailed(errors.UserError):
-    """Another host failed; its own message is quoted."""
+    """Another host failed; its own message is quoted, and this host ends with the same exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 # ---- the start ----
@@ -115,11 +119,13 @@ def _initialise(arguments: dict[str, Any], timeout: int) -> None:
     state = _state()
     state.client, where = None, f"coordinator {state.coordinator_address or '(not found)'}"
     if failed:
-        raise errors.UserError(
+        # The runtime refuses while the coordinator of the last start is still there; arguments are a ValueError.
+        kind = errors.UserError if isinstance(failed[0], ValueError) else errors.TryAgain
+        raise kind(
             f"{where}: this process cannot join the run: {_first_line(failed[0])}. On process 0 the port must be free, "
             "and outside of a cluster that JAX knows, --coordinator, --num_processes and --process_id must be given"
         ) from failed[0]
-    raise errors.UserError(
+    raise errors.TryAgain(
         f"{where}: not all processes of the run met within {timeout} s. Is process 0 running, is the address its own, "
         "is the port open between the hosts, and were all processes started? --start_timeout=SECONDS waits longer"
     )
@@ -168,7 +174,7 @@ def joined(
     """`start` (its arguments, its line) and `stop` around a whole program; a failure on one host ends all of them.
 
     The others hear of it where they wait for this host: in a function of this module as HostFailed, in a collective
-    operation, which cannot be interrupted, by a message and exit code 2.
+    operation, which cannot be interrupted, by a message. All end with the exit code of the one that failed.
 
     Raises:
       HostFailed: a collective operation failed here because another host has failed.
@@ -183,7 +189,7 @@ def joined(
         elsewhere = _leave_failed(error)
         stop(FAILED_SECONDS)
         if elsewhere:
-            raise HostFailed(elsewhere) from error
+            raise HostFailed(*elsewhere) from error
         raise
     leaving.set()
     stop()
@@ -194,40 +200,43 @@ def _watch(leaving: threading.Event) -> None:
     grace = _MAIN_GRACE_SECONDS if is_main() else _GRACE_SECONDS
     while not leaving.wait(2.0):
         try:
-            message = _failed_elsewhere()
+            found = _failed_elsewhere()
         except RuntimeError:
             return  # the coordinator is gone: JAX itself ends the process
-        if message and not leaving.wait(grace):
+        if found and not leaving.wait(grace):
+            message, code = found
             print(f"error: {message}", file=sys.stderr, flush=True)
-            os._exit(2)
+            os._exit(code)
 
 
-def _failed_elsewhere() -> str:
-    """Message of the first host that failed, "" if none did."""
-    for key, message in sorted(_client().key_value_dir_get(f"{_KEY}/failed/")):
-        return f"host {key.rpartition('/')[2]}: {message}"
-    return ""
+def _failed_elsewhere() -> tuple[str, int] | None:
+    """(message, exit code) of the first host that failed, None if none did."""
+    for key, text in sorted(_client().key_value_dir_get(f"{_KEY}/failed/")):
+        told = json.loads(text)
+        return f"host {key.rpartition('/')[2]}: {told['failed']}", told["code"]
+    return None
 
 
-def _leave_failed(error: BaseException) -> str:
-    """Lets every other host know; returns the message of another host if its failure is why this one failed."""
+def _leave_failed(error: BaseException) -> tuple[str, int] | None:
+    """Lets every other host know; returns what another host said if its failure is why this one failed."""
     if not is_started() or isinstance(error, HostFailed):
-        return ""
+        return None
     import jax
 
     try:
         if isinstance(error, jax.errors.JaxRuntimeError) and (elsewhere := _failed_elsewhere()):
             return elsewhere
-        _client().key_value_set(f"{_KEY}/failed/{process()[0]}", _told(error), allow_overwrite=True)
-        _post(_turn(), {"failed": _told(error)}, process()[0])
+        _client().key_value_set(f"{_KEY}/failed/{process()[0]}", json.dumps(_told(error)), allow_overwrite=True)
+        _post(_turn(), _told(error), process()[0])
     except RuntimeError as lost:
         # The coordinator itself is gone: what went wrong here must still be what the user reads.
         print(f"the other hosts could not be told: {_first_line(lost)}", file=sys.stderr, flush=True)
-    return ""
+    return None
 
 
-def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, errors.UserError) else f"{type(error).__name__}: {error}"
+def _told(error: BaseException) -> dict[str, Any]:
+    text = str(error) if isinstance(error, errors.UserError) else f"{type(error).__name__}: {error}"
+    return {"failed": text, "code": errors.exit_code(error)}
 
 
 # ---- agreement ----
@@ -309,7 +318,7 @@ def together(fn: Callable[[], T], what: str = "start") -> T:
         raise  # the one that failed has told everybody
     except BaseException as error:
         # Posted where the others wait next, here or inside fn; they need not have got as far as this host.
-        _post(_turn(), {"failed": _told(error)}, process()[0])
+        _post(_turn(), _told(error), process()[0])
         raise
     gather(None, f"after {what}")
     return out
@@ -341,7 +350,7 @@ def _exchange(message: dict[str, Any], what: str, timeout: float) -> list[Any]:
         client.key_value_delete(f"{_KEY}/{turn - 1}/all")
     for host, found in enumerate(messages):
         if "failed" in found:
-            raise HostFailed(f"host {host}: {found['failed']}")
+            raise HostFailed(f"host {host}: {found['failed']}", found["code"])
     if places := {found["what"] for found in messages} - {what}:
         raise errors.UserError(f"hosts are at different places of the program: {what!r} here, {sorted(places)} there")
     return [found["value"] for found in messages]
@@ -365,11 +374,11 @@ def _wait(key: str, deadline: float, timeout: float, what: str, host: int) -> st
             return _client().blocking_key_value_get(key, max(1, int(1000 * min(left, _POLL_SECONDS))))
         except Exception as error:  # jaxlib's own class, of RuntimeError
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise errors.UserError(
+                raise errors.TryAgain(
                     f"lost the coordinator while waiting for host {host} at {what!r}: {_first_line(error)}"
                 ) from error
             if left <= _POLL_SECONDS:
-                raise errors.UserError(
+                raise errors.TryAgain(
                     f"host {host} did not come to {what!r} within {timeout:.0f} s: see its own messages"
                 ) from None
 

@@ -22,7 +22,7 @@ from qdepth_jax import (
     train_loop,
     train_step,
 )
-from qdepth_jax.data import data_config, index, loader, spec, text
+from qdepth_jax.data import data_config, held_out_check, index, loader, spec, text
 from qdepth_jax.models import augment_config, policy
 from qdepth_jax.models import objective as objective_lib
 
@@ -174,6 +174,9 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
             rows=rows,
             normalisers=batches.normalisers,
         )
+        held_out_check.check(batches.sources, eval_loader.sources)
+        if line := held_out_check.repeats(eval_loader.frames, train.eval_batches, train.batch_size):
+            train_loop.say(line)
         eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731
 
     def initialise(state: train_step.TrainState) -> train_step.TrainState:

@@ -112,7 +112,10 @@ def parameters_of(stored: Stored, average: bool = True) -> str:
 
 
 def read_leaves(
-    stored: Stored, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    stored: Stored,
+    item: str,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    agree: Callable[[bool], bool] = lambda ok: ok,
 ) -> Iterator[tuple[str, jax.Array]]:
     """(path, array) of leaves in the given order, each compared with its sum; a few small ones or one large at a time.
 
@@ -121,9 +124,10 @@ def read_leaves(
       item: "params", "ema", "state" or "train".
       wanted: path -> ShapeDtypeStruct of the shape there; a sharding (None = this process's first device) and a dtype
         to which the array is cast after it was checked.
+      agree: see checkpoint.restore_latest.
 
     Raises:
-      UserError: a leaf is damaged or missing, or cannot be read now.
+      UserError: a leaf is damaged or missing, or cannot be read now; on all processes, if on one.
     """
     read = _orbax_reader(stored, item) if stored.form == "orbax" else _file_reader(stored, item)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -135,16 +139,14 @@ def read_leaves(
         if path in wanted
     }
     for group in _groups({path: saved[path] for path in wanted}):
-
-        def checked(group=group):
-            arrays = read(group)
-            for path, found in checkpoint_sum.sums(arrays).items():
-                if found != stored.leaves[item][path]["sum"]:
-                    raise checkpoint_read.Damaged(f"other numbers than were saved in {item}/{path}")
-            return arrays
-
-        arrays, cause = checkpoint_read.together(lambda ok: ok, stored.folder, checked)
-        if cause:
+        # Sums wait for all processes: only when it is settled that each of them has its part.
+        arrays, cause = checkpoint_read.together(agree, stored.folder, lambda group=group: read(group))
+        if not cause:
+            found = checkpoint_sum.sums(arrays)
+            changed = [path for path in group if found[path] != stored.leaves[item][path]["sum"]]
+            cause = f"other numbers than were saved in {item}/{changed[0]}" if changed else ""
+        if not agree(not cause):
+            cause = cause or "another process read other numbers"
             raise errors.UserError(f"{stored.path!r} is damaged ({stored.folder}): {cause}")
         for path in group:
             # No name here keeps the array while the next one is read.
@@ -195,15 +197,7 @@ def restore_leaves(
     if not (workdirs.folder(path) / MANIFEST).exists() or read_manifest(path)["weights"]["format"] == "orbax":
         return checkpoint.restore_leaves(path, choose, average, agree)
     stored = find(path)
-    # One leaf at a time; that all processes could read theirs is settled once, at the end.
-    found, failure = {}, None
-    try:
-        found = dict(read_leaves(stored, "params", choose(stored.leaves["params"])))
-    except errors.UserError as error:
-        failure = error
-    if not agree(failure is None):
-        raise failure or errors.UserError(f"another process could not read {path!r} and says why")
-    return found, stored.meta
+    return dict(read_leaves(stored, "params", choose(stored.leaves["params"]), agree)), stored.meta
 
 
 def restore_model(path: str, target: dict[str, Any], average: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,9 @@ of the final metrics.
 Several hosts: the same command on each, --workdir on a disk or bucket that all of them see. TPU pods, SLURM and Open
 MPI are recognised; elsewhere give --coordinator, --num_processes and --process_id.
 
-Exit codes: 0 finished; 2 bad input; 75 stopped by SIGTERM after a save (give the same command again).
+Exit codes: 0 finished; 2 bad input (the same command fails again); 75 stopped by SIGTERM after a save, or storage,
+network or another host did not answer (give the same command again); anything else is a crash. All hosts end with the
+code of the one that failed.
 """
 
 import json
@@ -33,8 +35,6 @@ _TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "seconds to wait for the o
 flags.mark_flag_as_required("config")
 flags.declare_key_flag("config")  # so that --help shows it
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; launchers restart on it
-
 
 def main(argv: list[str]) -> int:
     # Heavy imports only now: --help answers at once.
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         metrics, finished = train_loop.run_training(run, _WORKDIR.value, extras)
     if main:
         print(json.dumps(metrics, sort_keys=True))
-    return 0 if finished else STOPPED
+    return 0 if finished else errors.TRY_AGAIN
 
 
 def _steps(text: str) -> tuple[int, int] | None:

@@ -1,5 +1,6 @@
 """One process of the runs in test_distributed.py: multihost_child.py MODE PORT COUNT NUMBER [--timeout=SECONDS]."""
 
+import errno
 import functools
 import os
 import sys
@@ -142,7 +143,46 @@ def fail(number: int, count: int) -> None:
     distributed.together(lambda: os.stat("/no/data") if number == 1 else None)
 
 
-def fail_alone(number: int, count: int, failing: int) -> None:
+def fail_storage(number: int, count: int) -> None:
+    """The disk of one host is away."""
+
+    def read():
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError as error:
+            raise errors.UserError(f"/data/shard cannot be read ({error})") from error
+
+    distributed.together(read if number == 1 else lambda: None)
+
+
+def fail_export(number: int, count: int) -> None:
+    """One host cannot read its part of an export (given as EXPORT) that goes to the devices of all of them."""
+    import jax
+    import jax.numpy as jnp
+
+    from qdepth_jax import config, sharding, stored_model
+
+    mesh, own = sharding.make_mesh(config.MeshConfig()), stored_model._file_reader
+    placed = jax.NamedSharding(mesh, jax.P())
+
+    def stale(stored, item):
+        def read(group):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        return read if number == 1 else own(stored, item)
+
+    stored_model._file_reader = stale
+    stored_model.restore_leaves(
+        os.environ["EXPORT"],
+        lambda there: {
+            path: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"]), sharding=placed)
+            for path, leaf in there.items()
+        },
+        agree=distributed.all_agree,
+    )
+
+
+def fail_alone(number: int, count: int, failing: int, kind: type = errors.UserError) -> None:
     """One host fails between two steps, while the others wait for it inside one."""
     import jax
     import numpy as np
@@ -155,7 +195,7 @@ def fail_alone(number: int, count: int, failing: int) -> None:
     step = jax.jit(lambda x: x * 0.5 + x.mean(), out_shardings=placed)
     for i in range(100):
         if i == 20 and number == failing:
-            raise errors.UserError("shard 7 is damaged")
+            raise kind("shard 7 is damaged" if kind is errors.UserError else "shard 7: no answer")
         x = jax.block_until_ready(step(x))
 
 
@@ -174,8 +214,10 @@ def stop(number: int, count: int) -> None:
                 return
 
 
-MODES = {"agree": agree, "config": other_config, "fail": fail, "stop": stop}
+MODES = {"agree": agree, "config": other_config, "fail": fail, "storage": fail_storage, "stop": stop}
+MODES["export"] = fail_export
 MODES |= {f"alone{i}": functools.partial(fail_alone, failing=i) for i in (0, 1)}
+MODES["alone_storage"] = functools.partial(fail_alone, failing=1, kind=errors.TryAgain)
 if __name__ == "__main__":
     sys.path.insert(0, "")
     command.run(main)

@@ -9,7 +9,15 @@ import pytest
 import stored_runs
 from checkpoint_states import flip_in_array, make_state, mesh_of, on_devices, write
 
-from qdepth_jax import checkpoint, checkpoint_read, earlier_stages, errors, export_model, same_conventions
+from qdepth_jax import (
+    checkpoint,
+    checkpoint_read,
+    checkpoint_sum,
+    earlier_stages,
+    errors,
+    export_model,
+    same_conventions,
+)
 from qdepth_jax import config as config_lib
 from qdepth_jax.models import flow, gemma, paligemma, policy_config
 
@@ -191,6 +199,32 @@ def test_a_stage_starts_from_an_export(baseline, form, tmp_path, capsys):
     assert all("depth" in path for path in here.keys() - there.keys())
     np.testing.assert_array_equal(taken.state["codebook"], codebook)
     assert "unused: none" in capsys.readouterr().err
+
+
+def test_no_sum_waits_for_a_process_that_could_not_read_an_export(baseline, tmp_path, monkeypatch):
+    """Sums of arrays on several hosts are collective: all would wait in them for the one whose read failed."""
+    options = export_model.Options(format="safetensors")
+    export_model.write_export(baseline[0], str(tmp_path / "out"), options, lambda line: None)
+    asked, summed = [], []
+    own = checkpoint_sum.sums
+    monkeypatch.setattr(checkpoint_sum, "sums", lambda leaves: (summed.append(len(asked)), own(leaves))[1])
+
+    def agree(ok):  # the other process cannot read
+        asked.append(ok)
+        return False
+
+    with pytest.raises(errors.UserError, match=r"cannot be read at the moment.*another process says why"):
+        earlier_stages.take_parameters(policy_state(stored_runs.QDEPTH), str(tmp_path / "out"), agree=agree)
+    assert asked and not summed
+    answers = []
+
+    def agree_read(ok):  # the other one reads, and finds other numbers
+        answers.append(ok)
+        return len(answers) < 3
+
+    with pytest.raises(errors.UserError, match="another process read other numbers"):
+        earlier_stages.take_parameters(policy_state(stored_runs.QDEPTH), str(tmp_path / "out"), agree=agree_read)
+    assert len(summed) == 1
 
 
 def test_the_depth_expert_starts_as_the_action_expert(baseline):

@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
-from qdepth_jax import errors, metrics, profiler, run_logs, watch
+from qdepth_jax import errors, metrics, profiler, run_logs, watch, workdirs
 from qdepth_jax.data import tfrecord
 
 
@@ -25,6 +26,39 @@ def test_metrics_file_keeps_what_the_checkpoint_holds(tmp_path):
     assert metrics.MetricsFile(path, 3).dropped == 2
     lost = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
     assert len(lost) == 4 and lost[-2:] == ["12", "nonsense"], "nothing is lost"
+
+
+def test_in_a_bucket_the_rows_go_into_parts_that_are_not_written_again(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(workdirs, "is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "PART_BYTES", 200, raising=False)
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", -1.0)  # every row
+    written, own = [], type(epath.Path(path)).write_text
+    monkeypatch.setattr(
+        type(epath.Path(path)), "write_text", lambda self, text: (written.append(len(text)), own(self, text))[1]
+    )
+
+    def log(steps, resume):
+        file = metrics.MetricsFile(path, resume)
+        for step in steps:
+            file.write({"step": step, "loss": 0.5})
+        file.close()
+        return file.dropped
+
+    log(range(1, 101), 0)
+    assert max(written) < 230 and len(list(tmp_path.glob("metrics*.jsonl"))) > 10
+    assert [row["step"] for row in metrics.read(path)] == list(range(1, 101))
+    # A restart drops whole parts and cuts one; what is before is left alone.
+    first = path.read_bytes()
+    assert log(range(43, 51), 42) == 58
+    assert [row["step"] for row in metrics.read(path)] == list(range(1, 51)) and path.read_bytes() == first
+    assert len((tmp_path / "metrics.dropped.jsonl").read_text().splitlines()) == 58
+    # From the start again, and on a local copy.
+    assert log([1, 2], 0) == 50 and not (tmp_path / "metrics.1.jsonl").exists()
+    log(range(3, 30), 2)
+    monkeypatch.setattr(workdirs, "is_remote", lambda path: False)
+    assert log([20, 21], 19) == 10
+    assert [row["step"] for row in metrics.read(path)] == list(range(1, 22))
 
 
 def test_values_that_are_not_finite_are_null_and_the_file_stays_json(tmp_path):

@@ -11,21 +11,23 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from qdepth_jax.data import storage
+from qdepth_jax.data import file_faults, storage
 
 _JPEG = b"\xff\xd8"
+UNLIMITED = 1 << 16  # shards that stay open where the process has no limit
 
 
 class ShardFiles:
     """Positioned reads from many shards, local or `gs://`, safe for threads.
 
-    Descriptors stay open up to half of the process limit; beyond that a read opens and closes its shard. Nothing is
-    evicted, so no descriptor can be closed under another thread.
+    Descriptors stay open up to an eighth of the process limit: training and validation have one such object each,
+    sockets, checkpoints and libraries need theirs. Beyond that a read opens and closes its shard. Nothing is evicted,
+    so no descriptor can be closed under another thread.
     """
 
     def __init__(self):
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = max(16, soft // 2)
+        self._limit = UNLIMITED if soft == resource.RLIM_INFINITY else soft // 8
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -33,8 +35,13 @@ class ShardFiles:
         """`size` bytes at `offset`.
 
         Raises:
-          ValueError: the file ends before. UserError: a store that refuses or does not answer.
+          ValueError: the file ends before. UserError: the file cannot be opened or read (file_faults.py), or a store
+            refuses or does not answer.
         """
+        with file_faults.named(path):
+            return self._read(path, offset, size)
+
+    def _read(self, path: str, offset: int, size: int) -> bytes:
         if storage.is_remote(path):
             return storage.start(path, offset, size)()
         descriptor = self._open.get(path)
@@ -58,9 +65,15 @@ class ShardFiles:
         The request to an object store is sent at once, so many can be in flight; a local file is read when the result
         is called, for a disk is made busy by threads.
         """
-        if storage.is_remote(path):
-            return storage.start(path, offset, size)
-        return functools.partial(self.read, path, offset, size)
+        if not storage.is_remote(path):
+            return functools.partial(self.read, path, offset, size)
+        wait = storage.start(path, offset, size)
+
+        def finish() -> bytes:
+            with file_faults.named(path):
+                return wait()
+
+        return finish
 
     def close(self) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import process_pool, quarantine, shard_scan, spec, storage, tfrecord
+from qdepth_jax.data import file_faults, process_pool, quarantine, shard_scan, spec, storage, tfrecord
 
 # Of the files; another one is built anew.
 FORMAT = 2
@@ -147,13 +147,15 @@ def content_crcs(
 
 def _content_crc(dataset: spec.DatasetSpec, split: str, number: int) -> tuple[int, int, str]:
     size, crc, damage = 0, 0, ""
-    for found in tfrecord.read_records(dataset.shard_path(dataset.splits[split].shards[number])):
-        if isinstance(found, tfrecord.Damage):
-            crc, size = google_crc32c.extend(crc, found.mark), found.end
-            damage = damage or f"record {found.number} {found.what}"
-        else:
-            crc = google_crc32c.extend(crc, found.crc.to_bytes(4, "little"))
-            size = found.offset + found.length + tfrecord.FOOTER_BYTES
+    path = dataset.shard_path(dataset.splits[split].shards[number])
+    with file_faults.named(path):
+        for found in tfrecord.read_records(path):
+            if isinstance(found, tfrecord.Damage):
+                crc, size = google_crc32c.extend(crc, found.mark), found.end
+                damage = damage or f"record {found.number} {found.what}"
+            else:
+                crc = google_crc32c.extend(crc, found.crc.to_bytes(4, "little"))
+                size = found.offset + found.length + tfrecord.FOOTER_BYTES
     return size, crc, damage
 
 
@@ -195,10 +197,8 @@ def _scan(
 def _scan_part(dataset: spec.DatasetSpec, part: _Part, checks: shard_scan.Checks) -> int:
     if os.path.exists(part.path):  # of another build that runs at the same time
         return _load_meta(part.path)["size"]
-    try:
+    with file_faults.named(dataset.shard_path(part.shard)):
         tables = shard_scan.scan_shard(dataset, part.split, part.number, checks)
-    except OSError as error:
-        raise errors.UserError(f"cannot read {dataset.shard_path(part.shard)}: {error.strerror or error}") from error
     meta = {
         "episodes": len(tables.episodes),
         "frames": int(tables.episodes["length"].sum()),

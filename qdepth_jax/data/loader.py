@@ -20,6 +20,7 @@ from qdepth_jax.data import (
     batch_memory,
     blocks,
     data_config,
+    file_faults,
     frame_reader,
     normalise,
     order,
@@ -344,14 +345,17 @@ class Loader:
         try:
             decode(fetch(), out)
         except errors.UserError:
-            raise  # the store does not answer: that is no fault of the image
+            raise  # the file or its store cannot be read: that is no fault of the image
         except (ValueError, OSError) as error:
+            path = item.split.shard_path(int(item.split.episodes["shard"][item.frames.episode[frame]]))
+            if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have none
+                raise file_faults.of(path, error) from error
             where = f" --index_dir={self.config.index_dir}" if self.config.index_dir else ""
+            command = f"python tools/index_rlds.py {item.index.dataset.directory}{where}"
             raise errors.UserError(
-                f"{item.split.where(frame)}, {span[1]} bytes at {span[0]}: {error}. The shard changed since it was "
-                "indexed or the image is damaged: find out with "
-                f"`python tools/index_rlds.py {item.index.dataset.directory}{where} --verify`, leave damaged images "
-                "out with `--rebuild --quarantine --check_images`"
+                f"{path}: {item.split.where(frame)}, {span[1]} bytes at {span[0]} give no image: {error}. "
+                f"`{command} --verify` tells whether the file is still the one that was indexed; `{command} --rebuild "
+                "--quarantine --check_images` leaves out images that are damaged in it"
             ) from error
 
     def _run(self, jobs: list[Job]) -> None:

@@ -94,7 +94,7 @@ def read(path: str) -> bytes:
     """A whole small file.
 
     Raises:
-      FileNotFoundError: there is none. UserError: the store refuses or does not answer.
+      FileNotFoundError: there is none. UserError: the store refuses (TryAgain: it does not answer).
     """
     if not is_remote(path):
         with open(path, "rb") as file:
@@ -107,7 +107,7 @@ def start(path: str, offset: int, size: int) -> Callable[[], bytes]:
     """Requests `size` bytes at `offset` of an object; the result waits for them and returns them.
 
     Raises (from the result):
-      ValueError: the object ends before. UserError: the store refuses or does not answer.
+      ValueError: the object ends before. UserError: the store refuses (TryAgain: it does not answer).
     """
     if size == 0:
         return bytes
@@ -246,19 +246,26 @@ def _wait(future: Any, path: str) -> Any:
     try:
         return future.result(timeout=TIMEOUT_SECONDS)
     except TimeoutError as error:
-        raise errors.UserError(
+        raise errors.TryAgain(
             f"{path}: no answer within {TIMEOUT_SECONDS:.0f} s; check the network (proxy, firewall)"
         ) from error
     except Exception as error:  # absl status codes arrive as several Python types; the code leads the message
         code = str(error).partition(":")[0]
         if code == "OUT_OF_RANGE":
             raise _OutOfRangeError(str(error)) from error
+        # What is asked for is wrong; with every other code the store is away, or the way to it.
+        wrong = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED")
         fix = {
             "PERMISSION_DENIED": f"access is denied: {_CREDENTIALS}",
             "UNAUTHENTICATED": f"not signed in: {_CREDENTIALS}",
             "NOT_FOUND": "there is no such bucket or object: check the name",
-        }.get(code, f"given up after {RETRIES} retries: check the network and the bucket, then start again")
-        raise errors.UserError(f"{path} cannot be read, {fix} ({error})") from error
+        } | dict.fromkeys(wrong, "the store refuses the request: check the name")
+        if code in fix:
+            raise errors.UserError(f"{path} cannot be read, {fix[code]} ({error})") from error
+        raise errors.TryAgain(
+            f"{path} cannot be read, given up after {RETRIES} retries: check the network and the bucket, then start "
+            f"again ({error})"
+        ) from error
 
 
 def _value(found: Any, path: str) -> Any:

@@ -292,6 +292,8 @@ class Images:
     def _guard(self, feature: str, frame: int, run: Callable):
         try:
             return run(self.encoded(feature, frame))
+        except errors.UserError:
+            raise  # the file cannot be read: that is no fault of the image
         except ValueError as error:
             self.damaged.append(f"{feature} of {self._split.where(frame)}: {error}")
             return None

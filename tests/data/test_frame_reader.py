@@ -1,6 +1,11 @@
-"""Decoders against TensorFlow's, and reads beyond the limit of open files."""
+"""Decoders against TensorFlow's, reads beyond the limit of open files, and files that the system does not read."""
 
+import errno
 import io
+import os
+import resource
+import subprocess
+import sys
 
 import libero_writer
 import numpy as np
@@ -8,7 +13,8 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from qdepth_jax.data import frame_reader
+from qdepth_jax import errors
+from qdepth_jax.data import frame_reader, index
 
 RNG = np.random.default_rng(0)
 
@@ -75,3 +81,86 @@ def test_reads_beyond_the_limit_of_open_files(tmp_path):
     with pytest.raises(ValueError, match="ends 1 bytes short of byte 11"):
         files.read(str(tmp_path / "0"), 5, 6)
     files.close()
+
+
+@pytest.mark.parametrize(("soft", "limit"), [(1024, 128), (64, 8), (resource.RLIM_INFINITY, frame_reader.UNLIMITED)])
+def test_open_shards_take_an_eighth_of_the_limit(monkeypatch, soft, limit):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
+    assert frame_reader.ShardFiles()._limit == limit
+
+
+@pytest.mark.parametrize("where", ["open", "pread"])
+@pytest.mark.parametrize(
+    ("number", "kind", "text"),
+    [
+        (errno.ENOENT, errors.UserError, "the file is gone"),
+        (
+            errno.EMFILE,
+            errors.UserError,
+            r"all \d+ files open that it may: raise the limit with `ulimit -n N`",
+        ),
+        (errno.EACCES, errors.UserError, "may not read it"),
+        (errno.ESTALE, errors.TryAgain, "its file server started again"),
+        (errno.EIO, errors.TryAgain, "does not answer"),
+        (errno.ETIMEDOUT, errors.TryAgain, "does not answer"),
+    ],
+)
+def test_a_file_that_the_system_does_not_read(tmp_path, monkeypatch, where, number, kind, text):
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(10))
+
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    files = frame_reader.ShardFiles()
+    monkeypatch.setattr(frame_reader.os, where, fail)
+    for read in (files.read, lambda *span: files.start(*span)()):
+        with pytest.raises(errors.UserError, match=f"{path} cannot be read .*{os.strerror(number)}.*{text}") as found:
+            read(str(path), 0, 4)
+        assert type(found.value) is kind
+    monkeypatch.undo()
+    files.close()
+
+
+def test_a_missing_object_is_gone(monkeypatch):
+    def missing():
+        raise FileNotFoundError("gs://b/x: there is no such object")
+
+    monkeypatch.setattr(frame_reader.storage, "start", lambda *span: missing)
+    with pytest.raises(errors.UserError, match=r"no such object.*the file is gone"):
+        frame_reader.ShardFiles().start("gs://b/x", 0, 4)()
+
+
+def test_an_index_is_not_built_over_a_disk_that_is_away(tmp_path, monkeypatch):
+    directory = libero_writer.make_libero(tmp_path, (3,))
+
+    def scan(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("qdepth_jax.data.shard_scan.scan_shard", scan)
+    with pytest.raises(errors.TryAgain, match=r"0000[01]-of-00002 cannot be read \(Input/output error\)"):
+        index.open_index(directory, workers=1)
+
+
+def test_too_many_open_files_are_told_with_no_descriptor_left(tmp_path):
+    """In a process of its own: the message must not need a descriptor either."""
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(10))
+    program = f"""
+import os, resource
+from qdepth_jax.data import frame_reader
+files = frame_reader.ShardFiles()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+held = []
+try:
+    while True:
+        held.append(os.open({str(path)!r}, os.O_RDONLY))
+except OSError:
+    pass
+try:
+    files.read({str(path)!r}, 0, 4)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "all 64 files open that it may: raise the limit with `ulimit -n N`" in done.stdout

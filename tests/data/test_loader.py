@@ -1,8 +1,10 @@
 """The loader: pure in the step, the same for any hosts and threads, every value traceable, every failure named."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
+import os
 import pathlib
 import pickle
 import time
@@ -15,6 +17,7 @@ from qdepth_jax import errors
 from qdepth_jax.data import (
     data_config,
     definitions,
+    frame_reader,
     index,
     loader,
     normalise,
@@ -326,9 +329,30 @@ def test_damaged_image_names_shard_episode_and_step(libero_dir, view):
     data[offset + size // 2 : offset + size] = bytes(size - size // 2)
     path.write_bytes(data)
     with pytest.raises(
-        ValueError, match=r"libero_object train: shard .*00001-of-00002, record 0 \(episode 2\), step 2"
-    ):
+        errors.UserError, match=r"libero_object train: shard .*00001-of-00002, record 0 \(episode 2\), step 2"
+    ) as found:
         reader.batch(0)
+    # What is known, and no more: the file, the bytes, the decoder's own words.
+    words = str(found.value.__cause__)
+    assert words and f"{size} bytes at {offset} give no image: {words}. " in str(found.value)
+    assert str(found.value).startswith(f"{path}: ") and "changed since" not in str(found.value)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("where", ["read", "decode"])
+def test_a_disk_that_is_away_is_no_damaged_image(libero_dir, monkeypatch, where, number):
+    reader = loader.Loader(_config(libero_dir), ("image_main", "frame"), 24)
+
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    if where == "read":
+        monkeypatch.setattr(frame_reader.os, "pread", fail)
+    else:
+        monkeypatch.setattr(frame_reader.simplejpeg, "decode_jpeg_header", fail)
+    with pytest.raises(errors.TryAgain, match=f"of-00002 cannot be read .{os.strerror(number)}") as found:
+        reader.batch(0)
+    assert "damaged" not in str(found.value) and "--verify" not in str(found.value)
 
 
 def test_prefetch_runs_ahead_by_its_bound_and_no_further(libero_dir, monkeypatch):

@@ -176,14 +176,23 @@ def test_jobset_restarts_for_ever_after_a_stop_and_seldom_after_a_crash():
     found = gke.jobset(gke.Workload(ARGUMENTS, image="i", max_restarts=3, grace_seconds=77))
     job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
-    stopped, evicted = job["podFailurePolicy"]["rules"]
-    assert stopped["action"] == evicted["action"] == "FailJob"
-    assert stopped["onExitCodes"] == {"containerName": pod["containers"][0]["name"], "operator": "In", "values": [75]}
+    bad, stopped, evicted = job["podFailurePolicy"]["rules"]
+    assert bad["action"] == stopped["action"] == evicted["action"] == "FailJob"
+    for rule, code in ((bad, 2), (stopped, 75)):
+        name = pod["containers"][0]["name"]
+        assert rule["onExitCodes"] == {"containerName": name, "operator": "In", "values": [code]}
     assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     policy = found["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 3
-    (rule,) = policy["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    ends, rule = policy["rules"]  # in this order: the first that matches counts
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and ends["action"] == "FailJobSet"
+    assert ends["onJobFailureReasons"] == rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    # ruleNameFmt of JobSet's webhook, which refuses the whole JobSet for another name; no dashes.
+    assert all(re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", found["name"]) for found in policy["rules"])
+    (pattern,) = ends["onJobFailureMessagePatterns"]  # Kubernetes, pkg/controller/job/pod_failure_policy.go
+    message = "Container train for pod ns/x failed with exit code {} matching FailJob rule at index {}"
+    assert re.search(pattern, message.format(2, 0)) and not re.search(pattern, message.format(75, 1))
+    assert not re.search(pattern, "Pod ns/x has condition DisruptionTarget matching FailJob rule at index 2")
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # what podFailurePolicy demands
     assert pod["terminationGracePeriodSeconds"] == 77
 
@@ -328,6 +337,9 @@ def test_setup_script(tmp_path):
     assert (tmp_path / "opt/qdepth/start.sh").read_text() == tpu_pod.start_script(work)
     unit = (tmp_path / "qdepth.service").read_text()
     assert "RestartForceExitStatus=75\nRestartPreventExitStatus=2\n" in unit and "TimeoutStopSec=300" in unit
+    # Two minutes, as SLURM holds a requeued job back; the docs say the same, and no number of starts is too many.
+    assert "\nRestartSec=120\n" in unit and "\nStartLimitIntervalSec=0\n" in unit
+    assert "120 s, `RestartSec`" in (ROOT / "docs/scaling.md").read_text()
 
 
 STATES = """

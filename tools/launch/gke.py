@@ -7,11 +7,12 @@ r"""Renders a JobSet that trains on TPU slices of a GKE cluster, and applies it 
 Everything behind `--` goes to `python -m qdepth_jax.train` in the image, which holds this repository and its [tpu]
 extra. A dry run is the default: it prints the YAML and the kubectl command, and writes and applies nothing.
 
-The cluster needs the JobSet controller and one node pool per slice, of the topology asked for. One pod per host; GKE
-tells the pods of each other (TPU_WORKER_HOSTNAMES, MEGASCALE_*) and train.py reads it. Exit code 75 (stopped by
-SIGTERM after a save) and evicted pods restart all pods without limit, any other failure --max_restarts times; every
-start resumes. Identity and buckets come by --service_account (Workload Identity): no secret stands in the YAML. The
-last line of stdout is JSON.
+The cluster needs the JobSet controller (0.10 or later: it tells exit codes apart by the job's message) and one node
+pool per slice, of the topology asked for. One pod per host; GKE tells the pods of each other (TPU_WORKER_HOSTNAMES,
+MEGASCALE_*) and train.py reads it. Exit code 75 (stopped by SIGTERM after a save, or storage does not answer) and
+evicted pods restart all pods without limit, exit code 2 (bad input) ends the JobSet, any other failure restarts
+--max_restarts times; every start resumes. Identity and buckets come by --service_account (Workload Identity): no secret
+stands in the YAML. The last line of stdout is JSON.
 
 Sources: the JobSet API and its failure-policy and tpu-multislice examples (kubernetes-sigs/jobset), and
 cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice. Not run on a cluster by us.
@@ -38,7 +39,7 @@ _QUEUE = flags.DEFINE_string("queue", "", "Kueue's LocalQueue, where the cluster
 _SPOT = flags.DEFINE_boolean("spot", False, "take spot nodes")
 _VOLUMES = flags.DEFINE_list("volumes", [], "CLAIM:/FOLDER, persistent volume claims to mount: data, workdir")
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every pod; repeatable")
-_RESTARTS = flags.DEFINE_integer("max_restarts", 3, "restarts after failures that are no stop signal", lower_bound=0)
+_RESTARTS = flags.DEFINE_integer("max_restarts", 3, "restarts after crashes: neither exit code 2 nor 75", lower_bound=0)
 _GRACE = flags.DEFINE_integer(
     "grace_seconds", 300, "from SIGTERM to SIGKILL; GKE cuts it to 15 on spot", lower_bound=15
 )
@@ -123,13 +124,12 @@ def jobset(work: Workload) -> dict[str, Any]:
         "completions": part.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one pod more or less is no training: the first failure ends the job
-        # Its reason, PodFailurePolicy, is what tells a stop signal from a crash one level up.
+        # Its reason, PodFailurePolicy, tells one level up what is no crash; the code in the job's message ("Container
+        # ... failed with exit code 2 matching FailJob rule at index 0") tells bad input from the rest.
         "podFailurePolicy": {
             "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [training.STOPPED]},
-                },
+                _on_exit(training.BAD_INPUT),
+                _on_exit(training.AGAIN),
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
@@ -150,14 +150,27 @@ def jobset(work: Workload) -> dict[str, Any]:
                 "maxRestarts": work.max_restarts,
                 "rules": [
                     {
-                        "name": "stopped-after-a-save",
+                        "name": "BadInput",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                        "onJobFailureMessagePatterns": [f"exit code {training.BAD_INPUT} matching FailJob rule"],
+                    },
+                    {
+                        "name": "StoppedOrEvicted",
                         "action": "RestartJobSetAndIgnoreMaxRestarts",
                         "onJobFailureReasons": ["PodFailurePolicy"],
-                    }
+                    },
                 ],
             },
             "replicatedJobs": [{"name": "slice", "replicas": part.slices, "template": {"spec": job}}],
         },
+    }
+
+
+def _on_exit(code: int) -> dict[str, Any]:
+    return {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]},
     }
 
 

@@ -9,8 +9,9 @@ would be run, and writes and submits nothing.
 
 One process per GPU, or --processes_per_node=1 for one per node. --signal asks SLURM for a
 SIGTERM --grace_seconds before the time limit: train.py saves at the next step and ends with exit code 75, the script
-puts its job back into the queue, and the next start resumes. Exit code 2 (bad input) and crashes end the job; a failed
-node puts it back (SLURM's own --requeue). The last line of stdout is JSON.
+puts its job back into the queue, and the next start, two minutes later, resumes. So it is when storage does not answer
+(75 too). Exit code 2 (bad input) and crashes end the job; a failed node puts it back (SLURM's own --requeue). The last
+line of stdout is JSON.
 """
 
 import dataclasses
@@ -147,15 +148,15 @@ def script(job: Job) -> str:
         f"{shlex.join(srun)} \\\n  {shlex.join(training.train_command(list(job.arguments), python))}",
         "code=$?",
         "",
-        f'if [ "$code" = {training.STOPPED} ]; then',
+        f'if [ "$code" = {training.AGAIN} ]; then',
         "  # A job that its owner cancelled is COMPLETING by now and must stay ended; requeue would bring it back.",
         '  state=$(squeue --noheader --states=all --format=%T --jobs="$SLURM_JOB_ID")',
         '  if [ "$state" != RUNNING ]; then',
-        '    echo "stopped after a save; the job is $state and stays ended"',
+        '    echo "stopped; the job is $state and stays ended"',
         f'  elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.max_restarts} ]; then',
-        f'    echo "stopped after a save; --max_restarts={job.max_restarts} reached: submit again to go on"',
+        f'    echo "stopped; --max_restarts={job.max_restarts} reached: submit again to go on"',
         "  else",
-        '    echo "stopped after a save: back into the queue"',
+        '    echo "stopped by a signal or for lack of storage, see above: back into the queue"',
         '    scontrol requeue "$SLURM_JOB_ID"',
         "  fi",
         "fi",

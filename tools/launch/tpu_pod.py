@@ -11,7 +11,8 @@ in order and runs nothing.
 --action=up (may be given again at any time) asks for a queued resource, deletes and asks again where the last one was
 preempted, waits for it, puts code and a systemd service on every host and starts it. The service is the restart policy:
 systemd sends SIGTERM when a host goes down, train.py saves on all hosts and ends with exit code 75, and every host
-starts again; a bad config (exit code 2) stays down. --watch_seconds goes on looking and brings preempted slices back.
+starts again two minutes later, as it does when storage does not answer (75 too) and after a crash; bad input (exit code
+2) stays down. --watch_seconds goes on looking and brings preempted slices back.
 --action=status | logs | stop (SIGTERM on all hosts) | delete act on what is there.
 
 The hosts need access to the code and the bucket by their service account: no secret is passed. The last line of stdout
@@ -208,15 +209,14 @@ def service(pod: Pod) -> str:
             "Description=training with qdepth_jax",
             "Wants=network-online.target",
             "After=network-online.target",
-            "# Five failures in ten minutes are no bad luck.",
-            "StartLimitIntervalSec=600",
-            "StartLimitBurst=5",
+            "# Storage may be away for hours: no number of starts is too many, RestartSec keeps them apart.",
+            "StartLimitIntervalSec=0",
             "[Service]",
             f"ExecStart=/bin/bash {pod.root}/{pod.name}/start.sh",
             "Restart=on-failure",
-            f"RestartForceExitStatus={training.STOPPED}",
+            f"RestartForceExitStatus={training.AGAIN}",
             f"RestartPreventExitStatus={training.BAD_INPUT}",
-            "RestartSec=10",
+            f"RestartSec={training.RESTART_SECONDS}",
             "# SIGTERM to train.py alone: it ends its own helpers, after the save.",
             "KillMode=mixed",
             f"TimeoutStopSec={pod.grace_seconds}",

@@ -14,9 +14,11 @@ from qdepth_jax import command, errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# train.py saves at the next step boundary when it gets SIGTERM, and ends with STOPPED: "start me again".
-STOPPED = 75
-BAD_INPUT = 2
+# "Start me again": after SIGTERM, at which train.py saves at the next step boundary, and where storage, network or
+# another host did not answer. "Do not": the same command would fail again.
+AGAIN, BAD_INPUT = errors.TRY_AGAIN, errors.BAD_INPUT
+# Before the next start, on every host alike so that they meet. SLURM holds a requeued job back for as long by itself.
+RESTART_SECONDS = 120
 
 # Where a process stands among the others is the launcher's business or found by the process itself.
 _PLACED = ("coordinator", "num_processes", "process_id")

@@ -1,0 +1,69 @@
+"""Whether held-out episodes are held out: none of them may be trained on, and each should count once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qdepth_jax import errors
+from qdepth_jax.data import source
+
+
+def check(training: Sequence[source.Source], held_out: Sequence[source.Source]) -> None:
+    """Refuses held-out episodes that are trained on, data set by data set.
+
+    Of one split (slices, held_out_every) the numbers of the episodes are compared. Of two splits the episodes: as many
+    frames, as many bytes in the file, and the same actions and proprioception in every frame are the same episode.
+
+    Args:
+      training, held_out: the same data sets in the same order.
+
+    Raises:
+      UserError: how many, an example, and the fix.
+    """
+    for trained, aside in zip(training, held_out, strict=True):
+        pairs = _shared(trained, aside)
+        if pairs:
+            here, there = pairs[0]
+            name, what = trained.definition.name, f"{len(pairs)} of the {len(_used(aside))} held-out episodes"
+            raise errors.UserError(
+                f"{what} of {name} ({aside.identity['split']!r}) are trained on too ({trained.identity['split']!r}), "
+                f"as episode {there} of {aside.split.name!r}, which is episode {here} of {trained.split.name!r}: "
+                "validation would measure what was learned by heart. Set data.split and eval_split to parts without "
+                "common episodes, e.g. 'train[:95%]' and 'train[95%:]', or eval_split='' and data.held_out_every=20"
+            )
+
+
+def repeats(frames: int, batches: int, batch_size: int) -> str:
+    """A line where a validation reads more samples than there are held-out frames, "" elsewhere."""
+    if batches * batch_size <= frames:
+        return ""
+    return (
+        f"validation: train.eval_batches={batches} x train.batch_size={batch_size} are {batches * batch_size} samples, "
+        f"{frames} frames are held out: frames repeat within one validation; train.eval_batches="
+        f"{max(1, frames // batch_size)} reads {'as many as fit' if frames >= batch_size else 'one batch'}"
+    )
+
+
+def _used(item: source.Source) -> np.ndarray:
+    """i64 [n] ascending: episodes with frames that are sampled."""
+    used = np.zeros(len(item.split.episodes), bool)
+    used[item.frames.episode[item.frames.valid]] = True
+    return np.flatnonzero(used)
+
+
+def _shared(trained: source.Source, aside: source.Source) -> list[tuple[int, int]]:
+    """(episode of the training split, the same episode of the held-out split)."""
+    ours, theirs = _used(trained), _used(aside)
+    if trained.split.name == aside.split.name:
+        return [(int(e), int(e)) for e in np.intersect1d(ours, theirs)]
+    sizes = trained.split.episodes[["length", "size"]][ours], aside.split.episodes[["length", "size"]][theirs]
+    alike = np.isin(sizes[0], sizes[1])
+    known = {_content(trained, e): e for e in ours[alike].tolist()}
+    return [(known[key], e) for e in theirs.tolist() if (key := _content(aside, e)) in known]
+
+
+def _content(item: source.Source, episode: int) -> tuple[int, int, int]:
+    row = item.split.episodes[episode]
+    frames = slice(int(row["start"]), int(row["start"] + row["length"]))
+    digest = hash(item.frames.action[frames].tobytes() + item.frames.proprio[frames].tobytes())
+    return int(row["length"]), int(row["size"]), digest
