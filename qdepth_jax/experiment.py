@@ -174,8 +174,10 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
             rows=rows,
             normalisers=batches.normalisers,
         )
-        held_out_check.check(batches.sources, eval_loader.sources)
-        if line := held_out_check.repeats(eval_loader.frames, train.eval_batches, train.batch_size):
+        for line in (
+            *held_out_check.check(batches.sources, eval_loader.sources),
+            *held_out_check.repeats(eval_loader.frames, train.eval_batches, train.batch_size),
+        ):
             train_loop.say(line)
         eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731
 

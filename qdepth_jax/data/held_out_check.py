@@ -8,40 +8,51 @@ from qdepth_jax import errors
 from qdepth_jax.data import source
 
 
-def check(training: Sequence[source.Source], held_out: Sequence[source.Source]) -> None:
-    """Refuses held-out episodes that are trained on, data set by data set.
+def check(training: Sequence[source.Source], held_out: Sequence[source.Source]) -> list[str]:
+    """Held-out episodes that are trained on, data set by data set.
 
-    Of one split (slices, held_out_every) the numbers of the episodes are compared. Of two splits the episodes: as many
-    frames, as many bytes in the file, and the same actions and proprioception in every frame are the same episode.
+    Of one split (slices, held_out_every) the numbers of the episodes are compared, and one in common is refused. Of two
+    splits the episodes: as many frames, as many bytes in the file, and the same actions and proprioception in every
+    frame are the same episode. A publisher's splits may share a few, which is said.
 
     Args:
       training, held_out: the same data sets in the same order.
 
+    Returns:
+      lines to say, one for each data set whose two splits share some episodes.
+
     Raises:
       UserError: how many, an example, and the fix.
     """
+    lines = []
     for trained, aside in zip(training, held_out, strict=True):
         pairs = _shared(trained, aside)
         if pairs:
             here, there = pairs[0]
             name, what = trained.definition.name, f"{len(pairs)} of the {len(_used(aside))} held-out episodes"
-            raise errors.UserError(
+            line = (
                 f"{what} of {name} ({aside.identity['split']!r}) are trained on too ({trained.identity['split']!r}), "
-                f"as episode {there} of {aside.split.name!r}, which is episode {here} of {trained.split.name!r}: "
-                "validation would measure what was learned by heart. Set data.split and eval_split to parts without "
-                "common episodes, e.g. 'train[:95%]' and 'train[95%:]', or eval_split='' and data.held_out_every=20"
+                f"as episode {there} of {aside.split.name!r}, which is episode {here} of {trained.split.name!r}"
             )
+            if trained.split.name == aside.split.name or len(pairs) == len(_used(aside)):
+                raise errors.UserError(
+                    f"{line}: validation would measure what was learned by heart. Set data.split and eval_split to "
+                    "parts without common episodes, e.g. 'train[:95%]' and 'train[95%:]', or eval_split='' and "
+                    "data.held_out_every=20"
+                )
+            lines.append(f"validation: {line}: what was learned by heart counts there")
+    return lines
 
 
-def repeats(frames: int, batches: int, batch_size: int) -> str:
-    """A line where a validation reads more samples than there are held-out frames, "" elsewhere."""
+def repeats(frames: int, batches: int, batch_size: int) -> list[str]:
+    """A line where a validation reads more samples than there are held-out frames, none elsewhere."""
     if batches * batch_size <= frames:
-        return ""
-    return (
+        return []
+    return [
         f"validation: train.eval_batches={batches} x train.batch_size={batch_size} are {batches * batch_size} samples, "
         f"{frames} frames are held out: frames repeat within one validation; train.eval_batches="
         f"{max(1, frames // batch_size)} reads {'as many as fit' if frames >= batch_size else 'one batch'}"
-    )
+    ]
 
 
 def _used(item: source.Source) -> np.ndarray:
