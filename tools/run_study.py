@@ -58,33 +58,48 @@ def main(argv: list[str]) -> None:
     root, output = pathlib.Path(_ROOT.value).absolute(), pathlib.Path(_OUTPUT.value).absolute()
     if CONTROLLED[0] not in _VARIANTS.value or CONTROLLED[1] not in _SEEDS.value:
         print(f"no controls: they take model and statistics of {'_'.join(CONTROLLED)}", file=sys.stderr)
-    everything = plan(root, cpu_study.PARTS, cpu_study.VARIANTS, [str(seed) for seed in cpu_study.SEEDS])
-    study_jobs.check_kept(output, [job for chain in everything for job in chain])
     chains = plan(root, _PARTS.value, _VARIANTS.value, _SEEDS.value)
-    jobs = [job for chain in chains for job in chain]
+    # Of all variants and of what is common: a change of any of them is another study.
+    seed = [str(cpu_study.SEEDS[0])]
+    recipes = {
+        part: study_jobs.recipe([job for chain in plan(root, [part], cpu_study.VARIANTS, seed) for job in chain])
+        for part in _PARTS.value
+    }
 
     def left(job: Job) -> bool:
-        return not study_jobs.done(root, job) and not (_SKIP.value and study_jobs.kept(output, job))
+        if study_jobs.done(root, job):
+            return False
+        return not (_SKIP.value and study_jobs.kept(output, job, recipes[part_of(job)]))
 
+    # Jobs of a chain use what those before them made: a policy with nothing left to do is left out whole.
+    first, policies = chains[: len(_PARTS.value)], chains[len(_PARTS.value) :]
+    policies = [chain for chain in policies if any(map(left, chain))]
+    needed = {part_of(chain[0]) for chain in policies}
+    first = [job for chain in first for job in chain if part_of(job) in needed]
     if _DO.value == "list":
-        for job in jobs:
-            print(f"{'      ' if left(job) else 'done  '}{job.name}: python {' '.join(job.line)}")
+        for job in itertools.chain(*chains):
+            is_left = any(job in jobs for jobs in (first, *policies)) and not study_jobs.done(root, job)
+            print(f"{'      ' if is_left else 'done  '}{job.name}: python {' '.join(job.line)}")
     try:
         if _DO.value == "run":
             until = time.monotonic() + 3600 * _HOURS.value if _HOURS.value else float("inf")
-            first, policies = chains[: len(_PARTS.value)], chains[len(_PARTS.value) :]
-            # Jobs of a chain use what those before them made: one of which nothing is left to do is left out whole.
-            policies = [chain for chain in policies if any(map(left, chain))]
-            needed = {chain[0].name.partition("/")[0] for chain in policies}
-            first = [chain for part, chain in zip(_PARTS.value, first, strict=True) if part in needed]
-            study_jobs.run_all(root, ROOT, [list(itertools.chain(*first))], 1, until)
+            study_jobs.run_all(root, ROOT, [first], 1, until)
             study_jobs.run_all(root, ROOT, policies, _TOGETHER.value, until)
     finally:  # after a failure, too: what is finished is kept
         if _DO.value != "list":
-            study_jobs.keep(root, output, jobs)
+            for part, recipe in recipes.items():
+                jobs = [job for job in itertools.chain(*chains) if part_of(job) == part]
+                study_jobs.keep(root, output, jobs, recipe)
             suites = {name: tuple(part.suites.values()) for name, part in cpu_study.PARTS.items()}
             study.write(output, suites, {name: needs for name, (_, needs) in cpu_study.VARIANTS.items()})
-    print(json.dumps({"jobs": len(jobs), "left": sum(map(left, jobs))}))
+    remaining = [job for job in itertools.chain(first, *policies) if not study_jobs.done(root, job)]
+    print(json.dumps({"jobs": sum(map(len, chains)), "left": len(remaining)}))
+
+
+def part_of(job: Job) -> str:
+    """The part of the study that it is of."""
+    first, _, second = job.name.partition("/")
+    return first if first in cpu_study.PARTS else next(n for n, p in cpu_study.PARTS.items() if second in p.suites)
 
 
 def plan(root: pathlib.Path, parts: Sequence[str], variants: Sequence[str], seeds: Sequence[str]) -> list[list[Job]]:
@@ -149,7 +164,7 @@ def config_text(config: str) -> str:
     """The experiment that --config=experiments/NAME.py:ARGUMENT names, as text."""
     path, _, argument = config.partition(":")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    return json.dumps(module.get_config(argument).to_dict(), sort_keys=True, default=str)
+    return json.dumps(module.get_config(argument).to_dict(), sort_keys=True, default=str, ensure_ascii=False)
 
 
 def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared: list[Job]) -> list[Job]:

@@ -80,7 +80,8 @@ def collect(folder: pathlib.Path, suites: Sequence[str], variants: Sequence[str]
     """What is there of a part.
 
     Raises:
-      UserError: runs that were not made alike: other numbers of training steps, other options of the evaluation.
+      UserError: runs that were not made alike: other recipes (study_jobs.recipe), other numbers of training steps,
+        other options of the evaluation.
     """
     rows: Rows = {}
     for variant in (*variants, *SINGLE):
@@ -94,6 +95,9 @@ def collect(folder: pathlib.Path, suites: Sequence[str], variants: Sequence[str]
             for suite, result in run.suites.items():
                 options = ("step_cap", "execute", "image_size", "supersample", "max_steps", "simulator")
                 said[f"options of {suite}"] = {name: result.get(name) for name in options}
+            for content in (run.training, run.held_out, *run.suites.values()):
+                if content:
+                    alike.setdefault("recipes", {}).setdefault(content.get("recipe", "none"), f"{variant}, seed {seed}")
             for what, value in said.items():
                 alike.setdefault(what, {}).setdefault(json.dumps(value), f"{variant}, seed {seed}")
     for what, values in alike.items():

@@ -2,8 +2,9 @@
 
 A finished job leaves ROOT/logs/NAME.done.json with what it was: its command, the config of the experiment, and the
 jobs before it, as one digest. A job that is asked for with another digest is refused, not skipped: figures of two
-recipes would stand in one table. What `keep` writes carries the digest, too: figures that were made on another machine
-count like a finished job where that is asked for, and figures of another recipe are in no table.
+recipes would stand in one table. What `keep` writes carries one digest of the whole study's part, too: figures that
+were made on another machine count like a finished job where that is asked for, and eval/study.py refuses to put figures
+of two recipes into one table.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -43,9 +45,21 @@ class Job:
 
 def identity(root: pathlib.Path, tree: pathlib.Path, line: Sequence[str], config: str, before: Sequence[Job]) -> str:
     """Digest of a command, of the config it trains with and of the jobs it builds on; --processes changes nothing."""
-    words = [word for word in line if not word.startswith("--processes=")]
-    text = json.dumps([words, config, [job.identity for job in before]])
-    return hashlib.sha256(text.replace(str(root), "ROOT").replace(str(tree), "TREE").encode()).hexdigest()[:16]
+    places = sorted(((str(root), "ROOT"), (str(tree), "TREE")), key=lambda place: -len(place[0]))
+
+    def placed(text: str) -> str:
+        for path, name in places:
+            text = re.sub(rf"(?<![^\s=\"',:]){re.escape(path)}(?=/|$|[\s\"',])", name, text)
+        return text
+
+    words = [placed(word) for word in line if not word.startswith("--processes=")]
+    text = json.dumps([words, placed(config), [job.identity for job in before]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe(jobs: Sequence[Job]) -> str:
+    """One digest of what these jobs are."""
+    return hashlib.sha256("".join(job.identity for job in jobs).encode()).hexdigest()[:16]
 
 
 def log_file(root: pathlib.Path, job: Job) -> pathlib.Path:
@@ -75,21 +89,10 @@ def done(root: pathlib.Path, job: Job) -> bool:
     return True
 
 
-def kept(output: pathlib.Path, job: Job) -> bool:
+def kept(output: pathlib.Path, job: Job, recipe: str) -> bool:
     """Whether its figures are in OUTPUT, made by this very recipe."""
     file = output / f"{job.name}.json"
-    return file.exists() and json.loads(file.read_text()).get("identity") == job.identity
-
-
-def check_kept(output: pathlib.Path, jobs: Sequence[Job]) -> None:
-    """Raises UserError if figures in OUTPUT are of other recipes than these jobs: tables would mix them."""
-    files_of = [output / f"{job.name}.json" for job in jobs]
-    other = [file for file, job in zip(files_of, jobs, strict=True) if file.exists() and not kept(output, job)]
-    if other:
-        raise errors.UserError(
-            f"{len(other)} files were made by another recipe than this tree's, {', '.join(map(str, other[:3]))}"
-            f"{' and others' if len(other) > 3 else ''}: use another --output, or move them away"
-        )
+    return file.exists() and json.loads(file.read_text()).get("recipe") == recipe
 
 
 def run_all(
@@ -174,13 +177,13 @@ def revision(tree: pathlib.Path) -> str:
     return head.stdout.strip() + ("-dirty" if changed else "")
 
 
-def keep(root: pathlib.Path, output: pathlib.Path, jobs: Sequence[Job]) -> int:
-    """Copies the figures of finished jobs, with cost and revision, to OUTPUT/NAME.json; returns how many there are."""
+def keep(root: pathlib.Path, output: pathlib.Path, jobs: Sequence[Job], recipe: str) -> int:
+    """Copies figures of finished jobs, with recipe, cost and revision, to OUTPUT/NAME.json; returns their number."""
     finished = [job for job in jobs if done(root, job)]
     for job in finished:
         cost = log_file(root, job).with_suffix(".cost.json")
         content = {
-            "identity": job.identity,
+            "recipe": recipe,
             # Null where it was not measured: something else made it.
             "cost": json.loads(cost.read_text()) if cost.exists() else None,
             "revision": json.loads(done_file(root, job).read_text())["revision"],

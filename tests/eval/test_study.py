@@ -136,6 +136,12 @@ def test_runs_that_were_not_made_alike_are_refused(folder):
         write(folder)
 
 
+def test_runs_of_other_recipes_stand_in_no_common_table(folder):
+    keep(folder / "toy" / "qdepth_2", "s", result(flags(4), recipe="ab"))
+    with pytest.raises(errors.UserError, match=r"recipes differ.*none \(qdepth, seed 0\); ab \(qdepth, seed 2\)"):
+        write(folder)
+
+
 def held_out(rmse, accuracy, offset):
     actions = {name: {"l1": 0.1} for name in ("policy", "mean_action", "repeat_last_action")}
     depth = {"unit": "m"} | {name: {"rmse": rmse, "abs_rel": rmse / 2} for name in ("policy", "mean_map", "tokenizer")}

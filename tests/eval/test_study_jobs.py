@@ -32,9 +32,9 @@ def test_a_finished_job_is_not_repeated_and_its_figures_are_kept(tmp_path):
     for _ in range(2):
         study_jobs.run_all(tmp_path, TREE, [jobs], 1, NEVER)
     assert [j.made.read_text() for j in jobs] == ["x", "x"]
-    assert study_jobs.keep(tmp_path, tmp_path / "kept", jobs) == 2
+    assert study_jobs.keep(tmp_path, tmp_path / "kept", jobs, "r") == 2
     kept = json.loads((tmp_path / "kept" / "a.json").read_text())
-    assert kept["cost"]["cpu_seconds"] > 0 and set(kept) == {"identity", "cost", "revision"}
+    assert kept["cost"]["cpu_seconds"] > 0 and set(kept) == {"recipe", "cost", "revision"}
 
 
 def test_a_made_file_alone_is_not_a_finished_job(tmp_path):
@@ -59,18 +59,24 @@ def test_another_recipe_is_refused_not_skipped(tmp_path):
     assert alike[0] == alike[1]
 
 
-def test_figures_of_another_recipe_stand_in_no_table(tmp_path):
+def test_figures_of_another_recipe_are_not_taken_for_these(tmp_path):
     one, output = job(tmp_path, "a", WRITE), tmp_path / "kept"
-    study_jobs.check_kept(output, [one])
-    assert not study_jobs.kept(output, one)
+    recipe = study_jobs.recipe([one])
+    assert not study_jobs.kept(output, one, recipe)
     study_jobs.run_all(tmp_path, TREE, [[one]], 1, NEVER)
-    study_jobs.keep(tmp_path, output, [one])
-    study_jobs.check_kept(output, [one])
-    assert study_jobs.kept(output, one)
-    other = job(tmp_path, "a", WRITE, config="steps: 2000")
-    assert not study_jobs.kept(output, other)
-    with pytest.raises(errors.UserError, match=r"1 files were made by another recipe.*a.json: use another --output"):
-        study_jobs.check_kept(output, [job(tmp_path, "b", WRITE), other])
+    study_jobs.keep(tmp_path, output, [one], recipe)
+    assert study_jobs.kept(output, one, recipe)
+    assert not study_jobs.kept(output, one, study_jobs.recipe([job(tmp_path, "a", WRITE, config="steps: 2000")]))
+
+
+@pytest.mark.parametrize("root", ["/data", "/m", "/work", "/home/j\u00fcrgen/st", "/opt/tree/runs/study"])
+def test_the_same_command_has_the_same_digest_wherever_it_lies(root):
+    def digest(root, tree):
+        line = ["tools/collect.py", f"--data={root}/data/metaworld", f"--root={root}", "--metaworld", "--more=/mount/x"]
+        config = json.dumps({"text": f"{tree}/data/text.model", "data": "datasets/study"}, ensure_ascii=False)
+        return study_jobs.identity(pathlib.Path(root), pathlib.Path(tree), line, config, ())
+
+    assert digest(root, "/opt/tree") == digest(root, root + "/sub/tree") == digest("/a/b", "/c/d")
 
 
 def test_a_failure_is_told_and_stops_what_has_not_begun(tmp_path):
