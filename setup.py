@@ -56,7 +56,8 @@ EXTRAS = {
     # annotate_depth.py --estimator=transformers:MODEL: depth networks that we have no own code for. They run in torch.
     "transformers": ["transformers>=4.51", "torch>=2.5", "torchvision>=0.20"],
     # The policy server: openpi's protocol is msgpack over websockets.
-    "serve": ["websockets>=13", "msgpack>=1.1"],
+    # Below 18: openpi-client connects without `with`, which 17.4 calls deprecated.
+    "serve": ["websockets>=13,<18", "msgpack>=1.1"],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",  # compilation is single-threaded: two workers use two cores

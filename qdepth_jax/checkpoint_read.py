@@ -9,7 +9,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -236,19 +236,26 @@ def _form(shape: Any, dtype: Any) -> str:
     return f"{dtype}{list(shape)}"
 
 
-def _is_unavailable(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
-            return True
-        if _UNAVAILABLE.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
+def _is_unavailable(error: BaseException) -> bool:
+    return any(
+        (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError))
+        or _UNAVAILABLE.search(str(cause))
+        for cause in _causes(error)
+    )
 
 
 def _is_refused(error: BaseException) -> bool:
     """Whether a later start would be refused too. RESOURCE_EXHAUSTED and CANCELLED of a store pass; EACCES does not."""
-    return bool(_REFUSED.search(str(error))) or (isinstance(error, OSError) and not errors.is_transient(error))
+    return any(
+        _REFUSED.search(str(cause)) or (isinstance(cause, OSError) and not errors.is_transient(cause))
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def short(error: BaseException) -> str:

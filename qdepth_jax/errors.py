@@ -9,7 +9,7 @@ INTERRUPTED = 130  # Ctrl-C, as shells say it
 
 # A disk, server or network that is away for now. Not here: a full disk, no rights, no such file, too many open files.
 _AWAY = {
-    errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ETIMEDOUT,
+    errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT,
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH, errno.ENETRESET,
 }  # fmt: skip

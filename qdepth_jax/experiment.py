@@ -152,13 +152,6 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     for line in batches.summary():
         train_loop.say(line)
     _check_fit(config, model, batches, codes)
-    if config.init_from:
-        earlier_stages.check_inputs(config.init_from, batches.identity(), codes["identity"] if codes else "")
-        if config.model_kind == "tokenizer" and model.running:
-            train_loop.say(
-                f"init_from brings encoder and decoder; the codebook is no parameter and is drawn anew at step "
-                f"{model.start_step} (model.start_step)"
-            )
     held_out, eval_batches = held_out_section(config, data), None
     if train.eval_every:
         if held_out is None:
@@ -184,7 +177,14 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
     def initialise(state: train_step.TrainState) -> train_step.TrainState:
         if codes is not None:
             state = earlier_stages.place_codebook(state, codes["codebook"])
+        # Here and not above: a resumed run takes nothing from there, and the folder may be gone.
         if config.init_from:
+            earlier_stages.check_inputs(config.init_from, batches.identity(), codes["identity"] if codes else "")
+            if config.model_kind == "tokenizer" and model.running:
+                train_loop.say(
+                    f"init_from brings encoder and decoder; the codebook is no parameter and is drawn anew at step "
+                    f"{model.start_step} (model.start_step)"
+                )
             state = earlier_stages.take_parameters(state, config.init_from, distributed.all_agree, model)
         return earlier_stages.start_depth_expert(state, config.init_depth_from, config.init_from)
 

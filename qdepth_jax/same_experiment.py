@@ -15,7 +15,7 @@ from qdepth_jax import errors, workdirs
 _MAY_CHANGE = re.compile(
     r"train\.(log_every|eval_every|eval_batches|checkpoint_every|keep_checkpoints|keep_every|keep_best|best_metric"
     r"|best_mode|max_skipped|total_steps|prefetch)|mesh\..*|model\.(remat|scan)"
-    r"|data\.(threads|index_dir|text_tokenizer)|datasets\.[^.]+\.(path|depth|depth_tokens)|tokenizer"
+    r"|model\.flow\.clip|eval_split|data\.(threads|index_dir|text_tokenizer)|datasets\.[^.]+\.(path|depth|depth_tokens)|tokenizer"
 )
 
 
@@ -27,9 +27,9 @@ def _may_change(key: str, config: dict[str, Any]) -> bool:
 def check_same_experiment(workdir: str, config: dict[str, Any]) -> None:
     """Refuse a workdir that holds another experiment; writes nothing.
 
-    Run lengths, intervals, which checkpoints stay, the mesh, how memory is traded for time (micro-batches, remat, scan)
-    and where things lie may change between starts, everything else may not. What lies there is compared by content: see
-    Loader.identity.
+    Run lengths, intervals, the split that is held out, which checkpoints stay, the mesh, how memory is traded for time
+    (micro-batches, remat, scan), what clips sampled actions and where things lie may change between starts, everything
+    else may not. What lies there is compared by content: see Loader.identity.
 
     Raises:
       UserError: listing the keys that differ.

@@ -50,6 +50,28 @@ def test_exit_code(error, code):
     assert errors.exit_code(error) == code
 
 
+@pytest.mark.parametrize("tool", ["convert_rlds.py", "convert_lerobot.py"])
+def test_a_conversion_whose_disk_is_away_may_be_started_again(tool):
+    program = (
+        "import runpy, sys; from qdepth_jax import command, errors\n"
+        f"tool = runpy.run_path('tools/{tool}')\n"
+        "def convert(*_): raise errors.TryAgain('/data/shard cannot be read')\n"
+        "tool['main'].__globals__['convert'] = convert\n"
+        f"sys.argv = ['{tool}', *{['import'] if 'lerobot' in tool else []}, 'there', '--output=here']\n"
+        "command.run(tool['main'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=multihost.ROOT)
+    assert done.returncode == 75 and done.stderr.strip() == "error: /data/shard cannot be read", done.stderr
+
+
+def test_missing_rights_below_another_error_are_no_reason_to_start_again():
+    error = ValueError("cannot open the array")
+    error.__cause__ = PermissionError(errno.EACCES, "Permission denied")
+    assert checkpoint_read._is_unavailable(error) and checkpoint_read._is_refused(error)
+    error.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    assert checkpoint_read._is_unavailable(error) and not checkpoint_read._is_refused(error)
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [

@@ -173,3 +173,9 @@ def test_actions_are_not_cut_off_one_deviation_from_their_mean():
 def test_a_run_records_the_size_of_its_pictures():
     """The shipped sample has 128 pixels, the model takes 32."""
     assert experiment.assemble(tiny_runs.config()).meta["pictures"] == {"main": [128, 128]}
+
+
+def test_the_folder_of_the_start_is_needed_by_a_fresh_run_alone(tmp_path):
+    run = experiment.assemble(tiny_runs.config(init_from=str(tmp_path / "gone")))
+    with pytest.raises(errors.UserError, match="gone"):
+        run.initialise(None)

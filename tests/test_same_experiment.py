@@ -28,6 +28,14 @@ def test_lengths_may_change_between_starts_but_nothing_else(tmp_path):
         same_experiment.check_same_experiment(str(tmp_path), longer)
 
 
+def test_what_changes_no_training_value_may_change(tmp_path):
+    """The fixes of two refusals are among them: they must be open to a run that began before."""
+    before = CONFIG | {"eval_split": "train[:5]", "model": {"flow": {"clip": 1.0, "steps": 10}}}
+    same_experiment.write_config(str(tmp_path), before)
+    after = before | {"eval_split": "val", "model": {"flow": {"clip": 0.0, "steps": 10}}}
+    same_experiment.check_same_experiment(str(tmp_path), after)
+
+
 def test_micro_batches_are_part_of_a_tokenizers_experiment(tmp_path):
     for kind, refused in (("policy", False), ("tokenizer", True)):
         workdir = tmp_path / kind

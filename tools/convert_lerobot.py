@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
         if len(argv) != 3 or argv[1] not in ("import", "export"):
             raise errors.UserError(f"usage: convert_lerobot.py import|export DIR --output=DIR (got {argv[1:]})")
         print(json.dumps(convert(argv[1], argv[2])))
-    except ValueError as error:  # a damaged record; UserError is one too
+    except errors.UserError:
+        raise  # command.run: its exit code says whether it may work later
+    except ValueError as error:  # a damaged record
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

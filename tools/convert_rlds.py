@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
         if len(argv) != 2:
             raise errors.UserError(f"usage: convert_rlds.py DATASET_DIR --output=DIR (got {argv[1:]})")
         print(json.dumps(convert(argv[1])))
-    except ValueError as error:  # a damaged record; UserError is one too
+    except errors.UserError:
+        raise  # command.run: its exit code says whether it may work later
+    except ValueError as error:  # a damaged record
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

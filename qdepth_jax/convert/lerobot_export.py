@@ -175,6 +175,8 @@ def _write_file(task: ExportTask, on_bytes: Callable[[int], None] | None) -> dic
                     payload = rlds_shard.read_record(files, source, int(row["offset"]), int(row["size"]))
                     columns, texts, metadata = _episode(task, payload, int(row["length"]))
                     lerobot_write.add_moments(moments, task.features, columns)
+                except errors.UserError:
+                    raise
                 except ValueError as error:
                     raise ValueError(f"{source}: record {row['record']} (episode {row['episode']}): {error}") from error
                 length, episode = int(row["length"]), task.first_episode + number

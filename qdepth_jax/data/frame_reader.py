@@ -20,14 +20,14 @@ UNLIMITED = 1 << 16  # shards that stay open where the process has no limit
 class ShardFiles:
     """Positioned reads from many shards, local or `gs://`, safe for threads.
 
-    Descriptors stay open up to an eighth of the process limit: training and validation have one such object each,
-    sockets, checkpoints and libraries need theirs. Beyond that a read opens and closes its shard. Nothing is evicted,
-    so no descriptor can be closed under another thread.
+    Descriptors stay open up to a quarter of the process limit: training and validation have one such object each,
+    sockets, checkpoints and libraries need the other half. Beyond that a read opens and closes its shard. Nothing is
+    evicted, so no descriptor can be closed under another thread.
     """
 
     def __init__(self):
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = UNLIMITED if soft == resource.RLIM_INFINITY else soft // 8
+        self._limit = UNLIMITED if soft == resource.RLIM_INFINITY else soft // 4
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
 

@@ -83,8 +83,8 @@ def test_reads_beyond_the_limit_of_open_files(tmp_path):
     files.close()
 
 
-@pytest.mark.parametrize(("soft", "limit"), [(1024, 128), (64, 8), (resource.RLIM_INFINITY, frame_reader.UNLIMITED)])
-def test_open_shards_take_an_eighth_of_the_limit(monkeypatch, soft, limit):
+@pytest.mark.parametrize(("soft", "limit"), [(1024, 256), (64, 16), (resource.RLIM_INFINITY, frame_reader.UNLIMITED)])
+def test_open_shards_take_a_quarter_of_the_limit(monkeypatch, soft, limit):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
     assert frame_reader.ShardFiles()._limit == limit
 

@@ -357,6 +357,27 @@ esac
 """
 
 
+def test_a_run_that_crashes_at_every_start_is_told(tmp_path, monkeypatch, capsys):
+    fake(
+        tmp_path,
+        "gcloud",
+        f'''
+case "$4" in
+  describe) echo ACTIVE ;;
+  ssh) case "$*" in *--node=0*)
+    n=$(ls "{tmp_path}" | grep -c looked); touch "{tmp_path}/looked$n"
+    if [ $n = 1 ]; then echo activating exit-code 75; else echo activating exit-code 1; fi ;; esac ;;
+esac
+''',
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_pod.time, "sleep", lambda seconds: None)
+    with pytest.raises(errors.UserError, match=r"crashes at every start .*\(activating exit-code 1\).*--action=stop"):
+        tpu_pod.up(pod(tmp_path), watch=1, max_restarts=1, dry_run=False)
+    # Storage that is away in between is no crash: counting began again.
+    assert capsys.readouterr().err.count("crashed (activating exit-code 1)") == 1 + tpu_pod.CRASHED_LOOKS
+
+
 @pytest.mark.parametrize("end", ["inactive success 0", "failed exit-code 2"])
 def test_preempted_slices_are_asked_for_again(tmp_path, end, monkeypatch):
     fake(tmp_path, "gcloud", STATES.format(folder=tmp_path, end=end))

@@ -60,6 +60,7 @@ _DRY_RUN = flags.DEFINE_boolean("dry_run", True, "only show; --nodry_run acts")
 GONE = ("SUSPENDED", "SUSPENDING", "FAILED", "DELETING")
 WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")
 POLL_SECONDS = 30.0
+CRASHED_LOOKS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +309,12 @@ def _provide(pod: Pod, dry_run: bool) -> None:
 
 
 def _watch(pod: Pod, seconds: int) -> str:
-    """Waits for the run to end ("finished") or the slices to go (a state of GONE)."""
+    """Waits for the run to end ("finished") or the slices to go (a state of GONE).
+
+    systemd starts what crashed again and again, for it cannot tell bad luck from a bad image: CRASHED_LOOKS in a row
+    that find it waiting for the next start after a crash are no bad luck.
+    """
+    crashed = 0
     while True:
         time.sleep(seconds)
         found = _state(pod, False)
@@ -321,6 +327,15 @@ def _watch(pod: Pod, seconds: int) -> str:
             return "finished"
         if "failed" in words:
             raise errors.UserError(f"the run failed on its hosts ({' '.join(words)}): see --action=logs")
+        again = {"0", str(training.AGAIN)} & set(words) or "activating" not in words
+        crashed = 0 if again else crashed + 1
+        if crashed:
+            print(f"{pod.name} crashed ({' '.join(words)}) and is started again", file=sys.stderr, flush=True)
+        if crashed == CRASHED_LOOKS:
+            raise errors.UserError(
+                f"{pod.name} crashes at every start and goes on being started ({' '.join(words)}): see --action=logs, "
+                "end it with --action=stop"
+            )
 
 
 def _state(pod: Pod, dry_run: bool) -> str:
