@@ -13,7 +13,7 @@ def check(training: Sequence[source.Source], held_out: Sequence[source.Source]) 
 
     Of one split (slices, held_out_every) the numbers of the episodes are compared, and one in common is refused. Of two
     splits the episodes: as many frames, as many bytes in the file, and the same actions and proprioception in every
-    frame are the same episode. Such splits are as their publisher made them (those of a sample may be equal): it is said.
+    frame are the same episode. Such splits are as their publisher made them, in a sample even equal: it is said.
 
     Args:
       training, held_out: the same data sets in the same order.
