@@ -1,4 +1,4 @@
-"""Whether held-out episodes are held out: none of them may be trained on, and each should count once."""
+"""Whether held-out episodes are held out: which of them are trained on, and whether each counts once."""
 
 from collections.abc import Sequence
 
