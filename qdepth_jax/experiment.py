@@ -169,7 +169,12 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         )
         for line in (
             *held_out_check.check(batches.sources, eval_loader.sources),
-            *held_out_check.repeats(eval_loader.frames, train.eval_batches, train.batch_size),
+            *held_out_check.repeats(
+                [item.definition.name for item in eval_loader.sources],
+                eval_loader.order,
+                train.eval_batches,
+                train.batch_size,
+            ),
         ):
             train_loop.say(line)
         eval_batches = lambda: (eval_loader.batch(i) for i in range(train.eval_batches))  # noqa: E731

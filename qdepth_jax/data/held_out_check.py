@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qdepth_jax import errors
+from qdepth_jax.data import order as order_lib
 from qdepth_jax.data import source
 
 
@@ -44,14 +45,23 @@ def check(training: Sequence[source.Source], held_out: Sequence[source.Source]) 
     return lines
 
 
-def repeats(frames: int, batches: int, batch_size: int) -> list[str]:
-    """A line where a validation reads more samples than there are held-out frames, none elsewhere."""
-    if batches * batch_size <= frames:
+def repeats(names: Sequence[str], order: order_lib.Order, batches: int, batch_size: int) -> list[str]:
+    """A line for each data set of which one validation reads more samples than it has held-out frames.
+
+    Args:
+      names: of the data sets; order: of the held-out frames; batches, batch_size: of one validation.
+    """
+    which, sample = order.samples(np.arange(batches * batch_size))
+    again = np.flatnonzero(sample >= np.array(order.sizes)[which])
+    if not len(again):
         return []
+    fit = int(again[0]) // batch_size
+    read = np.bincount(which, minlength=len(names))
     return [
-        f"validation: train.eval_batches={batches} x train.batch_size={batch_size} are {batches * batch_size} samples, "
-        f"{frames} frames are held out: frames repeat within one validation; train.eval_batches="
-        f"{max(1, frames // batch_size)} reads {'as many as fit' if frames >= batch_size else 'one batch'}"
+        f"validation: train.eval_batches={batches} x train.batch_size={batch_size} reads {read[number]} samples of "
+        f"{names[number]}, of which {order.sizes[number]} frames are held out: frames repeat within one validation; "
+        f"train.eval_batches={max(1, fit)} reads {'as many as fit' if fit else 'one batch'}"
+        for number in np.unique(which[again])
     ]
 
 

@@ -7,7 +7,7 @@ import tiny_runs
 from libero_writer import make_libero
 
 from qdepth_jax import errors, experiment
-from qdepth_jax.data import data_config, held_out_check, loader
+from qdepth_jax.data import data_config, held_out_check, loader, order
 
 TOKENIZER = str(pathlib.Path(__file__).parents[2] / "data" / "text_tokenizer" / "libero.model")
 
@@ -65,10 +65,21 @@ def test_another_split_that_holds_the_same_episodes(libero):
 
 
 def test_samples_beyond_the_held_out_frames_are_told():
-    assert held_out_check.repeats(64, 4, 16) == []
-    (line,) = held_out_check.repeats(63, 4, 16)
-    assert "64 samples, 63 frames are held out: frames repeat" in line and "train.eval_batches=3" in line
-    assert "train.eval_batches=1 reads one batch" in held_out_check.repeats(5, 4, 16)[0]
+    def repeats(size: int) -> list[str]:
+        return held_out_check.repeats(["x"], order.Order((size,), (1.0,), shuffle=False), 4, 16)
+
+    assert repeats(64) == []
+    (line,) = repeats(63)
+    assert "reads 64 samples of x, of which 63 frames are held out" in line and "train.eval_batches=3" in line
+    assert "train.eval_batches=1 reads one batch" in repeats(5)[0]
+
+
+def test_a_small_data_set_of_a_mix_repeats_before_the_mix_does():
+    # 64 samples of 1,010 frames; but half of them, 32, come from the ten of "small".
+    mix = order.Order((1000, 10), (0.5, 0.5), shuffle=False)
+    (line,) = held_out_check.repeats(["large", "small"], mix, 4, 16)
+    assert "reads 32 samples of small, of which 10 frames" in line and "train.eval_batches=1 reads as many" in line
+    assert held_out_check.repeats(["large", "small"], mix, 1, 16) == []
 
 
 def test_a_run_is_refused_and_told(capsys):
