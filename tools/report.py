@@ -7,7 +7,6 @@ report.html.
 """
 
 import json
-import pathlib
 import shlex
 import sys
 
@@ -24,7 +23,7 @@ _ROWS = flags.DEFINE_integer("rows", 4, "frames drawn")
 
 def main(argv: list[str]) -> None:
     # Heavy imports only now: --help answers at once.
-    from qdepth_jax import checkpoint, earlier_stages, errors
+    from qdepth_jax import checkpoint, earlier_stages, errors, workdirs
     from qdepth_jax import metrics as metrics_lib
     from qdepth_jax.eval import figures, held_out, report
     from qdepth_jax.models import tokenizer
@@ -61,8 +60,8 @@ def main(argv: list[str]) -> None:
             "figures": result.figures,
         }
     summary["commands"] = commands(_TOKENIZER.value, runs)
-    curves = {name: metrics_lib.read(pathlib.Path(workdir) / "metrics.jsonl") for name, workdir in runs.items()}
-    token_rows = {"tokenizer": metrics_lib.read(pathlib.Path(_TOKENIZER.value) / "metrics.jsonl")}
+    curves = {name: metrics_lib.read(workdirs.folder(workdir) / "metrics.jsonl") for name, workdir in runs.items()}
+    token_rows = {"tokenizer": metrics_lib.read(workdirs.folder(_TOKENIZER.value) / "metrics.jsonl")}
     pictures = {
         "Depth tokenizer": figures.curves(token_rows, ["loss", "rmse", "codes_used", "perplexity"])
         + report.table(*tokenizer_table(measured)) + drawn,
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
         "Action chunks of held-out frames": chunk_pictures(results),
     }  # fmt: skip
     texts = {
-        f"Config of {name}": json.dumps(json.loads((pathlib.Path(w) / "config.json").read_text()), indent=1)
+        f"Config of {name}": json.dumps(json.loads((workdirs.folder(w) / "config.json").read_text()), indent=1)
         for name, w in {"tokenizer": _TOKENIZER.value, **runs}.items()
     }
     path = report.write(_OUTPUT.value, summary, pictures, texts)
@@ -198,7 +197,9 @@ def commands(tokenizer_dir, runs):
 
 def last_command(workdir):
     """Last line of WORKDIR/command.txt, or what is known without it."""
-    path = pathlib.Path(workdir) / "command.txt"
+    from qdepth_jax import workdirs
+
+    path = workdirs.folder(workdir) / "command.txt"
     if not path.exists():
         return f"# {workdir} was not started by `python -m qdepth_jax.train`; its config is below"
     return path.read_text().splitlines()[-1]
