@@ -59,8 +59,10 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def only_one(path: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds WORKDIR/lock, so that a second start on a workdir is refused instead of damaging the first.
+def only_one(path: epath.Path, say: Callable[[str], None], flag: str = "--workdir") -> Iterator[None]:
+    """Holds PATH/lock, so that a second start on a workdir is refused instead of damaging the first.
+
+    `flag` is what the user calls the folder.
 
     The system releases it however the process ends. A bucket has no such thing: there the user has to see to it.
 
@@ -75,18 +77,18 @@ def only_one(path: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         if is_full_disk(error):
             raise
-        raise errors.UserError(f"--workdir={path} cannot be written ({error}): choose another") from error
+        raise errors.UserError(f"{flag}={path} cannot be written ({error}): choose another") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise errors.UserError(
-                f"--workdir={path} is in use by another start ({file.read().strip() or 'which has just begun'}): wait "
-                "for its end, stop it, or choose another --workdir"
+                f"{flag}={path} is in use by another start ({file.read().strip() or 'which has just begun'}): wait "
+                f"for its end, stop it, or choose another {flag}"
             ) from None
         except OSError as error:  # some network disks have no locks
-            say(f"{path}/lock cannot be locked ({error}): see to it that no second start uses this --workdir")
+            say(f"{path}/lock cannot be locked ({error}): see to it that no second start uses this {flag}")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -7,8 +7,8 @@ Jobs are ordinary commands, each in a process of its own that continues where it
 file and is not repeated, so start the command again as often as it takes. --hours stops before the next job.
 Demonstrations and depth tokens come first, one job at a time; then --together policies at once, each on its share of
 the cores. Figures of finished jobs are copied to --output (default docs/study), small enough to commit, and the tables
-and plots there are written anew. With --skip_kept, policies whose figures of this recipe are in --output already are
-not made again: to go on on another machine. Needs the `sim` extra. The last line of stdout is JSON.
+and plots there are written anew. To go on on another machine there is --skip_kept: seeds whose policies all have their
+figures of this recipe in --output are not made again. Needs the `sim` extra. The last line of stdout is JSON.
 """
 
 import importlib
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # this tree's experiments, wherever the command is started
 
 from experiments import cpu_study  # noqa: E402
-from qdepth_jax import command, errors  # noqa: E402
+from qdepth_jax import command, errors, workdirs  # noqa: E402
 from qdepth_jax.eval import study, study_jobs  # noqa: E402
 from qdepth_jax.eval.study_jobs import Job  # noqa: E402
 
@@ -38,7 +38,7 @@ _SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in cpu_study.SEEDS], "se
 _HOURS = flags.DEFINE_float("hours", 0.0, "start no job after so many hours; 0 = no limit", lower_bound=0.0)
 _PROCESSES = flags.DEFINE_integer("processes", 2, "parallel simulators, of all policies at once", lower_bound=1)
 _TOGETHER = flags.DEFINE_integer("together", 1, "policies at once, each on its share of the cores", lower_bound=1)
-_SKIP = flags.DEFINE_bool("skip_kept", False, "do not repeat a policy whose figures of this recipe are in --output")
+_SKIP = flags.DEFINE_bool("skip_kept", False, "do not repeat a seed whose figures of this recipe are all in --output")
 _DO = flags.DEFINE_enum("do", "run", ["run", "list", "report"], "run what is missing, list it, or write the tables")
 
 CONTROLLED = (next(iter(cpu_study.VARIANTS)), str(cpu_study.SEEDS[0]))  # whose model the controls take
@@ -48,6 +48,8 @@ IMAGE_SIZE, SUPERSAMPLE = 128, 1  # of the demonstrations and of the evaluation 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"unexpected arguments {argv[1:]}; see --help")
+    if not _ROOT.value:
+        raise errors.UserError("--root= is empty: name a folder for demonstrations, runs and logs")
     for name, given, known in (
         ("parts", _PARTS.value, cpu_study.PARTS),
         ("variants", _VARIANTS.value, cpu_study.VARIANTS),
@@ -55,6 +57,8 @@ def main(argv: list[str]) -> None:
     ):
         if unknown := [item for item in given if item not in known]:
             raise errors.UserError(f"--{name}: {', '.join(unknown)} is unknown, use some of {', '.join(known)}")
+        if not given or len(set(given)) < len(given):
+            raise errors.UserError(f"--{name}={','.join(given)}: name some of {', '.join(known)}, each once")
     root, output = pathlib.Path(_ROOT.value).absolute(), pathlib.Path(_OUTPUT.value).absolute()
     if CONTROLLED[0] not in _VARIANTS.value or CONTROLLED[1] not in _SEEDS.value:
         print(f"no controls: they take model and statistics of {'_'.join(CONTROLLED)}", file=sys.stderr)
@@ -66,34 +70,76 @@ def main(argv: list[str]) -> None:
         for part in _PARTS.value
     }
 
-    def left(job: Job) -> bool:
-        if study_jobs.done(root, job):
+    def left(chain: list[Job]) -> bool:
+        if all(study_jobs.done(root, job) for job in chain):
             return False
-        return not (_SKIP.value and study_jobs.kept(output, job, recipes[part_of(job)]))
+        # Seeds are kept whole: what two machines made of one recipe differs, and is not compared.
+        of = part_of(chain[0]), seed_of(chain[0])
+        whole = itertools.chain(*(c for c in policies if (part_of(c[0]), seed_of(c[0])) == of))
+        return not (_SKIP.value and all(study_jobs.kept(output, job, recipes[of[0]]) for job in whole))
 
     # Jobs of a chain use what those before them made: a policy with nothing left to do is left out whole.
     first, policies = chains[: len(_PARTS.value)], chains[len(_PARTS.value) :]
-    policies = [chain for chain in policies if any(map(left, chain))]
-    needed = {part_of(chain[0]) for chain in policies}
+    wanted = [chain for chain in policies if left(chain)]
+    needed = {part_of(chain[0]) for chain in wanted}
     first = [job for chain in first for job in chain if part_of(job) in needed]
+
+    def keep() -> None:
+        for part, recipe in recipes.items():
+            jobs = [job for job in itertools.chain(*chains) if part_of(job) == part]
+            # What all policies share stays as the machine had it that made the first of them.
+            study_jobs.keep(
+                root,
+                output,
+                [
+                    job
+                    for job in jobs
+                    if not (_SKIP.value and not seed_of(job) and study_jobs.kept(output, job, recipe))
+                ],
+                recipe,
+            )
+        suites = {name: tuple(part.suites.values()) for name, part in cpu_study.PARTS.items()}
+        study.write(output, suites, {name: needs for name, (_, needs) in cpu_study.VARIANTS.items()})
+
     if _DO.value == "list":
         for job in itertools.chain(*chains):
-            is_left = any(job in jobs for jobs in (first, *policies)) and not study_jobs.done(root, job)
+            is_left = any(job in jobs for jobs in (first, *wanted)) and not study_jobs.done(root, job)
             print(f"{'      ' if is_left else 'done  '}{job.name}: python {' '.join(job.line)}")
-    try:
-        if _DO.value == "run":
-            until = time.monotonic() + 3600 * _HOURS.value if _HOURS.value else float("inf")
-            study_jobs.run_all(root, ROOT, [first], 1, until)
-            study_jobs.run_all(root, ROOT, policies, _TOGETHER.value, until)
-    finally:  # after a failure, too: what is finished is kept
-        if _DO.value != "list":
-            for part, recipe in recipes.items():
-                jobs = [job for job in itertools.chain(*chains) if part_of(job) == part]
-                study_jobs.keep(root, output, jobs, recipe)
-            suites = {name: tuple(part.suites.values()) for name, part in cpu_study.PARTS.items()}
-            study.write(output, suites, {name: needs for name, (_, needs) in cpu_study.VARIANTS.items()})
-    remaining = [job for job in itertools.chain(first, *policies) if not study_jobs.done(root, job)]
+    else:
+        folder(output, "--output")
+        for part, recipe in recipes.items():
+            study_jobs.refuse_others(output, part, recipe)
+    if _DO.value == "run":
+        with workdirs.only_one(folder(root, "--root"), print, "--root"):
+            try:
+                until = time.monotonic() + 3600 * _HOURS.value if _HOURS.value else float("inf")
+                study_jobs.run_all(root, ROOT, [first], 1, until)
+                study_jobs.run_all(root, ROOT, wanted, _TOGETHER.value, until)
+            except BaseException:
+                try:  # what is finished is kept
+                    keep()
+                except errors.UserError as error:
+                    print(f"the tables were not written: {error}", file=sys.stderr)
+                raise  # why it stopped is what has to be told
+    if _DO.value != "list":
+        keep()
+    remaining = [job for job in itertools.chain(first, *wanted) if not study_jobs.done(root, job)]
     print(json.dumps({"jobs": sum(map(len, chains)), "left": len(remaining)}))
+
+
+def folder(path: pathlib.Path, flag: str) -> pathlib.Path:
+    """The folder, made where it is missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(f"{flag}={path} cannot be made ({error}): choose another") from error
+    return path
+
+
+def seed_of(job: Job) -> str:
+    """The seed of a policy's jobs; "" of what several share, as the controls are."""
+    _, _, seed = job.name.split("/")[1].rpartition("_")
+    return seed if seed.isdecimal() else ""
 
 
 def part_of(job: Job) -> str:

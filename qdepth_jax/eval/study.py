@@ -8,7 +8,8 @@ Three statements answer different questions. Wilson's interval, over all episode
 success rate of these very policies is known (their starts are the same for every seed, so it is a little too narrow
 for starts at large). The sign test over episodes that only one of two policies solved says whether these very policies
 differ. Student's t over seeds, of the differences to the baseline with the same seed, says whether training again
-would give the same order; with three seeds it is wide, and only it allows a claim about a variant.
+would give the same order; with three seeds it is wide, and only it allows a claim about a variant. Policies are only
+paired where they were made from the same data and the same start (study_jobs.made_from).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from typing import Any
 from scipy import stats
 
 from qdepth_jax import errors, files
-from qdepth_jax.eval import episodes
+from qdepth_jax.eval import episodes, study_jobs
 
 BASELINE = "baseline"
 START = "pretrained"  # the common start of all policies of a part that has one
@@ -109,7 +110,11 @@ def collect(folder: pathlib.Path, suites: Sequence[str], variants: Sequence[str]
 
 def read(path: pathlib.Path, suites: Sequence[str]) -> Run:
     """The run of folder PATH and of PATH.json."""
-    found = {suite: json.loads(file.read_text()) for suite in suites if (file := path / f"{suite}.json").exists()}
+    found = {
+        suite: study_jobs.read(file, "starts", "outcomes", "tasks")
+        for suite in suites
+        if (file := path / f"{suite}.json").exists()
+    }
     training, held_out = path.with_name(path.name + ".json"), path / "held_out.json"
     outcomes, crashed = None, frozenset()
     if set(found) == set(suites):
@@ -122,8 +127,8 @@ def read(path: pathlib.Path, suites: Sequence[str]) -> Run:
         outcomes = {key: flag == SUCCESS for key, flag in flags.items() if flag != CRASH}
         crashed = frozenset(flags.keys() - outcomes.keys())
     return Run(
-        json.loads(training.read_text()) if training.exists() else {},
-        json.loads(held_out.read_text()) if held_out.exists() else {},
+        study_jobs.read(training) if training.exists() else {},
+        study_jobs.read(held_out, "step", "parameters", "actions") if held_out.exists() else {},
         found,
         outcomes,
         crashed,
@@ -157,7 +162,7 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
     header += ["each seed, %", "minus baseline, points (95 %, seeds)", "won : lost against baseline (p)"]
     lines = _begin(header)
     baseline = judged(rows.get(BASELINE, {}))
-    compared = 0
+    intervals, all_pairs = 0, []
     for name, row in rows.items():
         found = judged(row)
         k, n = rate(list(found.values()))
@@ -176,20 +181,56 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
         if name in (BASELINE, *SINGLE):
             cells += ["", ""]
         else:
-            both = [(row[seed], rows[BASELINE][seed]) for seed in found if seed in baseline]
+            both = {seed: (row[seed], rows[BASELINE][seed]) for seed in found if seed in baseline}
+            others = [seed for seed, pair in both.items() if not made_alike(*pair)]
+            both = [pair for seed, pair in both.items() if seed not in others]
             left = sum(len(ours.crashed | theirs.crashed) for ours, theirs in both)
             pairs = [pair for ours, theirs in both if all(pair := both_finished(ours, theirs))]
-            compared += len(pairs) > 1
-            cells += [difference(pairs) + (f", {left} crashed left out" if left else ""), won_and_lost(pairs)]
+            said = difference(pairs)
+            intervals += " to " in said
+            all_pairs += pairs
+            said += f", {left} crashed left out" if left else ""
+            said += f", seed {', '.join(others)} left out: made from other data than its baseline" if others else ""
+            cells += [said, won_and_lost(pairs)]
         lines.append("| " + " | ".join(cells) + " |")
-    if compared > 1:
-        chance = 100 * (1 - 0.95**compared)
+    if intervals > 1:
         lines += [
             "",
-            f"{compared} variants are compared with the baseline: if none differed, one of these intervals of 95 % or "
-            f"more would miss zero with a chance of about {chance:.0f} %.",
+            f"{intervals} intervals compare a variant with the baseline: if none differed, one of them or more would "
+            f"miss zero with a chance of up to {100 * (1 - 0.95**intervals):.0f} %.",
         ]
-    return lines
+    origins: dict[str, list[str]] = {}
+    for seed, run in rows.get(BASELINE, {}).items():
+        known = run.training.get("made_from") or {}
+        origins.setdefault(json.dumps([known.get("data"), known.get("start")]), []).append(seed)
+    if len(origins) > 1:
+        listed = " | ".join(", ".join(seeds) for seeds in origins.values())
+        lines += ["", f"Demonstrations and start were made more than once; seeds of the same ones: {listed}."]
+    return lines + resolution(all_pairs, max((len(judged(row)) for row in rows.values()), default=0))
+
+
+def made_alike(ours: Run, theirs: Run) -> bool:
+    """Whether two runs had the same data and the same start; where neither says what it had, that is not known."""
+    known = [run.training.get("made_from") or {} for run in (ours, theirs)]
+    return all(known[0].get(key) == known[1].get(key) for key in ("data", "start"))
+
+
+def resolution(pairs: Sequence[tuple[Outcomes, Outcomes]], seeds: int) -> list[str]:
+    """Markdown: what the number of episodes alone does to the differences; pairs of (variant, baseline)."""
+    pairs = [(ours, theirs) for ours, theirs in pairs if ours.keys() == theirs.keys()]
+    if not pairs or seeds < 2:
+        return []
+    n = statistics.mean(len(ours) for ours, _ in pairs)
+    unlike = statistics.mean(sum(ours[key] != theirs[key] for key in ours) for ours, theirs in pairs)
+    # Each unlike episode adds +1 or -1, by chance if the policies are equally good: variance `unlike` in all.
+    spread = 100 * unlike**0.5 / n
+    widths = [f"{float(stats.t.ppf(0.975, k - 1)) * spread / k**0.5:.1f} with {k}" for k in sorted({seeds, 5, 10, 20})]
+    return [
+        "",
+        f"{unlike:.1f} of {n:.0f} episodes of a pair end differently. That alone, without any luck of the training, "
+        f"gives the difference of one pair a standard deviation of {spread:.1f} points. Intervals over seeds to expect "
+        f"from it, plus or minus: {', '.join(widths)} seeds.",
+    ]
 
 
 def difference(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
@@ -216,7 +257,7 @@ def won_and_lost(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
     won = sum(ours[key] and not theirs[key] for ours, theirs in pairs for key in ours)
     lost = sum(theirs[key] and not ours[key] for ours, theirs in pairs for key in ours)
     p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return f"{won} : {lost} ({p:.2f})"
+    return f"{won} : {lost} ({p:.3f})"
 
 
 def held_out_table(rows: Rows) -> list[str]:
@@ -259,7 +300,8 @@ def held_out_table(rows: Rows) -> list[str]:
 
 def shared_cost(folder: pathlib.Path) -> float | None:
     """CPU seconds of the depth tokenizer and its tokens; None where one of them is unknown."""
-    costs = [json.loads(path.read_text())["cost"] for name in TOKENS if (path := folder / f"{name}.json").exists()]
+    paths = [path for name in TOKENS if (path := folder / f"{name}.json").exists()]
+    costs = [study_jobs.read(path, "cost")["cost"] for path in paths]
     return sum(c["cpu_seconds"] for c in costs) if len(costs) == len(TOKENS) and all(costs) else None
 
 

@@ -4,7 +4,8 @@ A finished job leaves ROOT/logs/NAME.done.json with what it was: its command, th
 jobs before it, as one digest. A job that is asked for with another digest is refused, not skipped: figures of two
 recipes would stand in one table. What `keep` writes carries one digest of the whole study's part, too: figures that
 were made on another machine count like a finished job where that is asked for, and eval/study.py refuses to put figures
-of two recipes into one table.
+of two recipes into one table. A recipe made on two machines gives two data sets (physics and pictures round otherwise):
+training figures carry what they were made from, and only what was made from the same is compared.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 
 from qdepth_jax import errors, files
 
@@ -79,7 +81,7 @@ def done(root: pathlib.Path, job: Job) -> bool:
     file = done_file(root, job)
     if not file.exists() or not job.made.exists():
         return False
-    found = json.loads(file.read_text())
+    found = read(file, "identity", "line", "revision")
     if found["identity"] != job.identity:
         raise errors.UserError(
             f"{job.name} in {root} was made by another recipe or command (python {' '.join(found['line'])}, revision "
@@ -92,7 +94,40 @@ def done(root: pathlib.Path, job: Job) -> bool:
 def kept(output: pathlib.Path, job: Job, recipe: str) -> bool:
     """Whether its figures are in OUTPUT, made by this very recipe."""
     file = output / f"{job.name}.json"
-    return file.exists() and json.loads(file.read_text()).get("recipe") == recipe
+    return file.exists() and read(file).get("recipe") == recipe
+
+
+def read(file: pathlib.Path, *needed: str) -> dict[str, Any]:
+    """A JSON object of this study.
+
+    Raises:
+      UserError: it is none, or has not what is needed.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:  # JSON or UTF-8
+        raise errors.UserError(f"{file} is damaged ({error}): delete it, what is in --root is done again") from error
+    if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
+        what = (
+            f"lacks {', '.join(missing)}" if isinstance(found, dict) else f"is {type(found).__name__}, no JSON object"
+        )
+        raise errors.UserError(f"{file} {what}: delete it, what is in --root is done again")
+    return found
+
+
+def refuse_others(output: pathlib.Path, part: str, recipe: str) -> None:
+    """Before anything is computed: figures of a part that are in OUTPUT must be of this recipe.
+
+    Raises:
+      UserError: a file that is of another.
+    """
+    for file in sorted((output / part).rglob("*.json")):
+        found = read(file)
+        if found.get("recipe") != recipe:
+            raise errors.UserError(
+                f"{file} is of another recipe ({found.get('recipe')}, revision {found.get('revision') or 'unknown'}) "
+                f"than this tree's ({recipe}): use another --output, or the tree of that revision"
+            )
 
 
 def run_all(
@@ -145,7 +180,7 @@ def run(root: pathlib.Path, tree: pathlib.Path, job: Job, living: set[subprocess
     log = log_file(root, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     cost_file = log.with_suffix(".cost.json")
-    began = time.monotonic()
+    began, code = time.monotonic(), revision(tree)
     with open(log, "a", encoding="utf-8") as out:
         process = subprocess.Popen(
             [sys.executable, *job.line], cwd=tree, stdout=out, stderr=out, env=os.environ | {"PYTHONPATH": str(tree)}
@@ -155,14 +190,16 @@ def run(root: pathlib.Path, tree: pathlib.Path, job: Job, living: set[subprocess
     process.returncode = os.waitstatus_to_exitcode(status)  # or it would be waited for again
     living.remove(process)
     spent = {"cpu_seconds": used.ru_utime + used.ru_stime, "wall_seconds": time.monotonic() - began}
-    earlier = json.loads(cost_file.read_text()) if cost_file.exists() else {}
+    # Simulators of a command that was killed are nobody's children any more: then the sum is a lower bound.
+    spent["interrupted"] = int(process.returncode != 0)
+    earlier = read(cost_file) if cost_file.exists() else {}
     total = {key: round(value + earlier.get(key, 0.0), 2) for key, value in spent.items()}
     files.write_whole(cost_file, json.dumps(total))
     if process.returncode or not job.made.exists():
         tail = "\n".join(log.read_text().splitlines()[-5:])
         why = f"ended with code {process.returncode}" if process.returncode else f"did not make {job.made}"
         raise errors.UserError(f"{job.name} {why}, log {log}:\n{tail}")
-    mark = {"identity": job.identity, "revision": revision(tree), "line": list(job.line)}
+    mark = {"identity": job.identity, "revision": code, "line": list(job.line)}
     files.write_whole(done_file(root, job), json.dumps(mark, indent=1))
 
 
@@ -185,13 +222,32 @@ def keep(root: pathlib.Path, output: pathlib.Path, jobs: Sequence[Job], recipe: 
         content = {
             "recipe": recipe,
             # Null where it was not measured: something else made it.
-            "cost": json.loads(cost.read_text()) if cost.exists() else None,
-            "revision": json.loads(done_file(root, job).read_text())["revision"],
+            "cost": read(cost) if cost.exists() else None,
+            "revision": read(done_file(root, job), "revision")["revision"],
         }
+        if job.keep is not None and job.keep.name == "metrics.jsonl":
+            content["made_from"] = made_from(job)
         target = output / f"{job.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(target, json.dumps(content | figures(job.keep), indent=1) + "\n")
     return len(finished)
+
+
+def made_from(training: Job) -> dict[str, Any]:
+    """What a run was made from: fingerprints of its data, identity of its depth tokens, digest of the start's weights.
+
+    "tokens" and "start" are "" where it has none. Equal values are equal contents, on whatever machine they were made.
+    """
+    from qdepth_jax import checkpoint
+
+    meta = checkpoint.read_meta(str(training.made))
+    # Not where the checkpoint says that the start was: the folder may have been moved since.
+    start = "".join(word.partition("=")[2] for word in training.line if word.startswith("--config.init_from="))
+    if start:
+        start = json.dumps(checkpoint.read_meta(start)["leaves"]["params"], sort_keys=True)
+        start = hashlib.sha256(start.encode()).hexdigest()[:16]
+    data = {item["name"]: item["fingerprint"] for item in meta["data"]["datasets"]}
+    return {"data": data, "tokens": meta["tokenizer"], "start": start}
 
 
 def figures(path: pathlib.Path | None) -> dict:
@@ -201,7 +257,7 @@ def figures(path: pathlib.Path | None) -> dict:
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return {"metrics": [{k: _short(v) for k, v in row.items() if _is_figure(k)} for row in rows]}
-    content = json.loads(path.read_text())
+    content = read(path)
     if "results" in content:
         outcomes: dict[str, str] = {}
         for row in sorted(content.pop("results"), key=lambda row: (row["suite"], row["task_id"], row["start"])):

@@ -67,7 +67,7 @@ def test_rates_and_intervals(folder):
     # Differences of 10, 20, 30 points: mean 20, deviation 10, t(0.975, 2) = 4.3027, half 4.3027 * 10 / sqrt(3) = 24.84.
     assert ours["minus baseline, points (95 %, seeds)"] == "+20.0 (-4.8 to +44.8)"
     # 12 episodes that only it solved: 2 * 2^-12.
-    assert ours["won : lost against baseline (p)"] == "12 : 0 (0.00)"
+    assert ours["won : lost against baseline (p)"] == "12 : 0 (0.000)"
     assert cells(text, "baseline")["minus baseline, points (95 %, seeds)"] == ""
     assert cells(text, "untrained")["successes"] == "0 of 20"
     assert ours["training CPU-s"] == "101 (100 to 102)"
@@ -120,7 +120,42 @@ def test_an_episode_that_crashed_for_either_is_left_out_of_the_comparison(folder
     ours = cells(write(folder), "qdepth")
     # Starts 1 and 3 to 19: 1 + 1 + 4 of 18 against 1 (start 1) and 1 (start 3).
     assert ours["minus baseline, points (95 %, seeds)"] == "+22.2 (one seed), 2 crashed left out"
-    assert ours["won : lost against baseline (p)"] == "4 : 0 (0.12)"
+    assert ours["won : lost against baseline (p)"] == "4 : 0 (0.125)"
+
+
+def made_from(start, **data):
+    return {"cost": {"cpu_seconds": 100.0}, "made_from": {"data": data, "tokens": "t", "start": start}}
+
+
+def test_only_what_was_made_from_the_same_is_paired(folder):
+    whole = cells(write(folder), "qdepth")["minus baseline, points (95 %, seeds)"]
+    for seed, start in enumerate("ab"):  # another start for every seed, but one for both of a seed
+        for variant in ("baseline", "qdepth"):
+            keep(folder / "toy", f"{variant}_{seed}", made_from(start, toy="1"))
+    text = write(folder)
+    assert cells(text, "qdepth")["minus baseline, points (95 %, seeds)"] == whole
+    assert "seeds of the same ones: 0 | 1 | 2." in text
+    for other in (made_from("b", toy="2"), made_from("c", toy="1"), {"cost": None}):
+        keep(folder / "toy", "qdepth_1", other)
+        ours = cells(write(folder), "qdepth")
+        # Seeds 0 and 2, 10 and 30 points; the rate stays that of all three.
+        assert ours["minus baseline, points (95 %, seeds)"].startswith("+20.0 (-107.1 to +147.1), seed 1 left out: ")
+        assert ours["won : lost against baseline (p)"] == "8 : 0 (0.008)" and ours["successes"] == "22 of 60"
+
+
+def test_what_the_number_of_episodes_allows(folder):
+    # 2, 4 and 6 of 20 end differently: 4 on average, 100 * sqrt(4) / 20 = 10 points; 4.303 * 10 / sqrt(3) = 24.8.
+    text = write(folder)
+    assert "4.0 of 20 episodes of a pair end differently" in text and "standard deviation of 10.0 points" in text
+    assert "plus or minus: 24.8 with 3, 12.4 with 5, 7.2 with 10, 4.7 with 20 seeds." in text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"starts": [0, 1]}', b"\xff"])
+def test_a_damaged_file_is_named(folder, content):
+    path = folder / "toy" / "qdepth_1" / "s.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(errors.UserError, match=r"qdepth_1/s.json (is|lacks) .*: delete it"):
+        write(folder)
 
 
 def test_runs_that_were_not_made_alike_are_refused(folder):
@@ -129,7 +164,7 @@ def test_runs_that_were_not_made_alike_are_refused(folder):
         write(folder)
     keep(folder / "toy" / "qdepth_1", "s", result(flags(4)))
     for seed, step in enumerate((1000, 2000)):
-        keep(folder / "toy" / f"qdepth_{seed}", "held_out", {"step": step})
+        keep(folder / "toy" / f"qdepth_{seed}", "held_out", held_out(0.25, 0.8, 0) | {"step": step})
     with pytest.raises(
         errors.UserError, match=r"training steps differ.*1000 \(qdepth, seed 0\); 2000 \(qdepth, seed 1\)"
     ):

@@ -69,6 +69,17 @@ def test_figures_of_another_recipe_are_not_taken_for_these(tmp_path):
     assert not study_jobs.kept(output, one, study_jobs.recipe([job(tmp_path, "a", WRITE, config="steps: 2000")]))
 
 
+def test_figures_of_another_recipe_are_refused_before_anything_is_computed(tmp_path):
+    one, output = job(tmp_path, "part/a", WRITE), tmp_path / "kept"
+    study_jobs.refuse_others(output, "part", "r")
+    study_jobs.run_all(tmp_path, TREE, [[one]], 1, NEVER)
+    study_jobs.keep(tmp_path, output, [one], "r")
+    study_jobs.refuse_others(output, "part", "r")
+    with pytest.raises(errors.UserError, match=r"part/a.json is of another recipe \(r, revision .*this tree's \(s\)"):
+        study_jobs.refuse_others(output, "part", "s")
+    study_jobs.refuse_others(output, "other", "s")
+
+
 @pytest.mark.parametrize("root", ["/data", "/m", "/work", "/home/j\u00fcrgen/st", "/opt/tree/runs/study"])
 def test_the_same_command_has_the_same_digest_wherever_it_lies(root):
     def digest(root, tree):
@@ -84,6 +95,7 @@ def test_a_failure_is_told_and_stops_what_has_not_begun(tmp_path):
     with pytest.raises(errors.UserError, match=r"a ended with code 3, log .*\n(.*\n)*no room"):
         study_jobs.run_all(tmp_path, TREE, [chain], 1, NEVER)
     assert not chain[1].made.exists()
+    assert study_jobs.read(tmp_path / "logs" / "a.cost.json")["interrupted"] == 1
     with pytest.raises(errors.UserError, match="did not make"):
         study_jobs.run_all(tmp_path, TREE, [[job(tmp_path, "c", "pass")]], 1, NEVER)
 

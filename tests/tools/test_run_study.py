@@ -1,5 +1,6 @@
 """The jobs of the study, as --do=list names them; nothing is run."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -66,3 +67,29 @@ def test_policies_with_figures_of_this_recipe_are_not_made_again_where_that_is_a
     shutil.copy(*(output / "metaworld" / name / "metaworld_mt10.json" for name in ("mean_action", "untrained")))
     assert left("--seeds=0") == []
     assert left("--seeds=0,1")[-3:] == [f"metaworld/qdepth_1{end}" for end in ("", "/held_out", "/metaworld_mt10")]
+
+
+def test_bad_flags_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for flags, said in {
+        ("--root=",): "--root= is empty",
+        (f"--root={tmp_path}", "--seeds=0,0"): "--seeds=0,0: name some of 0, 1, 2, each once",
+        (f"--root={tmp_path}", "--variants="): "--variants=: name some of",
+        (f"--root={tmp_path}/file/x", f"--output={tmp_path}/o"): "--root=",
+        (f"--root={tmp_path}", f"--output={tmp_path}/file/x"): "--output=",
+    }.items():
+        ran = subprocess.run(
+            [sys.executable, str(TREE / "tools" / "run_study.py"), *flags],
+            capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+
+
+def test_two_drivers_of_one_root_are_refused(tmp_path):
+    with open(tmp_path / "lock", "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ran = subprocess.run(
+            [sys.executable, str(TREE / "tools" / "run_study.py"), f"--root={tmp_path}", f"--output={tmp_path}/o"],
+            capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+    assert ran.returncode == 2 and f"--root={tmp_path} is in use by another start" in ran.stderr
