@@ -4,7 +4,8 @@ A finished job leaves ROOT/logs/NAME.done.json with what it was: its command, th
 jobs before it, as one digest. A job that is asked for with another digest is refused, not skipped: figures of two
 recipes would stand in one table. What `keep` writes carries one digest of the whole study's part, too: figures that
 were made on another machine count like a finished job where that is asked for, and eval/study.py refuses to put figures
-of two recipes into one table. A recipe made on two machines may give two data sets: training figures carry what they were made from, and only what was made from the same is compared.
+of two recipes into one table. One recipe may give two data sets on two machines: training figures carry what they were
+made from, and only what was made from the same is compared.
 """
 
 import dataclasses
