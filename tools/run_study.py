@@ -11,6 +11,7 @@ and plots there are written anew. To go on on another machine there is --skip_ke
 figures of this recipe in --output are not made again. Needs the `sim` extra. The last line of stdout is JSON.
 """
 
+import functools
 import importlib
 import itertools
 import json
@@ -86,18 +87,10 @@ def main(argv: list[str]) -> None:
 
     def keep() -> None:
         for part, recipe in recipes.items():
-            jobs = [job for job in itertools.chain(*chains) if part_of(job) == part]
             # What all policies share stays as the machine had it that made the first of them.
-            study_jobs.keep(
-                root,
-                output,
-                [
-                    job
-                    for job in jobs
-                    if not (_SKIP.value and not seed_of(job) and study_jobs.kept(output, job, recipe))
-                ],
-                recipe,
-            )
+            shared = lambda job: _SKIP.value and not seed_of(job) and study_jobs.kept(output, job, recipe)  # noqa: B023, E731
+            jobs = [job for job in itertools.chain(*chains) if part_of(job) == part and not shared(job)]
+            study_jobs.keep(root, output, jobs, recipe)
         suites = {name: tuple(part.suites.values()) for name, part in cpu_study.PARTS.items()}
         study.write(output, suites, {name: needs for name, (_, needs) in cpu_study.VARIANTS.items()})
 
@@ -110,7 +103,7 @@ def main(argv: list[str]) -> None:
         for part, recipe in recipes.items():
             study_jobs.refuse_others(output, part, recipe)
     if _DO.value == "run":
-        with workdirs.only_one(folder(root, "--root"), print, "--root"):
+        with workdirs.only_one(folder(root, "--root"), functools.partial(print, file=sys.stderr), "--root"):
             try:
                 until = time.monotonic() + 3600 * _HOURS.value if _HOURS.value else float("inf")
                 study_jobs.run_all(root, ROOT, [first], 1, until)

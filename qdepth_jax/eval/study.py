@@ -186,11 +186,15 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
             both = [pair for seed, pair in both.items() if seed not in others]
             left = sum(len(ours.crashed | theirs.crashed) for ours, theirs in both)
             pairs = [pair for ours, theirs in both if all(pair := both_finished(ours, theirs))]
-            said = difference(pairs)
-            intervals += " to " in said
+            said, is_interval = difference(pairs)
+            intervals += is_interval
             all_pairs += pairs
             said += f", {left} crashed left out" if left else ""
-            said += f", seed {', '.join(others)} left out: made from other data than its baseline" if others else ""
+            said += (
+                f", seed {', '.join(others)} left out: made from other data or another start than its baseline"
+                if others
+                else ""
+            )
             cells += [said, won_and_lost(pairs)]
         lines.append("| " + " | ".join(cells) + " |")
     if intervals > 1:
@@ -201,11 +205,12 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
         ]
     origins: dict[str, list[str]] = {}
     for seed, run in rows.get(BASELINE, {}).items():
-        known = run.training.get("made_from") or {}
-        origins.setdefault(json.dumps([known.get("data"), known.get("start")]), []).append(seed)
+        known = run.training.get("made_from")
+        origin = json.dumps([known["data"], known["start"]]) if known else ""
+        origins.setdefault(origin, []).append(seed)
     if len(origins) > 1:
-        listed = " | ".join(", ".join(seeds) for seeds in origins.values())
-        lines += ["", f"Demonstrations and start were made more than once; seeds of the same ones: {listed}."]
+        listed = " | ".join(", ".join(seeds) + ("" if key else " (not recorded)") for key, seeds in origins.items())
+        lines += ["", f"Seeds made from the same demonstrations and start: {listed}."]
     return lines + resolution(all_pairs, max((len(judged(row)) for row in rows.values()), default=0))
 
 
@@ -233,21 +238,25 @@ def resolution(pairs: Sequence[tuple[Outcomes, Outcomes]], seeds: int) -> list[s
     ]
 
 
-def difference(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
-    """Mean over seeds of the difference of rates in points, and its t interval; pairs of (variant, baseline)."""
+def difference(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> tuple[str, bool]:
+    """Mean over seeds of the difference of rates in points, and its t interval; pairs of (variant, baseline).
+
+    Returns:
+      the text, and whether it has an interval.
+    """
     if any(set(ours) != set(theirs) for ours, theirs in pairs):
-        return "other episodes"
+        return "other episodes", False
     points = [100 * (_share(ours) - _share(theirs)) for ours, theirs in pairs]
     if not points:
-        return ""
+        return "", False
     middle = statistics.mean(points)
     if len(points) < 2:
-        return f"{middle:+.1f} (one seed)"
+        return f"{middle:+.1f} (one seed)", False
     spread = statistics.stdev(points)
     if spread < 1e-9:
-        return f"{middle:+.1f} (equal for every seed: no interval)"
+        return f"{middle:+.1f} (equal for every seed: no interval)", False
     half = float(stats.t.ppf(0.975, len(points) - 1)) * spread / len(points) ** 0.5
-    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})", True
 
 
 def won_and_lost(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:

@@ -134,7 +134,7 @@ def test_only_what_was_made_from_the_same_is_paired(folder):
             keep(folder / "toy", f"{variant}_{seed}", made_from(start, toy="1"))
     text = write(folder)
     assert cells(text, "qdepth")["minus baseline, points (95 %, seeds)"] == whole
-    assert "seeds of the same ones: 0 | 1 | 2." in text
+    assert "from the same demonstrations and start: 0 | 1 | 2 (not recorded)." in text
     for other in (made_from("b", toy="2"), made_from("c", toy="1"), {"cost": None}):
         keep(folder / "toy", "qdepth_1", other)
         ours = cells(write(folder), "qdepth")

@@ -66,6 +66,9 @@ def test_policies_with_figures_of_this_recipe_are_not_made_again_where_that_is_a
     (output / "metaworld" / "untrained").mkdir()
     shutil.copy(*(output / "metaworld" / name / "metaworld_mt10.json" for name in ("mean_action", "untrained")))
     assert left("--seeds=0") == []
+    # A seed is kept whole: qdepth is made again, for its baseline has to be made, and on other demonstrations.
+    both = left("--variants=qdepth,baseline", "--seeds=0")
+    assert "metaworld/qdepth_0" in both and "metaworld/baseline_0" in both
     assert left("--seeds=0,1")[-3:] == [f"metaworld/qdepth_1{end}" for end in ("", "/held_out", "/metaworld_mt10")]
 
 
@@ -75,8 +78,8 @@ def test_bad_flags_are_refused(tmp_path):
         ("--root=",): "--root= is empty",
         (f"--root={tmp_path}", "--seeds=0,0"): "--seeds=0,0: name some of 0, 1, 2, each once",
         (f"--root={tmp_path}", "--variants="): "--variants=: name some of",
-        (f"--root={tmp_path}/file/x", f"--output={tmp_path}/o"): "--root=",
-        (f"--root={tmp_path}", f"--output={tmp_path}/file/x"): "--output=",
+        (f"--root={tmp_path}/file/x", f"--output={tmp_path}/o"): "file/x cannot be made",
+        (f"--root={tmp_path}", f"--output={tmp_path}/file/x"): f"--output={tmp_path}/file/x cannot be made",
     }.items():
         ran = subprocess.run(
             [sys.executable, str(TREE / "tools" / "run_study.py"), *flags],
