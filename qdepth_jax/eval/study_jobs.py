@@ -107,15 +107,13 @@ def read(file: pathlib.Path, *needed: str) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except ValueError as error:  # JSON or UTF-8
         raise errors.UserError(
-            f"{file} is damaged ({error}): delete it; what --root still has is copied again, what it has not is done again"
+            f"{file} is damaged ({error}): delete it; what --root has is copied, the rest done again"
         ) from error
     if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
         what = (
             f"lacks {', '.join(missing)}" if isinstance(found, dict) else f"is {type(found).__name__}, no JSON object"
         )
-        raise errors.UserError(
-            f"{file} {what}: delete it; what --root still has is copied again, what it has not is done again"
-        )
+        raise errors.UserError(f"{file} {what}: delete it; what --root has is copied, the rest done again")
     return found
 
 
