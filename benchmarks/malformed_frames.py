@@ -62,6 +62,7 @@ def _wrong_array(rng: np.random.Generator, good: dict) -> bytes:
     rows = (
         array(b"\x00" * 12, "|u1", [1 << 39, 1 << 39, 3]),
         array(b"\x00" * 12, "|u1", [-1, 4, 3]),
+        array(b"", "<f4", [1 << 39, 0]),
         array(b"\x00" * 12, "|u1", [2, 2, 4]),
         array(b"\x00" * 12, "|u1", [2.0, 2, 3]),
         array(b"\x00" * 12, "|u1", [True, 4, 3]),
@@ -92,6 +93,7 @@ def _wrong_array(rng: np.random.Generator, good: dict) -> bytes:
 def _wrong_value(rng: np.random.Generator, good: dict) -> bytes:
     rows = (None, True, -1, 1.5, b"bytes", [], {}, [[1], [2, 3]], ["a"], "", float("nan"), 2**64 - 1,
             np.zeros((0, 0, 3), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((3, 30, 30), np.uint8),
+            [["x" * 60_000] + [""] * 999] * 8, np.zeros((1000, 0)), np.full(8, 3e38, np.float32),
             np.zeros((30, 30, 3), np.float32), np.full(99, np.nan, np.float32), np.zeros((2, 2, 2, 2, 2)))  # fmt: skip
     keys = sorted(good)
     return _packed(good | {keys[rng.integers(len(keys))]: rows[rng.integers(len(rows))]})

@@ -92,14 +92,16 @@ def _api_key() -> str:
     """No flag has the key itself: everybody on a machine can read command lines."""
     from qdepth_jax import errors
 
-    if not _KEY_FILE.value:
-        return os.environ.get("QDEPTH_API_KEY", "")
+    if not _KEY_FILE.value and "QDEPTH_API_KEY" not in os.environ:
+        return ""
+    found = f"--api_key_file={_KEY_FILE.value}" if _KEY_FILE.value else "QDEPTH_API_KEY"
     try:
-        key = pathlib.Path(_KEY_FILE.value).read_text().strip()
+        key = (pathlib.Path(_KEY_FILE.value).read_text() if _KEY_FILE.value else os.environ["QDEPTH_API_KEY"]).strip()
     except OSError as error:
-        raise errors.UserError(f"--api_key_file={_KEY_FILE.value}: {error.strerror}") from error
+        raise errors.UserError(f"{found}: {error.strerror}") from error
+    # A secret that was not there must not open the server to everybody.
     if not key:
-        raise errors.UserError(f"--api_key_file={_KEY_FILE.value} is empty")
+        raise errors.UserError(f"{found} is empty; without an API key, leave it away")
     return key
 
 

@@ -52,9 +52,12 @@ class Batcher:
         self._unanswered: set[asyncio.Future] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "plan")
         self._task: asyncio.Task | None = None
+        self._closed = False
 
     async def submit(self, item: Any) -> Done:
-        """The item's result. Raises what `run` raised for a batch of this item alone."""
+        """The item's result. Raises what `run` raised for a batch of this item alone; CancelledError after `close`."""
+        if self._closed:
+            raise asyncio.CancelledError
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
         self._unanswered.add(answer)
@@ -68,12 +71,14 @@ class Batcher:
 
     async def close(self) -> None:
         """Ends; whoever still waits is told by CancelledError."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         for answer in list(self._unanswered):
             answer.cancel()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        # A program that runs cannot be stopped; the event loop tells the robots meanwhile.
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
 
     async def _work(self) -> None:
         while True:

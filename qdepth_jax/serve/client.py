@@ -5,7 +5,8 @@
 
 A request that the connection took with it is sent again, as it was: planning changes nothing on the server. After a
 long outage the picture in it is old, so `infer` gives up after `patience_s`, and `last_outage_s` says how old the
-observation had become. What the server refuses (RuntimeError with its message) is never sent again.
+observation had become, from the call to its answer (0 if nothing failed). What the server refuses (RuntimeError with
+its message) is never sent again.
 """
 
 import contextlib
@@ -68,14 +69,15 @@ class ReconnectingPolicy(base_policy.BasePolicy):
         self._drop()
 
     def _try(self, call):
-        deadline, failed = time.monotonic() + self._patience_s, None
+        began, failed = time.monotonic(), False
+        deadline = began + self._patience_s
         while True:
             try:
                 if self._client is None:
                     self._connect(deadline)
                 with _until(deadline, self._client._ws):
                     answer = call(self._client)
-                self.last_outage_s = time.monotonic() - failed if failed is not None else 0.0
+                self.last_outage_s = time.monotonic() - began if failed else 0.0
                 return answer
             except ServerChanged:
                 raise
@@ -89,7 +91,7 @@ class ReconnectingPolicy(base_policy.BasePolicy):
                 code = getattr(getattr(error, "rcvd", None), "code", None)
                 if status in _FINAL or code in (1008, 1009):
                     raise
-                failed = time.monotonic() if failed is None else failed
+                failed = True
                 if _left(deadline) <= self._pause_s:  # too late for another attempt
                     where, waited = "{}:{}".format(*self._where), f"{self._patience_s:g} s"
                     raise TimeoutError(

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
 TABLE = {
     "requests_total": Row("counter", "requests by outcome: ok, bad_request, error, stopping, gone", "outcome"),
-    "connections_total": Row("counter", "handshakes by outcome: open, unauthorised, full, stopping", "outcome"),
+    "connections_total": Row("counter", "handshakes by outcome: open, unauthorised, full", "outcome"),
     "connections": Row("gauge", "open connections"),
     "batches_total": Row("counter", "programs run, by rows of the program", "size"),
     "rows_total": Row("counter", "rows of these programs: planned for a robot, or fill", "kind"),
@@ -30,7 +30,6 @@ TABLE = {
     "queue_seconds": Row("histogram", "a row waits for its batch", "", SECONDS),
     "infer_seconds": Row("histogram", "a batch, until the device is done", "", SECONDS),
     "request_seconds": Row("histogram", "from a frame to its answer", "", SECONDS),
-    "stopping": Row("gauge", "1 while the server finishes what is in flight before it ends"),
 }
 
 
@@ -73,7 +72,8 @@ class Metrics:
                 lines += self._histogram_lines(full, name, row)
                 continue
             for label, value in sorted(self._values[name].items()):
-                lines.append(f'{full}{{{row.label}="{label}"}} {value:g}' if row.label else f"{full} {value:g}")
+                # Fifteen digits: a counter that is rounded stands still, then jumps.
+                lines.append(f'{full}{{{row.label}="{label}"}} {value:.15g}' if row.label else f"{full} {value:.15g}")
         if memory := resident_bytes():
             lines += ["# TYPE process_resident_memory_bytes gauge", f"process_resident_memory_bytes {memory}"]
         return "\n".join(lines) + "\n"
@@ -83,7 +83,7 @@ class Metrics:
         for bound, count in zip((*row.buckets, "+Inf"), counts):
             total += count
             lines.append(f'{full}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{full}_sum {self.value(name):.9g}", f"{full}_count {total}"]
+        return [*lines, f"{full}_sum {self.value(name):.15g}", f"{full}_count {total}"]
 
 
 def resident_bytes() -> int:

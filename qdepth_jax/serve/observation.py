@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors, planner
+from qdepth_jax.data import normalise
 from qdepth_jax.models import images
 from qdepth_jax.serve import protocol
 from qdepth_jax.sim import actions
@@ -25,9 +26,10 @@ OPTIONS = (SEED, PREFIX, FROZEN, DEPTH)
 # view -> key. openpi's LIBERO robots send the first two; its data sets call a robot's only wrist camera the left one.
 VIEW_KEYS = {"main": "observation/image", "wrist": "observation/wrist_image", "left_wrist": "observation/wrist_image"}
 MAX_PROMPT = 4096  # characters
-# An old action may be so many times as large as the largest of the training data, or as 1, which grippers are sent:
-# what a policy says stays far below, whatever its normalisation.
-LARGEST_ACTION = 10.0
+# An old action or a state may be so many times as large as the largest of the training data, or as 1, which grippers
+# are sent: what a policy says and a robot is stays far below, whatever the normalisation; what does not would make the
+# plans of everybody in its batch infinite.
+LARGEST = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +188,17 @@ class Reader:
             raise errors.UserError(
                 f"{key!r} must be [{self.dims}], the state of {self.planner.dataset}, got {protocol.described(value)}"
             )
+        self._check_size(key, state, self.planner.proprio, "states")
         return state
+
+    def _check_size(self, key: str, array: np.ndarray, known: normalise.Normaliser, what: str) -> None:
+        limit = LARGEST * max(np.abs([known.statistics.low, known.statistics.high]).max(), 1.0)
+        largest = array.flat[np.abs(array).argmax()]
+        if abs(largest) > limit:
+            raise errors.UserError(
+                f"{key!r} holds {largest:g}; {what} of {self.planner.dataset} are let in from {-limit:g} to {limit:g}: "
+                "are the units those of the data set?"
+            )
 
     def _prompt(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -211,13 +223,7 @@ class Reader:
                 f"{PREFIX!r} must be [k, {config.robot_action_dim}] with 1 <= k <= {config.horizon}, the actions left, "
                 f"got {list(prefix.shape)}"
             )
-        known = self.planner.action.statistics
-        largest, limit = np.abs(prefix).max(), LARGEST_ACTION * max(np.abs([known.low, known.high]).max(), 1.0)
-        if largest > limit:
-            raise errors.UserError(
-                f"{PREFIX!r} holds {prefix.flat[np.abs(prefix).argmax()]:g}; actions of {self.planner.dataset} are let "
-                f"in from {-limit:g} to {limit:g}"
-            )
+        self._check_size(PREFIX, prefix, self.planner.action, "actions")
         frozen = _whole(FROZEN, _option(message, FROZEN, len(prefix)))
         if frozen > len(prefix):
             raise errors.UserError(f"{FROZEN!r} is {frozen}, but {PREFIX!r} has {len(prefix)} actions only")
@@ -241,8 +247,9 @@ def _whole(key: str, value: Any) -> int:
 
 
 def _seed(value: Any) -> tuple[int, int]:
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(value, list):
+    # Only then: a few bytes of a frame can declare more empty lists than there is memory.
+    value = value.tolist() if isinstance(value, np.ndarray) and value.shape in ((), (2,)) else value
+    if not isinstance(value, list | np.ndarray):
         return _whole(SEED, value), 0
     if len(value) != 2:
         raise errors.UserError(f"{SEED!r} must be a whole number or [seed, call], got {protocol.described(value)}")
@@ -252,13 +259,24 @@ def _seed(value: Any) -> tuple[int, int]:
 def _numbers(key: str, value: Any, shape: str) -> np.ndarray:
     """f32 array of an array or of lists of numbers; finite."""
     try:
-        array = value if isinstance(value, np.ndarray) else np.asarray(value)
+        # NumPy would give every item of a list the room of its longest text.
+        array = np.asarray(value) if _are_numbers(value, 2) else value
     except ValueError as error:  # lists of different lengths
         raise errors.UserError(f"{key!r} must be numbers {shape}, got {protocol.described(value)}") from error
-    if array.dtype.kind not in "iuf" or not isinstance(value, np.ndarray | list):
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
         raise errors.UserError(f"{key!r} must be numbers {shape}, got {protocol.described(value)}")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise errors.UserError(f"{key!r} holds numbers that are not finite")
     return array
+
+
+def _are_numbers(value: Any, dims: int) -> bool:
+    """Whether it is a list of numbers, or of such lists, with at most `dims` dimensions."""
+    if not isinstance(value, list):
+        return False
+    return all(
+        isinstance(item, int | float | np.integer | np.floating) or (dims > 1 and _are_numbers(item, dims - 1))
+        for item in value
+    )

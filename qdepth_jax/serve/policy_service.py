@@ -48,6 +48,8 @@ class Options:
             raise errors.UserError(f"--rtc={self.rtc} is unknown: use one of {', '.join(real_time.VARIANTS)}, off")
         if self.rtc != "off":
             real_time.check_solver(self.rtc, self.how.solver)
+        if not 0 <= self.seed < 1 << 32:
+            raise errors.UserError(f"--seed={self.seed}: a whole number from 0 to 4294967295")
         if self.max_side < 8:
             raise errors.UserError(f"--max_side={self.max_side} is smaller than the smallest picture, 8")
 

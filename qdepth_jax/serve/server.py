@@ -29,6 +29,7 @@ from qdepth_jax.serve import batching, protocol
 from qdepth_jax.serve import metrics as metrics_lib
 
 BAD_REQUEST, TOO_BIG, FAILED, STOPPING = 1008, 1009, 1011, 1001  # close codes of RFC 6455
+HANDSHAKE_S = 5.0  # for whoever connects and says nothing; the end waits for them too
 _LOG = logging.getLogger("qdepth_jax.serve")
 
 
@@ -126,7 +127,7 @@ class PolicyServer:
         try:
             server = await websockets.asyncio.server.serve(
                 self._handle, options.host, options.port, process_request=self._admit,
-                compression=None, max_size=self._service.max_frame, max_queue=1,
+                compression=None, max_size=self._service.max_frame, max_queue=1, open_timeout=HANDSHAKE_S,
             )  # fmt: skip
         except OSError as error:
             await self._batcher.close()
@@ -146,7 +147,6 @@ class PolicyServer:
             self._reading.shutdown(wait=True, cancel_futures=True)
 
     async def _drain(self, server: websockets.asyncio.server.Server) -> None:
-        self.metrics.put("stopping", 1)
         _LOG.info("stopping: %d connections, %d requests in flight", len(self._open), len(self._busy))
         server.close(close_connections=False)
         for connection in self._open - self._busy:
@@ -162,24 +162,23 @@ class PolicyServer:
     def _admit(self, connection, request):
         """Before the handshake: plain HTTP, keys and limits."""
         path = request.path.partition("?")[0]
+        if self._stop.is_set():  # only whoever had connected before: nobody listens any more
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "server is stopping\n")
         if path == "/healthz":
-            stopping = self._stop.is_set()
-            status = http.HTTPStatus.SERVICE_UNAVAILABLE if stopping else http.HTTPStatus.OK
-            return connection.respond(status, "stopping\n" if stopping else "OK\n")
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
         if path == "/metrics":
             response = connection.respond(http.HTTPStatus.OK, self.metrics.text())
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return response
-        status, outcome, why = None, "open", ""
-        if self._stop.is_set():
-            status, outcome, why = http.HTTPStatus.SERVICE_UNAVAILABLE, "stopping", "server is stopping"
-        elif not self._authorised(request.headers.get_all("Authorization")):
+        if not self._authorised(request.headers.get_all("Authorization")):
             status, outcome, why = http.HTTPStatus.UNAUTHORIZED, "unauthorised", "this server needs its API key"
         elif len(self._open) >= self._options.max_connections:
             status, outcome, why = http.HTTPStatus.SERVICE_UNAVAILABLE, "full", "too many connections"
+        else:
+            return None
         self.metrics.add("connections_total", label=outcome)
-        return None if status is None else connection.respond(status, why + "\n")
+        return connection.respond(status, why + "\n")
 
     def _authorised(self, headers: list[str]) -> bool:
         if not self._options.api_key:
@@ -190,6 +189,7 @@ class PolicyServer:
 
     async def _handle(self, connection: websockets.asyncio.server.ServerConnection) -> None:
         self._open.add(connection)
+        self.metrics.add("connections_total", label="open")
         self.metrics.put("connections", len(self._open))
         try:
             await connection.send(self._hello)
@@ -220,7 +220,10 @@ class PolicyServer:
             request = await loop.run_in_executor(self._reading, self._service.prepare, frame)
             del frame
             self.metrics.observe("prepare_seconds", prepared := time.monotonic() - began)
-            done = await self._batcher.submit(request)
+            done = await self._planned(connection, request)
+        except ConnectionClosed:
+            self.metrics.add("requests_total", label="gone")
+            raise
         except errors.UserError as error:
             await self._refuse(connection, BAD_REQUEST, "bad_request", f"bad request: {error}")
             return None
@@ -247,6 +250,19 @@ class PolicyServer:
         self.metrics.add("requests_total", label="ok")
         self.metrics.observe("request_seconds", took)
         return took
+
+    async def _planned(self, connection, request: Any) -> batching.Done:
+        """The batcher's answer. Raises ConnectionClosed when the robot goes: its place in the queue is free then."""
+        answer = asyncio.ensure_future(self._batcher.submit(request))
+        gone = asyncio.ensure_future(connection.wait_closed())
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise connection.protocol.close_exc
+            return await answer
+        finally:
+            answer.cancel()
+            gone.cancel()
 
     async def _refuse(self, connection, code: int, outcome: str, text: str) -> None:
         self.metrics.add("requests_total", label=outcome)

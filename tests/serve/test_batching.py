@@ -116,13 +116,24 @@ def test_the_end_tells_who_waits():
     assert isinstance(done[-1], asyncio.CancelledError)
 
 
+def test_after_the_end_nobody_waits():
+    async def scenario(batcher, program):
+        await batcher.close()
+        return await asyncio.wait_for(asyncio.gather(batcher.submit(1), return_exceptions=True), 5)
+
+    (done,), runs = run(scenario)
+    assert isinstance(done, asyncio.CancelledError) and not runs
+
+
 def test_metrics_are_prometheus_text():
     found = metrics.Metrics()
     found.add("requests_total", label="ok")
     found.add("requests_total", 2, "ok")
     found.observe("infer_seconds", 0.003)
     found.observe("infer_seconds", 99.0)
+    found.add("rows_total", 123_456_789, "planned")  # no digit is rounded away
     text = found.text()
+    assert 'qdepth_rows_total{kind="planned"} 123456789\n' in text
     assert 'qdepth_requests_total{outcome="ok"} 3\n' in text and "# TYPE qdepth_connections gauge\n" in text
     assert 'qdepth_infer_seconds_bucket{le="0.0025"} 0\n' in text
     assert 'qdepth_infer_seconds_bucket{le="0.005"} 1\n' in text

@@ -122,6 +122,24 @@ def restarted(**changes):
     return same | {"batch_sizes": [1], "rtc": "off", "depth": {}, "version": "9", "max_frame_bytes": 1} | changes
 
 
+def test_the_age_of_an_observation_counts_from_the_call(client, robot, monkeypatch):
+    policy, server = robot
+    now = [100.0]
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+
+    def lost_after_a_while(connection, observation):
+        if server.lost:
+            server.lost = False
+            now[0] += 40.0  # a host without power: the connection notices late
+            raise ConnectionError("gone")
+        return observation
+
+    monkeypatch.setattr(Connection, "infer", lost_after_a_while)
+    server.lost = True
+    assert policy.infer(3) == 3 and policy.last_outage_s == 40.0
+    assert policy.infer(3) == 3 and policy.last_outage_s == 0.0
+
+
 def test_other_options_of_the_same_model_are_no_other_server(robot):
     policy, server = robot
     server.metadata, server.lost = restarted(), True

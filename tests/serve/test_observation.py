@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -97,6 +98,12 @@ def picture(*shape, dtype=np.uint8):
         ({"observation/state": np.full(8, 1e300)}, "not finite"),
         ({"observation/state": [[1, 2], [3]]}, "must be numbers"),
         ({"observation/state": "0"}, "must be numbers"),
+        ({"observation/state": ["0"] * 8}, "must be numbers"),
+        ({"observation/state": [[[0.0]]]}, "must be numbers"),
+        (
+            {"observation/state": np.full(8, 3e38)},
+            "holds 3e.38; states of libero_object are let in from -10 to 10: are",
+        ),
         ({"prompt": 3}, "'prompt' must be text, got int 3"),
         ({"prompt": b"open"}, "must be text, got bytes"),
         ({"prompt": " "}, "1 to 4096 characters"),
@@ -106,6 +113,8 @@ def picture(*shape, dtype=np.uint8):
         ({"seed": -1}, "whole number"),
         ({"seed": True}, "whole number"),
         ({"seed": [1, 2, 3]}, "seed, call"),
+        ({"seed": np.zeros((1 << 40, 0))}, r"seed, call\], got an array float64 \[1099511627776, 0\]"),
+        ({"seed": np.asarray([0.5, 1])}, "whole number"),
         ({"depth": True}, "--depth"),
         ({"depth": 1}, "true or false"),
         ({"rtc/frozen": 1}, "needs 'rtc/prefix'"),
@@ -117,6 +126,17 @@ def picture(*shape, dtype=np.uint8):
 def test_says_what_is_expected_and_what_came(plain, changes, message):
     with pytest.raises(errors.UserError, match=message):
         plain.read(good(**changes), 0, 0)
+
+
+def test_lists_of_text_take_no_more_room_than_they_have(plain):
+    texts = [["x" * 60_000] + [""] * 999] * 60  # as an array 14 GB
+    tracemalloc.start()
+    for key in ("observation/state", "rtc/prefix"):
+        with pytest.raises(errors.UserError, match="must be numbers"):
+            plain.read(good(**{key: texts}), 0, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20, peak
 
 
 def test_a_policy_that_knows_missing_views_takes_them():

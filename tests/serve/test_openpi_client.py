@@ -168,3 +168,11 @@ def test_the_command_says_what_is_wrong(flag, message):
     pytest.importorskip("websockets", reason="the serve extra is not installed")
     with stored_runs.command("serve") as main, pytest.raises(errors.UserError, match=message):
         main("--checkpoint=nothing_here", flag)
+
+
+def test_an_empty_key_opens_the_server_to_nobody(monkeypatch):
+    pytest.importorskip("websockets", reason="the serve extra is not installed")
+    for key in ("", " \n"):
+        monkeypatch.setenv("QDEPTH_API_KEY", key)
+        with stored_runs.command("serve") as main, pytest.raises(errors.UserError, match="QDEPTH_API_KEY is empty"):
+            main("--checkpoint=nothing_here")

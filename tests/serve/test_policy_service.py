@@ -50,6 +50,12 @@ def test_keys_that_the_policy_has_no_use_for_pass_where_the_server_says_so(servi
         service(ignore=("seed", "prompt", "x"))
 
 
+def test_a_seed_that_no_noise_can_have_is_refused():
+    for seed in (-1, 1 << 32):
+        with pytest.raises(errors.UserError, match=f"--seed={seed}: a whole number from 0"):
+            policy_service.Options(seed=seed)
+
+
 def test_a_solver_that_cannot_continue_chunks_is_refused_unless_nobody_does():
     with pytest.raises(errors.UserError, match="heun's last evaluation lies there"):
         policy_service.Options(how=inference.Inference(solver="heun"))

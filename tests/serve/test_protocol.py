@@ -65,6 +65,7 @@ def test_what_needs_pickle_is_not_sent(dtype):
         (malformed_frames.array(b"\0" * 12, "|u1", [1 << 20, 1 << 30]), "12 bytes for an array uint8"),
         (malformed_frames.array(b"\0" * 12, "|O", [1]), "dtype '|O'"),
         (malformed_frames.array(b"\0" * 12, "|u1", [-12]), "shape"),
+        (malformed_frames.array(b"", "<f4", [1 << 32, 0]), "an array .4294967296, 0., which is empty"),
         (malformed_frames.array("text", "|u1", [4]), "the text 'text' for an array"),
         ({b"__npgeneric__": True, b"data": 256, b"dtype": "|u1"}, "256 for a number of uint8"),
         ([0] * (protocol.MAX_ITEMS + 1), "max_array_len"),

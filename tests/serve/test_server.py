@@ -108,6 +108,7 @@ def test_answers_with_timing_and_counts():
         status, text = await get(port, "/metrics")
         assert status == 200 and 'qdepth_requests_total{outcome="ok"} 2\n' in text
         assert (await get(port, "/"))[0] == 426  # no page, a websocket
+        assert found.metrics.value("connections_total", "open") == 1
 
     serve(scenario)
 
@@ -201,6 +202,29 @@ def test_the_end_finishes_what_is_in_flight():
             assert closed.value.rcvd.reason == "server is stopping"
 
     serve(scenario)
+
+
+def test_nothing_is_planned_for_a_robot_that_has_gone():
+    async def scenario(port, found, service):
+        async with client(port) as first, client(port) as stays:
+            service.go.clear()
+            held = asyncio.ensure_future(ask(first))
+            await asyncio.to_thread(service.started.wait, 20)
+            async with client(port) as gone:
+                await gone.send(protocol.pack(GOOD))
+                while len(found._busy) < 2:
+                    await asyncio.sleep(0.01)
+            while found.metrics.value("connections") > 2:  # known although the program runs
+                await asyncio.sleep(0.01)
+            other = asyncio.ensure_future(ask(stays))
+            while len(found._busy) < 2:
+                await asyncio.sleep(0.01)
+            service.go.set()
+            assert [(await reply)["actions"][0, 0] for reply in (held, other)] == [21, 21]
+        assert found.metrics.value("requests_total", "gone") == 1
+        assert found.metrics.value("rows_total", "planned") == 2
+
+    serve(scenario, deadline_s=0.0)
 
 
 def test_an_address_in_use_is_a_plain_error():
