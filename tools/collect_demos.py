@@ -72,11 +72,7 @@ def run() -> dict:
     name = _NAME.value or _SUITE.value
     directory = Path(_OUTPUT.value) / name / _VERSION.value
     work = Path(_WORK.value) if _WORK.value else Path(_OUTPUT.value) / ".work" / name
-    if directory.exists() and any(directory.iterdir()) and not (work / "identity.json").is_file():
-        raise errors.UserError(
-            f"{directory} is not empty and {work} does not hold the attempts it came from: "
-            "choose another --output_dir, --name or --version, or delete it"
-        )
+    collection.check_target(work, directory)
     wanted = _EPISODES.value + _VAL.value
     plan = collection.Plan(
         suite=_SUITE.value,
@@ -87,6 +83,7 @@ def run() -> dict:
         seed=_SEED.value,
         max_steps=_MAX_STEPS.value,
         encoding=demos.Encoding(_SIZE.value, _QUALITY.value, _SUPERSAMPLE.value),
+        made_by=made_by(_SUITE.value),
     )
     attempts, impossible = collection.collect(plan, work, _PROCESSES.value)
     tasks = collection.report(plan, attempts, impossible, names)
@@ -114,6 +111,15 @@ def task_names(suite: str) -> list[str]:
     from qdepth_jax.sim import libero
 
     return [task.name for task in libero.list_tasks(suite)]
+
+
+def made_by(suite: str) -> dict[str, str]:
+    """Versions of everything that decides how an attempt ends; Meta-World brings its experts."""
+    from qdepth_jax.sim import demos, libero_tasks, metaworld_tasks
+
+    if suite == "metaworld":
+        return metaworld_tasks.versions()
+    return libero_tasks.versions() | {"expert": demos.expert_digest()}
 
 
 def choose(asked: list[str], names: list[str]) -> list[int]:

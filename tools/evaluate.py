@@ -78,6 +78,9 @@ def main(argv: list[str]) -> int:
     tasks = {suite: simulator.list_tasks(suite, _TASKS.value) for suite in _SUITE.value}
     loaded = _load() if _POLICY.value != "expert" else None
     plans = [_prepared(suite, tasks[suite], loaded, options) for suite in tasks]
+    # The last suite's log too: that it is another policy's must not come out after hours.
+    for suite, policy, jobs, _ in plans:
+        episodes.EpisodeLog(_folder(suite), closed_loop.identity(policy, jobs, options)).close()
     found = []
     for suite, policy, jobs, header in plans:
         results = closed_loop.run(policy, jobs, options, _folder(suite))
@@ -91,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check_flags() -> None:
-    from qdepth_jax import errors
+    from qdepth_jax import errors, workdirs
 
     kind = _POLICY.value
     if kind not in POLICIES:
@@ -104,6 +107,10 @@ def _check_flags() -> None:
         raise errors.UserError(f"--policy={kind} does not use {' and '.join(useless)}")
     if len(set(_SUITE.value)) < len(_SUITE.value):
         raise errors.UserError(f"--suite={','.join(_SUITE.value)} names a suite twice")
+    if workdirs.is_remote(_OUTPUT.value or _CHECKPOINT.value):
+        raise errors.UserError(
+            f"results are written to a local disk, not to {_OUTPUT.value or _CHECKPOINT.value}: give --output=FOLDER"
+        )
 
 
 def _load():
@@ -120,7 +127,7 @@ def _load():
         except errors.UserError as error:
             print(f"videos will show the simulator's depth: {error}", file=sys.stderr)
     if _POLICY.value == "untrained":
-        return policies.untrained(loaded, _WEIGHTS_SEED.value, how.weights)
+        return policies.untrained_weights(loaded, _WEIGHTS_SEED.value, how.weights)
     return loaded
 
 
@@ -160,7 +167,8 @@ def _policy(suite: str, robot, loaded):
             f"{suite}: pictures are rendered at --image_size={_IMAGE.value}, but the policy was trained on {seen}",
             file=sys.stderr,
         )
-    return policies.trained(loaded, robot, _BATCH.value, _SEED.value)
+    weights_seed = _WEIGHTS_SEED.value if _POLICY.value == "untrained" else None
+    return policies.trained(loaded, robot, _BATCH.value, _SEED.value, weights_seed)
 
 
 def _replay(options) -> int:
@@ -181,9 +189,9 @@ def _replay(options) -> int:
 def _folder(suite: str) -> pathlib.Path:
     """Of the results of one suite, or of all ("")."""
     if _OUTPUT.value:
-        return pathlib.Path(_OUTPUT.value) / (suite if len(_SUITE.value) > 1 else "")
+        return pathlib.Path(_OUTPUT.value).expanduser() / (suite if len(_SUITE.value) > 1 else "")
     name = suite if _POLICY.value in ("trained", "replay") else "_".join(filter(None, (suite, _POLICY.value)))
-    return pathlib.Path(_CHECKPOINT.value) / "evaluation" / name
+    return pathlib.Path(_CHECKPOINT.value).expanduser() / "evaluation" / name
 
 
 if __name__ == "__main__":

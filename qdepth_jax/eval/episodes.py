@@ -55,11 +55,14 @@ class EpisodeLog:
         """Opens or begins a log; nobody else may have it open.
 
         Raises:
-          UserError: it is another policy's or was made with other options, it is damaged, or in use.
+          UserError: it is another policy's or was made with other options, it is damaged, in use, or cannot be made.
         """
         self._path = pathlib.Path(folder) / LOG
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+b")  # noqa: SIM115  closed by `close`
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a+b")  # noqa: SIM115  closed by `close`
+        except OSError as error:
+            raise errors.UserError(f"{self._path} cannot be written ({error}): choose another --output") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

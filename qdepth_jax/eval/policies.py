@@ -5,8 +5,6 @@ equal results for any number of processes). Its actions are in the simulator's o
 """
 
 import dataclasses
-import hashlib
-import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.sim import expert as expert_lib
-from qdepth_jax.sim import simulator
+from qdepth_jax.sim import demos, simulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +61,16 @@ class Policy:
     inside: bool = False
 
 
-def trained(planner: Any, robot: simulator.Robot, batch: int = 4, seed: int = 0) -> Policy:
+def trained(
+    planner: Any, robot: simulator.Robot, batch: int = 4, seed: int = 0, weights_seed: int | None = None
+) -> Policy:
     """A loaded policy (planner.load) on a robot.
 
     Args:
       batch: rows of the one compiled program, however many episodes wait: part of the identity, because a program for
         4 rounds otherwise than one for 1.
       seed: of the flow noise, which depends on (seed, task, start, plan) alone.
+      weights_seed: that of `untrained_weights` where the planner has them: results do not call such a policy trained.
 
     Raises:
       UserError: it was trained for other cameras or dimensions than the robot's.
@@ -99,7 +99,9 @@ def trained(planner: Any, robot: simulator.Robot, batch: int = 4, seed: int = 0)
     found = planner.decoder[0].range if planner.decoder else getattr(planner.config.depth, "range", None)
     return Policy(
         identity={
-            "policy": "trained",
+            **(
+                {"policy": "trained"} if weights_seed is None else {"policy": "untrained", "weights_seed": weights_seed}
+            ),
             "weights": planner_lib.identity(planner),
             "dataset": planner.dataset,
             "seed": seed,
@@ -138,7 +140,7 @@ def noise_seed(seed: int, query: Query) -> int:
     return zlib.crc32(f"{seed}/{query.task.suite}/{query.task.task_id}/{query.start}".encode())
 
 
-def untrained(planner: Any, seed: int, weights: str = "float") -> Any:
+def untrained_weights(planner: Any, seed: int, weights: str = "float") -> Any:
     """The planner with fresh random weights of the same architecture, held as asked; the codebook stays."""
     import jax
 
@@ -158,8 +160,7 @@ def mean_action(planner: Any, robot: simulator.Robot) -> Policy:
 
 def expert() -> Policy:
     """The scripted expert, with privileged state: LIBERO's is ours (sim/expert.py), Meta-World brings its own."""
-    source = pathlib.Path(expert_lib.__file__).read_bytes()
-    identity = {"policy": "expert", "source": hashlib.sha256(source).hexdigest()[:16]}
+    identity = {"policy": "expert", "source": demos.expert_digest()}
     return Policy(identity, lambda queries: [], inside=True)
 
 

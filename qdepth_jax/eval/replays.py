@@ -1,6 +1,8 @@
 """Recorded actions of demonstrations, replayed through closed-loop evaluation: the proof that conventions are right."""
 
+import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -14,30 +16,38 @@ def replay(
 ) -> tuple[policies.Policy, list[closed_loop.Job], list[demos.Recording]]:
     """The episodes of a demonstration data set as a policy, its starts, and the recordings in the same order.
 
-    Start k is the k-th episode of the data set: its placement, and its simulator state where one restores the start.
+    Start k is the k-th episode of the data set, whichever are chosen: its placement, and its simulator state where one
+    restores the start.
 
     Args:
       directory: of one version of a data set that tools/collect_demos.py wrote.
-      per_split: at most so many episodes of each split.
+      per_split: at most so many episodes of each split, None = all.
 
     Raises:
       UserError: no such data set, or of a simulator that is not installed.
     """
-    recordings = demos.read_recordings(directory, per_split)
-    if not recordings:
+    splits = demos.read_recordings(directory)
+    if not any(splits.values()):
         raise errors.UserError(f"{directory} holds no episodes")
-    suites = {suite: simulator.list_tasks(suite) for suite in sorted({r.suite for r in recordings})}
-    jobs, actions, digest = [], {}, hashlib.sha256()
-    for number, recording in enumerate(recordings):
+    numbered = list(enumerate(recording for split in splits.values() for recording in split))
+    digest = hashlib.sha256(b"".join(r.action.tobytes() + r.initial_state.tobytes() for _, r in numbered))
+    # Equal for any choice, so that a replay of more of them continues one of fewer.
+    numbers = iter(numbered)
+    chosen = [pair for split in splits.values() for pair in list(itertools.islice(numbers, len(split)))[:per_split]]
+    longest = max(len(recording.action) for _, recording in numbered)
+    suites = {suite: simulator.list_tasks(suite) for suite in sorted({r.suite for _, r in chosen})}
+    jobs, actions = [], {}
+    for number, recording in chosen:
         task = next((t for t in suites[recording.suite] if t.task_id == recording.task_id), None)
         if task is None:
             raise errors.UserError(f"{recording.file_path}: {recording.suite} has no task {recording.task_id}")
+        # Demonstrations may be longer than the suite's cap (collect_demos --max_steps); they end by themselves.
+        task = dataclasses.replace(task, step_cap=max(task.step_cap, longest))
         jobs.append((task, simulator.Start(number, recording.seed, tuple(recording.initial_state.tolist()))))
         actions[task.suite, task.task_id, number] = recording.action
-        digest.update(recording.action.tobytes() + recording.initial_state.tobytes())
     robots = {simulator.robot_of(task).name for task, _ in jobs}
     policy = policies.replay(actions, {"recordings": digest.hexdigest()[:16]}, robots.pop())
-    return policy, jobs, recordings
+    return policy, jobs, [recording for _, recording in chosen]
 
 
 def same_flags(episodes: Sequence[closed_loop.Episode], recordings: Sequence[demos.Recording]) -> dict:

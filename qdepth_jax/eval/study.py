@@ -6,19 +6,21 @@ missing leaves its cell empty; nothing is filled in, and a seed counts when ever
 
 Three statements answer different questions. Wilson's interval, over all episodes of all seeds, says how well the
 success rate of these very policies is known (their starts are the same for every seed, so it is a little too narrow
-for starts at large). The sign test over episodes that only one of two policies solved says whether these very policies
-differ. Student's t over seeds, of the differences to the baseline with the same seed, says whether training again
-would give the same order; with three seeds it is wide, and only it allows a claim about a variant. Policies are only
-paired where they were made from the same data and the same start (study_jobs.made_from).
+for starts at large). A sign test over starts that one of two variants solved more often than the other says whether
+these very policies differ. Student's t over seeds, of the differences to the baseline with the same seed, says whether
+training again would give the same order; with three seeds it is wide, and only it allows a claim about a variant.
+Policies are only paired where they were made from the same data and the same start (study_jobs.made_from).
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from qdepth_jax import errors, files
@@ -260,13 +262,29 @@ def difference(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> tuple[str, bool]:
 
 
 def won_and_lost(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> str:
-    """Episodes that only one of the two solved, and the p of an exact sign test."""
+    """Episodes that only one of the two solved, and the p of an exact test of their signs.
+
+    Every seed runs the same starts, so what happens at one start with several seeds is not independent: the seeds of a
+    start are added up, and p is the share of all ways to give these sums signs whose total is as far from zero.
+    """
     if not pairs or any(set(ours) != set(theirs) for ours, theirs in pairs):
         return ""
     won = sum(ours[key] and not theirs[key] for ours, theirs in pairs for key in ours)
     lost = sum(theirs[key] and not ours[key] for ours, theirs in pairs for key in ours)
-    p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return f"{won} : {lost} ({p:.3f})"
+    of_start: collections.Counter[tuple[str, int]] = collections.Counter()
+    for ours, theirs in pairs:
+        of_start.update({key: ours[key] - theirs[key] for key in ours})
+    return f"{won} : {lost} ({flipped_signs(of_start.values()):.3f})"
+
+
+def flipped_signs(sums: Iterable[int]) -> float:
+    """Two-sided p of the total of `sums` if each had either sign with chance 1/2; for sums of +-1 the sign test."""
+    sums = list(sums)
+    chance = np.ones(1)  # of a total, from the lowest possible on in steps of 2
+    for size in (abs(value) for value in sums if value):
+        chance = (np.r_[chance, np.zeros(size)] + np.r_[np.zeros(size), chance]) / 2
+    totals = 2 * np.arange(len(chance)) - (len(chance) - 1)
+    return float(chance[np.abs(totals) >= abs(sum(sums))].sum())
 
 
 def held_out_table(rows: Rows) -> list[str]:

@@ -86,7 +86,7 @@ def done(root: pathlib.Path, job: Job) -> bool:
         raise errors.UserError(
             f"{job.name} in {root} was made by another recipe or command (python {' '.join(found['line'])}, revision "
             f"{found['revision'] or 'unknown'}) than this tree's (python {' '.join(job.line)}): use another --root, or "
-            f"delete {file} and {job.made} to make it again"
+            f"delete {file}, its .cost.json and {job.made} to make it again"
         )
     return True
 

@@ -24,6 +24,7 @@ from qdepth_jax.sim import demos, libero
 
 BLOCK = 10  # attempts a process makes in one environment
 METAWORLD = "metaworld"
+OUTPUTS = "outputs.json"  # of a work folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Plan:
     seed: int
     max_steps: int | None  # None = the official cap of the suite
     encoding: demos.Encoding
+    made_by: dict[str, str]  # versions of the simulator and of the expert
 
     @property
     def wanted(self) -> int:
@@ -49,6 +51,7 @@ class Plan:
             "suite": self.suite,
             "seed": self.seed,
             "max_steps": self.max_steps,
+            "made_by": self.made_by,
             **dataclasses.asdict(self.encoding),
         }
 
@@ -232,7 +235,13 @@ def assemble(
     """Writes the data set from the work folder. The last val_episodes of each task form split `val`.
 
     Episodes of the tasks alternate, so that a percentage slice of a split holds every task.
+
+    Raises:
+      UserError: see check_target.
     """
+    check_target(work, directory)
+    outputs = {*_outputs(work), os.path.relpath(directory, work)}
+    files.write_whole(work / OUTPUTS, json.dumps(sorted(outputs)))
     name = directory.parent.name
     chosen: dict[str, list[tuple[int, int, Path]]] = {"train": [], "val": []}
     for task, tried in attempts.items():
@@ -267,8 +276,27 @@ def assemble(
     return splits
 
 
+def check_target(work: Path, directory: Path) -> None:
+    """A data set is only written over one that came from the same work folder.
+
+    Raises:
+      UserError: the directory holds something else.
+    """
+    if directory.exists() and any(directory.iterdir()) and os.path.relpath(directory, work) not in _outputs(work):
+        raise errors.UserError(
+            f"{directory} is not empty and was not made from the attempts in {work}: choose another --output_dir, "
+            "--name or --version, or delete it (what these attempts made is made of them again)"
+        )
+
+
+def _outputs(work: Path) -> list[str]:
+    """Data sets that came from a work folder, as seen from it: both may be moved together."""
+    path = work / OUTPUTS
+    return json.loads(path.read_bytes()) if path.is_file() else []
+
+
 def check_identity(plan: Plan, work: Path) -> None:
-    """A work folder belongs to one suite, seed and encoding; anything else would mix data silently."""
+    """A work folder belongs to one suite, seed, encoding, simulator and expert; else data would be mixed silently."""
     path = work / "identity.json"
     if path.is_file():
         present = json.loads(path.read_bytes())

@@ -6,8 +6,8 @@ every stored frame keeps the action that was executed there, so that a replay (e
 """
 
 import dataclasses
+import hashlib
 import io
-import itertools
 import json
 import os
 from pathlib import Path
@@ -193,18 +193,23 @@ class Recording:
     success: bool
 
 
-def read_recordings(directory: str | os.PathLike, limit: int | None = None) -> list[Recording]:
-    """The episodes of a demonstration data set without their images; at most `limit` per split."""
+def expert_digest() -> str:
+    """Says which version of LIBERO's scripted expert this is."""
+    return hashlib.sha256(Path(__file__).with_name("expert.py").read_bytes()).hexdigest()[:16]
+
+
+def read_recordings(directory: str | os.PathLike) -> dict[str, list[Recording]]:
+    """Split -> the episodes of a demonstration data set, without their images."""
     info = Path(directory) / "dataset_info.json"
     if not info.is_file():
         versions = sorted(str(path.parent) for path in Path(directory).glob("*/dataset_info.json"))
         hint = f"; did you mean {' or '.join(versions)}?" if versions else ""
         raise errors.UserError(f"{directory} is no version directory of a data set: {info} is missing{hint}")
-    recordings = []
+    recordings = {}
     for split in json.loads(info.read_text())["splits"]:
         shards = sorted(Path(directory).glob(f"*-{split['name']}.tfrecord-*"))
         records = (record for shard in shards for record in tfrecord.scan_records(shard))
-        recordings += [_recording(record.payload) for record in itertools.islice(records, limit)]
+        recordings[split["name"]] = [_recording(record.payload) for record in records]
     return recordings
 
 

@@ -64,7 +64,7 @@ def parse(number: int, name: str) -> PlusTask:
         ("language", r"_language_\d+$"),
         ("light", r"_light_\d+$"),
         ("objects", r"_add_\d+$"),
-        ("layout", r"_level\d+_sample\d+$"),
+        ("layout", r"(_moved)?_level\d+_sample\d+$"),
         ("texture", r"_(table|tb)_\d+$"),
     )
     for category, pattern in kinds:

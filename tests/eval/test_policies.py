@@ -90,9 +90,12 @@ def test_replays_start_where_they_were_recorded_and_are_compared_by_their_flag(m
     """The recording begins at x = 0.5 (seed 500): from x = 0 the same actions would fail."""
     reaching = np.tile(np.float32([[0.125, 0, 1]]), (4, 1))
     recordings = [recording(0, reaching), recording(1, reaching[:3]), recording(2, reaching[:2], success=False)]
-    monkeypatch.setattr(demos, "read_recordings", lambda directory, limit: recordings)
+    monkeypatch.setattr(demos, "read_recordings", lambda directory: {"train": recordings[:2], "val": recordings[2:]})
     monkeypatch.setattr(simulator, "ADAPTERS", (("fake", "fake_simulator"),))
+    fewer, some, _ = replays.replay("somewhere", 1)
     replaying, jobs, recordings = replays.replay("somewhere")
+    # Of the first of each split; what is added later goes on in the same log.
+    assert some == [jobs[0], jobs[2]] and fewer.identity == replaying.identity
     found = closed_loop.run(replaying, jobs, closed_loop.Options(execute=3, processes=0))
     assert [(e.success, e.steps) for e in found] == [(True, 4), (False, 3), (False, 2)]
     assert replays.same_flags(found, recordings) == {
@@ -100,6 +103,12 @@ def test_replays_start_where_they_were_recorded_and_are_compared_by_their_flag(m
     }  # fmt: skip
     crashed = [dataclasses.replace(found[0], crash="diverged"), *found[1:]]
     assert replays.same_flags(crashed, recordings)["replayed"] == 2
+    # One longer than the task's official cap is replayed to its end.
+    slow = np.r_[np.zeros((50, 3), np.float32), reaching]
+    monkeypatch.setattr(demos, "read_recordings", lambda directory: {"train": [recording(0, slow)]})
+    replaying, jobs, recordings = replays.replay("somewhere")
+    found = closed_loop.run(replaying, jobs, closed_loop.Options(execute=3, processes=0))
+    assert replays.same_flags(found, recordings)["other_flag"] == [] and found[0].steps == 54
 
 
 @pytest.mark.slow
@@ -108,10 +117,10 @@ def test_a_trained_policy_plans_alike_in_any_batch_and_any_number_of_processes(m
     held = loaded(3, 2, views=("main",))._replace(words=text.TextTokenizer(str(WORDS)))
     with pytest.raises(errors.UserError, match="at least 1"):
         policies.trained(held, fake_simulator.ROBOT, batch=0)
-    held = policies.untrained(held._replace(variables={"state": {}}), seed=3)
+    held = policies.untrained_weights(held._replace(variables={"state": {}}), seed=3)
     found = policies.trained(held, fake_simulator.ROBOT, batch=4)
     assert found.identity["weights"] != policies.trained(
-        policies.untrained(held, seed=4), fake_simulator.ROBOT, batch=4
+        policies.untrained_weights(held, seed=4), fake_simulator.ROBOT, batch=4
     ).identity["weights"]  # fmt: skip
     queries = [query(k % 2, k, k // 2, state=(k / 8, -k)) for k in range(4)]
     together = found.plan(queries)

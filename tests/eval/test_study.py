@@ -66,13 +66,21 @@ def test_rates_and_intervals(folder):
     assert ours["95 % (episodes)"] == "25.6 to 49.3"
     # Differences of 10, 20, 30 points: mean 20, deviation 10, t(0.975, 2) = 4.3027, half 4.3027 * 10 / sqrt(3) = 24.84.
     assert ours["minus baseline, points (95 %, seeds)"] == "+20.0 (-4.8 to +44.8)"
-    # 12 episodes that only it solved: 2 * 2^-12.
-    assert ours["won : lost against baseline (p)"] == "12 : 0 (0.000)"
+    # 12 episodes that only it solved, at 8 starts: 2 * 2^-8.
+    assert ours["won : lost against baseline (p)"] == "12 : 0 (0.008)"
     assert cells(text, "baseline")["minus baseline, points (95 %, seeds)"] == ""
     assert cells(text, "untrained")["successes"] == "0 of 20"
     assert ours["training CPU-s"] == "101 (100 to 102)"
     assert "pixel_depth" not in text and "absent" not in text and "| s/0 reach | 22 / 60 | 10 / 60 | 0 / 20 |" in text
     assert "svg" in (folder / "success_toy.svg").read_text()
+
+
+def test_seeds_of_one_start_are_one_sign(folder):
+    # Without repetition the sign test: 8 of 10, 2 * (45 + 10 + 1) / 1024.
+    assert study.flipped_signs([1] * 8 + [-1] * 2 + [0] * 5) == pytest.approx(112 / 1024)
+    # 3 + 1 - 1 among the eight sums of +-3, +-1, +-1: 5 and -5 once each, 3 and -3 twice each.
+    assert study.flipped_signs([3, 1, -1]) == pytest.approx(6 / 8)
+    assert study.flipped_signs([2, 2]) == 0.5 and study.flipped_signs([]) == 1.0
 
 
 def test_a_seed_that_lacks_a_suite_of_the_part_is_in_no_rate(folder):
@@ -140,7 +148,7 @@ def test_only_what_was_made_from_the_same_is_paired(folder):
         ours = cells(write(folder), "qdepth")
         # Seeds 0 and 2, 10 and 30 points; the rate stays that of all three.
         assert ours["minus baseline, points (95 %, seeds)"].startswith("+20.0 (-107.1 to +147.1), seed 1 left out: ")
-        assert ours["won : lost against baseline (p)"] == "8 : 0 (0.008)" and ours["successes"] == "22 of 60"
+        assert ours["won : lost against baseline (p)"] == "8 : 0 (0.031)" and ours["successes"] == "22 of 60"
 
 
 def test_what_the_number_of_episodes_allows(folder):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from qdepth_jax import files
+from qdepth_jax import errors, files
 from qdepth_jax.sim import collection, demos
 
 
@@ -18,7 +18,7 @@ class Env:
 
 
 def plan(episodes, most=10):
-    return collection.Plan("libero_object", (0,), episodes, 0, most, 1000, None, demos.Encoding())
+    return collection.Plan("libero_object", (0,), episodes, 0, most, 1000, None, demos.Encoding(), {"mujoco": "3"})
 
 
 @pytest.fixture
@@ -82,3 +82,27 @@ def test_what_counts_does_not_depend_on_what_was_on_disk(made, tmp_path, wanted)
 def test_the_attempts_of_a_task_are_limited(made, tmp_path):
     found, _ = collection.collect(plan(30, 24), tmp_path, processes=1)
     assert len(found[0]) == 24 and len(collection.accepted(found[0])) == 16 and sorted(made) == list(range(24))
+
+
+def test_attempts_of_another_simulator_are_not_mixed_in(tmp_path):
+    collection.check_identity(plan(3), tmp_path)
+    with pytest.raises(errors.UserError, match=r"'mujoco': '3'.*'mujoco': '4'.*another --work_dir"):
+        collection.check_identity(dataclasses.replace(plan(3), made_by={"mujoco": "4"}), tmp_path)
+
+
+def test_a_data_set_that_came_from_elsewhere_is_not_written_over(tmp_path):
+    """The work folder is that of the name, whatever the version."""
+    work, mine, other = (tmp_path / name for name in ("demos/.work/x", "demos/x/2.0.0", "demos/x/1.0.0"))
+    work.mkdir(parents=True)
+    for directory in (mine, mine):  # once made, it may be made again
+        collection.assemble(plan(3), {}, work, directory, 32, "2.0.0")
+    other.mkdir()
+    collection.check_target(work, other)
+    (other / "x-train.tfrecord-00000-of-00001").write_bytes(b"shipped")
+    with pytest.raises(
+        errors.UserError, match=r"1\.0\.0 is not empty and was not made from the attempts in .*/x: choose"
+    ):
+        collection.assemble(plan(3), {}, work, other, 32, "1.0.0")
+    assert [path.name for path in other.iterdir()] == ["x-train.tfrecord-00000-of-00001"]
+    (tmp_path / "demos").rename(tmp_path / "moved")
+    collection.check_target(tmp_path / "moved/.work/x", tmp_path / "moved/x/2.0.0")

@@ -30,6 +30,13 @@ TABLE = "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate"
         (f"{MILK}_view_0_0_100_0_0_initstate_338", "robot", MILK, MILK, (0, 0, 100, 0, 0)),
         (f"{MILK}_view_0_0_100_0_0_initstate_0_noise_16", "noise", MILK, MILK, (0, 0, 100, 0, 0)),
         (f"{MILK}_level2_sample3", "layout", MILK, f"{MILK}_level2_sample3", (0, 0, 100, 0, 0)),
+        (
+            "turn_on_the_stove_moved_level5_sample4",
+            "layout",
+            "turn_on_the_stove",
+            "turn_on_the_stove_moved_level5_sample4",
+            (0, 0, 100, 0, 0),
+        ),
         (f"{MILK}_add_7", "objects", MILK, f"{MILK}_add_7", (0, 0, 100, 0, 0)),
         (f"{TABLE}_light_4", "light", TABLE, f"{TABLE}_light_4", (0, 0, 100, 0, 0)),
         (f"{TABLE}_table_12", "texture", TABLE, f"{TABLE}_table_12", (0, 0, 100, 0, 0)),
@@ -38,6 +45,11 @@ TABLE = "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate"
 )
 def test_names(name, category, base, problem, view):
     assert libero_plus.parse(3, name) == libero_plus.PlusTask(3, name, category, base, problem, view)
+
+
+def test_an_instruction_is_in_the_words_of_the_training_data():
+    problem = "(define (problem x)\n  (:language Activate the\n burner)\n (:objects))"
+    assert libero_plus_tasks._instruction(problem, "x") == "activate the burner"
 
 
 def test_a_name_of_something_else_is_refused():

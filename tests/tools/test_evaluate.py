@@ -1,5 +1,6 @@
 """tools/evaluate.py with a simulator that costs nothing: what it writes, and what it refuses before it starts."""
 
+import dataclasses
 import json
 import types
 
@@ -55,6 +56,7 @@ def test_the_expert_writes_results_and_continues(evaluate, tmp_path):
         (["--policy=expert", "--suite=fake", "--tasks=9"], "has no task '9'; it has: 0 first, 1 second"),
         (["--policy=expert", "--suite=fake", "--episodes=51"], "ask for at most 50 episodes per task"),
         (["--policy=expert", "--suite=fake,fake"], "names a suite twice"),
+        (["--policy=expert", "--suite=fake", "--output=gs://b/x"], "not to gs://b/x: give --output=FOLDER"),
         (["--policy=replay", "--data=nowhere"], "nowhere is no version directory"),
         (["--policy=replay", "--data=data/libero_object"], "did you mean data/libero_object/1.0.0"),
     ],
@@ -157,6 +159,17 @@ def test_pictures_of_another_size_than_in_training_are_said(monkeypatch, capsys,
     assert len(lines) == bool(said) and said in "".join(lines)
 
 
+def test_a_log_of_another_evaluation_is_known_before_the_first_suite_runs(evaluate, monkeypatch, tmp_path):
+    twice = simulator.list_tasks("fake", [])
+    renamed = [dataclasses.replace(task, suite="other") for task in twice]
+    monkeypatch.setattr(simulator, "list_tasks", lambda suite, names: twice if suite == "fake" else renamed)
+    (tmp_path / "other").write_text("")
+    both = ["--policy=expert", "--suite=fake,other", "--episodes=1", f"--output={tmp_path}"]
+    with pytest.raises(errors.UserError, match=r"other/episodes\.jsonl cannot be written .*choose another --output"):
+        evaluate(*both)
+    assert len((tmp_path / "fake" / "episodes.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_a_checkpoint_and_what_it_is_compared_with(evaluate, tmp_path):
     model = policy.sized(
@@ -173,6 +186,7 @@ def test_a_checkpoint_and_what_it_is_compared_with(evaluate, tmp_path):
         found = json.loads(
             (tmp_path / "run" / "evaluation" / line["output"].split("/")[-1] / "result.json").read_text()
         )
+        assert found["policy"]["policy"] == kind
         weights[kind] = found["policy"].get("weights", found["policy"].get("action"))
     assert len(set(map(str, weights.values()))) == 3
     with pytest.raises(errors.UserError, match="use at most --execute=4"):
