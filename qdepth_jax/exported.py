@@ -40,6 +40,7 @@ class Exported(NamedTuple):
     manifest: model.json, {} of a run.
     pictures: view -> [height, width] of the pictures it was trained on, before they were resized; None = the run did
       not say.
+    codes: identity of the depth tokenizer whose codes it predicts, "" where none is recorded.
     """
 
     kind: str
@@ -53,31 +54,40 @@ class Exported(NamedTuple):
     depth_tokenizer: str
     manifest: dict[str, Any]
     pictures: dict[str, list[int]] | None = None
+    codes: str = ""
 
 
 def load(path: str, dtype: str = "float32") -> Exported:
     """An export, or the workdir of a run as if it had been exported: whatever a robot can be given.
 
     Raises:
-      UserError: nothing of the kind, or damaged.
+      UserError: nothing of the kind, damaged, or its text tokenizer is no longer the one that it was trained with.
     """
     if (workdirs.folder(path) / stored_model.MANIFEST).exists():
         return load_export(path, dtype)
     kind, model, variables, meta = earlier_stages.load_model(path)
     config = meta["config"]
     data = config.get("data", {})
+    recorded, words = (meta.get("data") or {}).get("text_tokenizer", ""), data.get("text_tokenizer", "")
+    # A run has the path alone, and whatever lies there now would be read.
+    if recorded and (found := text.TextTokenizer(words).identity) != recorded:
+        raise errors.UserError(
+            f"{path!r} was trained with text tokenizer {recorded}, what lies at {words!r} now is {found}: its ids mean "
+            "other words. Put that file back, or use an export: tools/export_checkpoint.py --text_tokenizer=FILE"
+        )
     return Exported(
         kind,
         model,
         variables,
         {name: _normalisers(pair) for name, pair in statistics_of(meta).items()},
-        data.get("text_tokenizer", ""),
+        words,
         getattr(model, "text_length", 0),
         data.get("text_rule", "raw"),
         data.get("proprio_dim", 0),
         config.get("tokenizer", ""),
         {},
         meta.get("pictures"),
+        meta.get("tokenizer", ""),
     )
 
 
@@ -138,4 +148,5 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
         str(folder / DEPTH) if manifest["depth_tokenizer"] else "",
         manifest,
         manifest["meta"].get("pictures"),
+        manifest["meta"].get("tokenizer", ""),
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdepth_jax import depth as depth_values
-from qdepth_jax import errors, exported
+from qdepth_jax import earlier_stages, errors, exported
 from qdepth_jax.data import normalise, text
 from qdepth_jax.models import depth_expert, flow, images, inference, policy, real_time, sampling, tokenizer
 
@@ -124,7 +124,7 @@ def with_decoder(planner: Planner, path: str) -> Planner:
     """The same policy, loaded from `path`, with the tokenizer that turns its predicted codes into depth.
 
     Raises:
-      UserError: it predicts no depth, or its tokenizer is missing.
+      UserError: it predicts no depth, or its tokenizer is missing or no longer the one that it learnt.
     """
     return planner._replace(decoder=_decoder(path, planner.found))
 
@@ -149,15 +149,20 @@ def _decoder(path: str, found: exported.Exported) -> tuple[tokenizer.TokenizerCo
         return None
     if not found.depth_tokenizer:
         raise errors.UserError(f"{path!r} carries no depth tokenizer: export it again with one (--tokenizer=...)")
-    loaded = exported.load(found.depth_tokenizer)
-    return loaded.model, loaded.variables
+    coder, variables, _ = earlier_stages.load_tokenizer(found.depth_tokenizer)
+    if found.codes not in ("", here := tokenizer.identity(coder, variables["params"], variables["state"])):
+        raise errors.UserError(
+            f"the policy in {path!r} learnt the codes of depth tokenizer {found.codes}, what lies at "
+            f"{found.depth_tokenizer!r} now is {here}: each code means another depth. Put that one back, or use an "
+            "export: tools/export_checkpoint.py --tokenizer=ITS_WORKDIR"
+        )
+    return coder, variables
 
 
 def identity(planner: Planner) -> str:
-    """16 hex digits of weights, statistics and sampler: what the answers depend on besides the observation."""
-    # Euler, which is how every policy was sampled before there was a choice, leaves no trace: names stay valid.
-    solver = () if planner.solver == "euler" else (planner.solver,)
-    digest = hashlib.sha256(repr((planner.config, planner.action, planner.proprio, *solver)).encode())
+    """16 hex digits of weights, statistics, words and sampler: what the answers depend on besides the observation."""
+    words = planner.words.identity, planner.found.text_rule
+    digest = hashlib.sha256(repr((planner.config, planner.action, planner.proprio, planner.solver, *words)).encode())
     leaves = jax.tree_util.tree_leaves_with_path(planner.variables, is_leaf=inference.is_layers)
     for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode())

@@ -1,7 +1,9 @@
 """From observations to rows of the network: resizing and noise are those of training and evaluation, to the bit."""
 
 import dataclasses
+import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import stored_runs
 
 from qdepth_jax import depth, errors, exported, planner
-from qdepth_jax.data import normalise
+from qdepth_jax.data import normalise, text
 from qdepth_jax.models import flow, images, inference, policy, sampling, tokenizer
+
+OTHER_WORDS = stored_runs.WORDS.replace("libero.model", "study.model")
 
 
 def pair(dims, kind="bounds"):
@@ -53,7 +57,11 @@ def test_programs_are_filled_and_cut():
 def test_packing_renames_no_policy_and_another_sampler_does():
     params = stored_runs.random_like(stored_runs.shapes("policy", stored_runs.QDEPTH), 0)["params"]
     config = dataclasses.replace(stored_runs.QDEPTH, scan=False)
-    given = planner.Planner(config, {"params": params, "state": {}}, None, "", None, None, None, None)
+    found, words = (
+        exported.Exported("policy", config, {}, {}, "", 24, "raw", 0, "", {}),
+        text.TextTokenizer(stored_runs.WORDS),
+    )
+    given = planner.Planner(config, {"params": params, "state": {}}, found, "", None, None, words, None)
     packed, small = (
         given._replace(variables={"params": inference.pack(config, params, weights), "state": {}})
         for weights in inference.WEIGHTS
@@ -61,7 +69,28 @@ def test_packing_renames_no_policy_and_another_sampler_does():
     assert planner.identity(packed) == planner.identity(given)
     others = [planner.identity(small), planner.identity(given._replace(solver="heun"))]
     others.append(planner.identity(given._replace(config=inference.configured(config, inference.Inference(4)))))
-    assert len({planner.identity(given), *others}) == 4
+    others.append(planner.identity(given._replace(found=found._replace(text_rule="openpi"))))
+    others.append(planner.identity(given._replace(words=text.TextTokenizer(OTHER_WORDS))))
+    assert len({planner.identity(given), *others}) == 6
+
+
+def test_a_run_whose_tokenizers_were_replaced_is_refused(tmp_path):
+    words = pathlib.Path(shutil.copy(stored_runs.WORDS, tmp_path / "words.model"))
+    config = stored_runs.experiment("policy", stored_runs.QDEPTH, tokenizer=str(tmp_path / "codes"))
+    config.data.text_tokenizer = str(words)
+    codes = stored_runs.write_tokenizer(tmp_path / "codes")
+    stored_runs.write(tmp_path / "policy", "policy", stored_runs.QDEPTH, config, tokenizer=codes)
+    run = str(tmp_path / "policy")
+    planner.load(run, decode_depth=True)
+    shutil.rmtree(tmp_path / "codes")
+    stored_runs.write(tmp_path / "codes", "tokenizer", stored_runs.TOKENIZER, ema=False, seed=1)
+    planner.load(run)  # actions need no codes
+    with pytest.raises(errors.UserError, match=f"learnt the codes of depth tokenizer {codes}, what lies at .*codes'"):
+        planner.load(run, decode_depth=True)
+    shutil.copy(OTHER_WORDS, words)
+    before, now = (text.file_identity(path) for path in (stored_runs.WORDS, OTHER_WORDS))
+    with pytest.raises(errors.UserError, match=f"text tokenizer {before}, .*words.model' now is {now}"):
+        planner.load(run)
 
 
 @pytest.mark.parametrize("dataset", ["", "bridge"])
