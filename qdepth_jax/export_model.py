@@ -108,9 +108,9 @@ def write_export(workdir: str, output: str, options: Options | None = None, say:
         if words:
             (folder / exported.TEXT).write_bytes(epath.Path(words).read_bytes())
         if depth:
-            nested = dataclasses.replace(
-                options, step=None, dtype="float32", format="orbax" if options.format == "orbax" else "safetensors"
-            )
+            # Of the rest nothing is the policy's business: averaging, texts and origin of its weights are its own.
+            form = "orbax" if options.format == "orbax" else "safetensors"
+            nested = Options(format=form, shard_bytes=options.shard_bytes)
             write_export(depth, str(folder / exported.DEPTH), nested, say)
         manifest = _manifest(stored, config, model, item, options, files, leaves, words, bool(depth))
         if identity:

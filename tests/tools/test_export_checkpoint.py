@@ -93,6 +93,22 @@ def test_a_frozen_tokenizer_keeps_its_identity_and_its_tokens(runs, tmp_path, fo
     np.testing.assert_array_equal(*codes)
 
 
+def test_what_is_asked_of_a_policy_is_not_asked_of_its_tokenizer(tmp_path):
+    stored_runs.write(tmp_path / "codes", "tokenizer", stored_runs.TOKENIZER)  # with averaged parameters
+    config, variables, _ = earlier_stages.load_tokenizer(str(tmp_path / "codes"))
+    identity = tokenizer.identity(config, variables["params"], variables["state"])
+    run = stored_runs.experiment("policy", stored_runs.QDEPTH, tokenizer=str(tmp_path / "codes"))
+    stored_runs.write(tmp_path / "policy", "policy", stored_runs.QDEPTH, run, tokenizer=identity)
+    asked = options(format="safetensors", average=False, text_tokenizer=stored_runs.WORDS, origin=("openpi",))
+    quiet(str(tmp_path / "policy"), str(tmp_path / "out"), asked)
+    nested = str(tmp_path / "out" / exported.DEPTH)
+    frozen, found, _ = earlier_stages.load_tokenizer(nested)
+    assert tokenizer.identity(frozen, found["params"], found["state"]) == identity
+    manifests = [stored_model.read_manifest(path) for path in (str(tmp_path / "out"), nested)]
+    assert [m["origin"] for m in manifests] == [["openpi"], []]
+    assert [m["weights"]["averaged"] for m in manifests] == [False, True] and manifests[1]["identity"] == identity
+
+
 def test_a_tokenizer_in_half_precision_is_refused(runs, tmp_path):
     with pytest.raises(errors.UserError, match="would change which tokens"):
         quiet(str(runs[0] / "qdepth" / "tokenizer"), str(tmp_path / "x"), options(dtype="bfloat16"))
