@@ -137,7 +137,8 @@ class Policy(nn.Module):
           images: f32 [B, pictures, H, W, 3] in [-1, 1], at SigLIP's size, see `prepare_images`.
           text: i32 [B, L], right-padded with 0. proprio: f32 [B, steps, Dp], or None for a policy without.
           x_t: f32 [B, Z, A]. t: f32 [B].
-          view_mask: bool [B, views]; tokens of a view that an example lacks are seen by nobody. None = all are there.
+          view_mask: bool [B, views]; tokens of a view that an example lacks are seen by nobody, nor are depth tokens
+            without the main view. None = all are there.
         """
         streams, features = self._prefix(images, text, proprio)
         action, conditions = self._action(x_t, t)
@@ -247,9 +248,12 @@ class Policy(nn.Module):
         self, text: Array, queries: tuple[str, ...], keys: tuple[str, ...], view_mask: Array | None = None
     ) -> Array:
         config = self.config
-        image_valid = None if view_mask is None else self._image_valid(view_mask)
+        there = ()
+        if view_mask is not None:
+            # Depth tokens are made of the main view.
+            there = self._image_valid(view_mask), jnp.repeat(view_mask[:, :1], config.sizes["depth"], axis=1)
         table = visibility.resolve(config.visibility)
-        return visibility.mask(table, config.sizes, text != 0, queries, keys, image_valid)
+        return visibility.mask(table, config.sizes, text != 0, queries, keys, *there)
 
 
 def prepare_images(config: PolicyConfig, batch: objective.Batch) -> Array:

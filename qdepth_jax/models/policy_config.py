@@ -59,7 +59,8 @@ class PolicyConfig:
       layers, heads, kv_heads, head_dim: of the mixture.
       views: cameras; the first is the main view, the only one with depth. Batch keys are `image_{view}`.
       image_steps: pictures of each view, the present one and the steps before it.
-      missing_views: examples may lack a view (batch key `view_mask`); its tokens are then seen by nobody.
+      missing_views: examples may lack a view (batch key `view_mask`); its tokens are then seen by nobody, and
+        without the main view the depth tokens neither.
       text_length: L, text tokens with padding.
       vocabulary: rows of the text embedding (Hugging Face's PaliGemma 257,216; official files 257,152).
       proprio_dim, proprio_steps: size and number of proprio tokens; without any (proprio_steps=0: pi0.5, whose state is

@@ -13,7 +13,7 @@ Default `r1` (query row, key column), reading R1 of QDepth-VLA's hybrid mask; wi
 `proprio_sees_depth`: the ablation "without hybrid attention", proprio also sees depth.
 
 Attention inside a visible block is bidirectional. A group that a model lacks has size 0. Text padding is never a key,
-nor is a view that an example lacks.
+nor is a view that an example lacks, nor are depth tokens where that is the main view, of which they are made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,6 +87,7 @@ def mask(
     queries: Sequence[str] = GROUPS,
     keys: Sequence[str] = GROUPS,
     image_valid: Array | None = None,
+    depth_valid: Array | None = None,
 ) -> Array:
     """The attention mask.
 
@@ -96,6 +97,7 @@ def mask(
       text_valid: bool [B, L], True for real text tokens.
       queries, keys: the groups that form the rows and columns, in this order.
       image_valid: bool [B, image tokens], False for tokens of a view that an example lacks; None = all are there.
+      depth_valid: bool [B, P], the same of depth tokens.
 
     Returns:
       bool [B, T, S]: query t sees key s. Rows of padding are like those of real text; nobody reads them.
@@ -106,7 +108,7 @@ def mask(
     columns = [sizes.get(group, 0) for group in keys]
     visible = np.repeat(np.repeat(block, rows, axis=0), columns, axis=1)
     batch = text_valid.shape[0]
-    given = {"text": text_valid, "image": image_valid}
+    given = {"text": text_valid, "image": image_valid, "depth": depth_valid}
     valid = [
         given[group] if given.get(group) is not None else jnp.ones((batch, size), bool)
         for group, size in zip(keys, columns, strict=True)

@@ -265,3 +265,15 @@ def test_a_masked_view_changes_nothing_and_older_pictures_do():
     assert np.abs(other[0] - base[0]).max() > 1e-6
     earlier = batch["image_main"].at[:, 0].set(255 - batch["image_main"][:, 0])
     assert (np.abs(actions(batch | {"image_main": earlier}) - base).max((1, 2)) > 1e-6).all()
+
+
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_main_view_that_is_missing_is_not_seen_through_the_depth_tokens(cached):
+    config = dataclasses.replace(TINY, layers=1, missing_views=True)
+    params, _ = variables(config)
+    batch = synthetic.policy_batch(config, 2) | {"view_mask": jnp.array([[True, True], [False, True]])}
+    noise = jax.random.normal(jax.random.key(1), batch["action"].shape)
+    actions = jax.jit(lambda batch: sampling.sample_actions(config, params, {}, batch, noise, cached))
+    base, other = actions(batch), actions(batch | {"image_main": 255 - batch["image_main"]})
+    np.testing.assert_array_equal(other[1], base[1])
+    assert np.abs(other[0] - base[0]).max() > 1e-6
