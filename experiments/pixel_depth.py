@@ -2,7 +2,8 @@
 
   python -m qdepth_jax.train --config=experiments/pixel_depth.py:bridge --workdir=runs/bridge_pixel_depth
 
-No tokenizer is needed; the loss is L1 on valid pixels of the normalised depth.
+No tokenizer is needed; the loss is L1 on valid pixels of the normalised depth, in the range of the
+tokenizer that the main experiment has (experiments/tokenizer.py).
 """
 
 import ml_collections
