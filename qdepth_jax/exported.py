@@ -41,6 +41,8 @@ class Exported(NamedTuple):
     pictures: view -> [height, width] of the pictures it was trained on, before they were resized; None = the run did
       not say.
     codes: identity of the depth tokenizer whose codes it predicts, "" where none is recorded.
+    depth_ahead: frames by which the depth that it says lies ahead of its pictures (data.depth_offset); None = not
+      recorded.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Exported(NamedTuple):
     manifest: dict[str, Any]
     pictures: dict[str, list[int]] | None = None
     codes: str = ""
+    depth_ahead: int | None = None
 
 
 def load(path: str, dtype: str = "float32") -> Exported:
@@ -88,6 +91,7 @@ def load(path: str, dtype: str = "float32") -> Exported:
         {},
         meta.get("pictures"),
         meta.get("tokenizer", ""),
+        data.get("depth_offset"),
     )
 
 
@@ -149,4 +153,5 @@ def load_export(path: str, dtype: str = "float32") -> Exported:
         manifest,
         manifest["meta"].get("pictures"),
         manifest["meta"].get("tokenizer", ""),
+        data.get("depth_offset"),
     )

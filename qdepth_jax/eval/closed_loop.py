@@ -361,7 +361,7 @@ class _Loop:
         if self._policy.depth:
             size = self._policy.batch
             chunks = [self._policy.depth(queries[i : i + size]) for i in range(0, len(queries), size)]
-            depths, label = [depth for chunk in chunks for depth in chunk], f"predicted, {self._policy.depth_unit}"
+            depths, label = [depth for chunk in chunks for depth in chunk], self._policy.depth_label
         else:
             depths, label = [s.pictures["depth"] for s in seen], "simulator's depth, m"
         frames = [

@@ -46,7 +46,7 @@ class Policy:
     views: pictures it needs; () = none is rendered.
     horizon: actions of a chunk, 0 = as many as are wanted.
     depth: at most `batch` queries -> f32 [n, R, R], the depth that it believes in; None = it has none.
-    depth_unit: of that, for labels.
+    depth_label: what that is, with its unit: "predicted t+16, m" is the depth 16 frames later, t+? = not recorded.
     inside: the scripted expert acts inside of the simulator's process; `plan` is never called.
     """
 
@@ -57,7 +57,7 @@ class Policy:
     batch: int = 1
     horizon: int = 0
     depth: Callable[[Sequence[Query]], np.ndarray] | None = None
-    depth_unit: str = ""
+    depth_label: str = ""
     inside: bool = False
 
 
@@ -96,7 +96,11 @@ def trained(
         return planner_lib.predict_depth(planner, rows(queries), batch)
 
     says_depth = planner.config.depth is not None and (planner.config.depth.head == "pixels" or planner.decoder)
-    found = planner.decoder[0].range if planner.decoder else getattr(planner.config.depth, "range", None)
+    label = ""
+    if says_depth:
+        found = planner.decoder[0].range if planner.decoder else planner.config.depth.range
+        when = {0: "", None: " t+?"}.get(ahead := planner.found.depth_ahead, f" t+{ahead}")
+        label = f"predicted{when}, {'m' if found.kind == 'metric' else 'relative inverse depth'}"
     return Policy(
         identity={
             **(
@@ -114,7 +118,7 @@ def trained(
         batch=batch,
         horizon=planner.config.horizon,
         depth=depth if says_depth else None,
-        depth_unit="" if not says_depth else "m" if found.kind == "metric" else "relative inverse depth",
+        depth_label=label,
     )
 
 

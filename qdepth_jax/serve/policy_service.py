@@ -184,4 +184,11 @@ class Service:
             return {}
         decoder = self.planner.decoder
         depth = decoder[0].range if decoder else self.planner.config.depth.range
-        return {"dtype": "float32", "kind": depth.kind, "near": depth.near, "far": depth.far, "view": "main"}
+        return {
+            "dtype": "float32",
+            "kind": depth.kind,
+            "near": depth.near,
+            "far": depth.far,
+            "view": "main",
+            "frames_ahead": self.planner.found.depth_ahead,
+        }

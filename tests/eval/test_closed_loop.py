@@ -224,7 +224,7 @@ def test_predicted_depth_is_asked_for_in_batches_of_the_policy(tmp_path, monkeyp
     monkeypatch.setattr(rollout_video, "write", write)
     monkeypatch.setattr(rollout_video, "check_install", lambda: None)
     policy = dataclasses.replace(noisy(), plan=lambda qs: [strength(q) for q in qs], horizon=0, depth=depth)
-    policy = dataclasses.replace(policy, depth_unit="m", batch=2)
+    policy = dataclasses.replace(policy, depth_label="predicted, m", batch=2)
     closed_loop.evaluate(policy, [fake_simulator.task()], [0], options(videos=1), tmp_path)
     assert seen == [2, 2, 1]
 

@@ -138,13 +138,24 @@ def test_a_trained_policy_plans_alike_in_any_batch_and_any_number_of_processes(m
     jax.clear_caches()
 
 
+@pytest.mark.parametrize(
+    ("ahead", "label"), [(0, "predicted, m"), (16, "predicted t+16, m"), (None, "predicted t+?, m")]
+)
+def test_depth_of_a_later_frame_is_called_so(ahead, label):
+    held = loaded(3, 2)._replace(words=text.TextTokenizer(str(WORDS)))
+    held.found.depth_ahead = ahead
+    pixels = dataclasses.replace(policy.sized("tiny").depth, head="pixels")
+    held = held._replace(config=dataclasses.replace(held.config, depth=pixels))
+    assert policies.trained(held, fake_simulator.ROBOT).depth_label == label
+
+
 @pytest.mark.slow
 def test_a_policy_with_a_depth_expert_says_depth_in_metres(tmp_path):
     stored_runs.write_qdepth(tmp_path)
     robot = simulator.Robot("fake", ("main",), 7, 7, 10.0, lambda x: x)
     held = planner.load(str(tmp_path / "policy"), decode_depth=True)
     found = policies.trained(held, robot, batch=2)
-    assert found.depth_unit == "m" and found.views == ("main",)
+    assert found.depth_label == "predicted, m" and found.views == ("main",)
     depth = found.depth([query(state=np.zeros(7)), query(start=3, state=np.ones(7))])
     assert depth.shape == (2, 8, 8)
     assert policies.trained(held._replace(decoder=None), robot, batch=2).depth is None

@@ -28,6 +28,13 @@ def test_every_program_is_named_before_it_is_compiled(service, monkeypatch):
     assert lines[7] == "compiling program 8 of 8: 4 at a time, real-time chunking, depth"
 
 
+@pytest.mark.parametrize("ahead", [0, 16, None])
+def test_clients_are_told_how_far_ahead_the_depth_lies(service, ahead):
+    found = service(depth=True)
+    found.planner = found.planner._replace(found=found.planner.found._replace(depth_ahead=ahead))
+    assert protocol.unpack(protocol.pack(found.metadata()))["depth"]["frames_ahead"] == ahead
+
+
 def test_a_picture_of_a_size_not_seen_before_compiles_nothing(service, monkeypatch):
     """One thread reads the requests of all robots."""
     monkeypatch.setattr(planner, "_resize_program", lambda *size: pytest.fail(f"it compiles for {size}"))

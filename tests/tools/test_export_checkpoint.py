@@ -109,6 +109,14 @@ def test_what_is_asked_of_a_policy_is_not_asked_of_its_tokenizer(tmp_path):
     assert [m["weights"]["averaged"] for m in manifests] == [False, True] and manifests[1]["identity"] == identity
 
 
+def test_how_far_ahead_its_depth_lies_goes_along(tmp_path):
+    run = stored_runs.experiment("policy", stored_runs.BASELINE)
+    run.data.depth_offset = 16
+    stored_runs.write(tmp_path / "run", "policy", stored_runs.BASELINE, run)
+    quiet(str(tmp_path / "run"), str(tmp_path / "out"), options(format="safetensors"))
+    assert [exported.load(str(tmp_path / name)).depth_ahead for name in ("run", "out")] == [16, 16]
+
+
 def test_a_tokenizer_in_half_precision_is_refused(runs, tmp_path):
     with pytest.raises(errors.UserError, match="would change which tokens"):
         quiet(str(runs[0] / "qdepth" / "tokenizer"), str(tmp_path / "x"), options(dtype="bfloat16"))
