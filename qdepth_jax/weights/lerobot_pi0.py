@@ -6,6 +6,7 @@ see hf_paligemma.py) and Gemma. The expert's own output layer is never used, nor
 saved beside the weights; they are listed as unused.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -76,7 +77,7 @@ def config_of(
 
     Args:
       specs: key -> anything with a shape.
-      about: its config.json (chunk_size, tokenizer_max_length, num_inference_steps).
+      about: its config.json (chunk_size, tokenizer_max_length, num_inference_steps or, early, num_steps).
       head_dim, vision_heads: 0 = those of PaliGemma.
       changes: fields that replace what is found or assumed.
 
@@ -94,7 +95,9 @@ def config_of(
     expert = transformers_names.trunk_sizes(shapes, EXPERT + "layers.", head_dim)
     embedding = next((shapes[VLM + key] for key in hf_paligemma.EMBEDDING if VLM + key in shapes), (0,))
     convention = policy_config.CONVENTIONS[name]
+    steps = about.get("num_inference_steps", about.get("num_steps", convention["flow"].steps))
     sizes = {
+        "flow": dataclasses.replace(convention["flow"], steps=steps),
         "siglip": transformers_names.vision_config(shapes, VLM + hf_paligemma.TOWER, vision_heads),
         "vlm": gemma.ExpertConfig(found.pop("width"), found.pop("mlp")),
         "action": gemma.ExpertConfig(expert["width"], expert["mlp"]),

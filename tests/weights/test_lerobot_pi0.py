@@ -1,5 +1,6 @@
 """lerobot's pi0 and pi0.5: equal to the same weights in openpi's own layout, in every prefix that was used."""
 
+import dataclasses
 import functools
 
 import jax
@@ -93,6 +94,10 @@ def test_its_config_names_what_weights_do_not_show():
     about = {"type": "pi0", "chunk_size": 10, "tokenizer_max_length": 30}
     found = lerobot_pi0.config_of(weights, about, head_dim=8, vision_heads=2)
     assert (found.horizon, found.text_length) == (10, 30)
+    assert found == lerobot_pi0.config_of(weights, about | {"num_inference_steps": 10}, head_dim=8, vision_heads=2)
+    for key in ("num_inference_steps", "num_steps"):
+        fewer = lerobot_pi0.config_of(weights, about | {key: 5}, head_dim=8, vision_heads=2)
+        assert fewer.flow == dataclasses.replace(found.flow, steps=5)
     with pytest.raises(errors.UserError, match="one of a 'smolvla' policy"):
         lerobot_pi0.config_of(weights, {"type": "smolvla"})
     with pytest.raises(errors.UserError, match="no lerobot pi0 weights"):
