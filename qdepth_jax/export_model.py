@@ -164,6 +164,8 @@ def check_open_pi_zero(model: Any) -> None:
         wrong.append("a depth expert (the actions see it, so it cannot be left out)")
     if len(model.views) > 1:
         wrong.append(f"views={model.views}")
+    if not model.proprio_steps:
+        wrong.append("proprio_steps=0 (its proprio_encoder would be missing)")
     for name in ("image_steps", "missing_views", "visibility"):
         if getattr(model, name) != getattr(plain, name):
             wrong.append(f"{name}={getattr(model, name)!r} (there {getattr(plain, name)!r})")

@@ -222,6 +222,9 @@ def test_open_pi_zero_refuses_what_it_cannot_express(runs, tmp_path):
     model = policy.sized("tiny", depth=None, views=("main", "wrist"), image_steps=2)
     with pytest.raises(errors.UserError, match=r"views=\('main', 'wrist'\)\n  image_steps=2"):
         export_model.check_open_pi_zero(model)
+    with pytest.raises(errors.UserError, match="proprio_steps=0"):
+        export_model.check_open_pi_zero(policy.sized("tiny", depth=None, proprio_steps=0))
+    export_model.check_open_pi_zero(policy.sized("tiny", depth=None, proprio_steps=2))
     with pytest.raises(errors.UserError, match="none"):
         export_model.check_open_pi_zero(stored_runs.TOKENIZER)
     assert not list(tmp_path.iterdir())
