@@ -88,6 +88,7 @@ def collect(directories: list[str]) -> set[str]:
     found: set[str] = set()
     for directory in directories:
         opened = index.open_index(directory, _INDEX_DIR.value)
+        index.say_warnings(opened)
         definition = definitions.find(_NAME.value or opened.dataset.name)
         for split in opened.splits.values():
             for name in definition.language:

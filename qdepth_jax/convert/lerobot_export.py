@@ -52,7 +52,7 @@ class ExportTask:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`: as in `rlds.Plan`."""
+    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`, `warnings`: as in `rlds.Plan`."""
 
     target: rlds_claim.Target
     tasks: tuple[ExportTask, ...]
@@ -60,6 +60,7 @@ class Plan:
     left_out: dict[str, str]
     dropped: dict[str, int]
     not_indexed: dict[str, int]
+    warnings: tuple[str, ...]
     robot_type: str
 
 
@@ -87,6 +88,7 @@ def plan(
       UserError: no rate, unknown names, names that clash, output inside the input.
     """
     opened = index.open_index(directory, index_dir)
+    index.say_warnings(opened)
     dataset = opened.dataset
     output = rlds_claim.place(dataset.directory, output)
     if not fps and dataset.name in definitions.DEFINITIONS:
@@ -153,7 +155,8 @@ def plan(
     target = rlds_claim.Target(
         output, provenance, digest, files, size, last="meta/info.json", notes="meta/qdepth_convert.json"
     )
-    return Plan(target, tuple(parts), fps, left_out, dropped[name], rlds.not_indexed(table), dataset.name)
+    not_indexed = rlds.not_indexed(table)
+    return Plan(target, tuple(parts), fps, left_out, dropped[name], not_indexed, opened.warnings, dataset.name)
 
 
 def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None) -> dict:
@@ -212,6 +215,7 @@ def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
         "tasks": len(plan.tasks[0].tasks),
         "dropped": plan.dropped,
         "not_indexed": plan.not_indexed,
+        "source_warnings": list(plan.warnings),
     }
     try:
         lerobot_write.write_tasks(plan.target.folder, plan.tasks[0].tasks)

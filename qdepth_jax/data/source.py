@@ -120,8 +120,7 @@ def open_source(
       UserError: anything missing or not fitting; ValueError: damaged shards.
     """
     opened = index.open_index(entry.path, config.index_dir, on_shard=on_shard)
-    for warning in opened.warnings:
-        logging.warning("%s: %s", opened.dataset.directory, warning)
+    index.say_warnings(opened)
     definition = definitions.find(entry.name or opened.dataset.name)
     if definition.name != opened.dataset.name:
         logging.warning(
