@@ -1,7 +1,8 @@
 """What a conversion changes in the features: sidecars that become features, image sizes; and who has an instruction.
 
 Names: a sidecar of camera `image` becomes `steps/observation/depth` (or `depth_tokens`), one of `image_0` becomes
-`depth_0`, one of `wrist_image` becomes `depth_wrist`: the names under which the definitions look for depth.
+`depth_0`, one of `wrist_image` becomes `depth_wrist`: the names under which depth is looked for first (in millimetres,
+`definition.depth_of`).
 """
 
 import dataclasses

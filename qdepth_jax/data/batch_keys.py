@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, frame_reader, normalise, source, text
+from qdepth_jax.data import data_config, definitions, frame_reader, normalise, source, text
 
 FIXED = (
     "proprio", "proprio_mask", "action", "action_mask", "text", "view_mask", "depth", "depth_scale", "depth_offset",
@@ -192,8 +192,8 @@ def depth_shape(sources: Sequence[source.Source]) -> tuple[int, int]:
         else:
             raise errors.UserError(
                 f"data set {item.definition.name} in {item.index.dataset.directory} has no depth "
-                f"(feature {item.definition.main_depth or 'not known'!r}): annotate it with tools/annotate_depth.py "
-                "and set the data set's `depth` to the result"
+                f"(feature {definitions.depth_of(item.definition, item.index.dataset)[0]!r}): annotate it with "
+                "tools/annotate_depth.py and set the data set's `depth` to the result"
             )
     if len(set(shapes.values())) > 1:
         raise errors.UserError(f"depth maps of the mix differ in size: {shapes}; annotate them at one size")

@@ -76,12 +76,13 @@ class Source:
 
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
-        name = f"steps/{self.definition.main_depth}"
+        name, _ = definitions.depth_of(self.definition, self.index.dataset)
         return name if name in self.index.dataset.features else ""
 
     def own_depth(self) -> tuple[depth_images.Decode, float]:
         """How the data set's own depth of the main view is decoded into u16, and metres per unit of it."""
-        return depth_images.decoder(self.index.dataset.feature(self.depth_feature()), self.definition.depth_metres)
+        name, metres = definitions.depth_of(self.definition, self.index.dataset)
+        return depth_images.decoder(self.index.dataset.feature(name), metres)
 
     @property
     def swapped_channels(self) -> tuple[str, ...]:
