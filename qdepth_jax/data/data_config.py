@@ -34,7 +34,8 @@ class DataConfig:
       split: "train", "val", or with an episode slice as in TFDS: "train[:95%]", "train[95%:]", "train[:100]".
       held_out_every: n > 0 sets every n-th episode of the split aside (n-1, 2n-1, ...); 0 = none.
       held_out: False reads the rest, True reads the episodes set aside.
-      statistics_split: whose sampled frames give the normalisation; empty = `split`. Episodes set aside never count.
+      statistics_split: whose sampled frames (of actions: their chunks, with chunk_end="truncate") give the
+        normalisation; empty = `split`. Episodes set aside never count.
       views: camera views, main view first.
       proprio_steps, image_steps: observed steps of a sample, the present one last; before the start of an episode the
         first one is repeated (batch key "proprio_mask").

@@ -249,7 +249,7 @@ def _normalisers(
     frames: standardise.Standardised,
     seed: int,
 ) -> dict[str, normalise.Normaliser]:
-    """Statistics of the training frames, kept beside the index (they need no image)."""
+    """Statistics of the training frames, kept beside the index (they need no image); of actions, of all targets."""
     split_text = config.statistics_split or config.split
     if split_text != config.split or config.held_out:
         _, frames = _select(opened, definition, config, split_text, False, seed)
@@ -262,12 +262,20 @@ def _normalisers(
         split_text,
         _digest(frames.valid),
     ]
+    acting = frames.valid
+    if config.chunk_end == "truncate":
+        # No sample begins within the last steps of an episode, but their actions end the last whole chunks.
+        reached = np.zeros(len(frames.episode), bool)
+        for step in range(config.horizon):
+            reached[frames.valid + step] = True
+        acting = np.flatnonzero(reached)
+        key.append(_digest(acting))
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = os.path.join(opened.directory, f"statistics-{definition.name}-{digest}.json")
     statistics = _load_statistics(path)
     if statistics is None:
         statistics = {
-            "action": normalise.compute(frames.action, frames.valid),
+            "action": normalise.compute(frames.action, acting),
             "proprio": normalise.compute(frames.proprio, frames.valid),
         }
         _save_statistics(path, statistics, key)
