@@ -57,7 +57,8 @@ class DataConfig:
       normalise_gripper: False leaves the gripper action in {0, 1} (open-pi-zero).
       balance: weights count per frame, so weight 1 for all means every frame equally often.
       skip_unlabelled: leave out frames without an instruction.
-      max_frames_per_episode: of longer episodes use this many frames, drawn once per seed; 0 = all.
+      max_frames_per_episode: of longer episodes use this many frames, drawn once per seed; 0 = all. `balance` counts
+        the frames before that.
       image_size: (height, width) to resize to on the host; empty = native, the device resizes. Needed only where
         the data sets of a mix differ in size.
       shuffle: False walks the frames in order.
