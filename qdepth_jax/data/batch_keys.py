@@ -121,8 +121,8 @@ def image_shape(
     lacking = [item.definition.name for item in sources if view not in item.definition.views]
     if lacking and config.missing_views == "error":
         raise errors.UserError(
-            f"data sets {lacking} have no view {view!r}: change data.views, or set data.missing_views='mask' to leave "
-            "their rows empty and masked"
+            f"data sets {lacking} have no view {view!r}: change model.views, or set model.missing_views=True to leave "
+            "their rows empty and masked (a loader without a model: data.views, data.missing_views='mask')"
         )
     if not having:
         raise errors.UserError(f"no data set of the mix has a view {view!r}: change data.views")

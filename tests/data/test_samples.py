@@ -145,7 +145,7 @@ def test_a_missing_view_is_refused_or_masked_and_never_read(libero_dir, tmp_path
     other = make_libero(tmp_path, (6, 11), name="libero_spatial", seed=3)
     _define(monkeypatch, "libero_spatial", views={"main": "observation/image"})
     keys = ("image_main", "image_wrist", "view_mask", "dataset")
-    with pytest.raises(errors.UserError, match=r"\['libero_spatial'\] have no view 'wrist'.*missing_views='mask'"):
+    with pytest.raises(errors.UserError, match=r"\['libero_spatial'\] have no view 'wrist'.*model\.missing_views=True"):
         loader.Loader(_config(libero_dir, other), keys, 8)
     reader = loader.Loader(_config(libero_dir, other, missing_views="mask"), keys, 41)
     reads, real = [], reader._files.start
