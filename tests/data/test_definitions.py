@@ -215,6 +215,12 @@ def test_joint_actions_of_droid_have_an_open_gripper_of_one():
     assert row.absolute_action_dims == tuple(range(8)) and row.raw_action_dims == (7,)
 
 
+def test_the_readme_counts_them():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    assert f"There are {len(definitions.DEFINITIONS)} definitions:" in readme
+    assert f"{len(NAMES)} of these data sets are held against golden values" in readme
+
+
 def test_rows_are_consistent():
     for name, row in definitions.DEFINITIONS.items():
         assert row.name == name and row.views and row.source and row.rate_hz > 0
