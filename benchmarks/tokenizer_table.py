@@ -113,9 +113,9 @@ def measure(workdir: str) -> dict[str, Any]:
     for name, row in meta["config"]["datasets"].items():
         opened, definition = index.open_index(row["path"], meta["config"]["data"]["index_dir"]), definitions.find(name)
         reader = episode_reader.EpisodeReader(opened.splits["val"])
-        feature = f"steps/{definition.main_depth}"
+        feature, metres = definitions.depth_of(definition, opened.dataset)
         maps[name] = [
-            reader.depth_of(feature, definition.depth_metres, None, episode, reader.good_steps(episode))
+            reader.depth_of(feature, metres, None, episode, reader.good_steps(episode))
             for episode in range(len(opened.splits["val"].episodes))
         ]
         reader.close()

@@ -1,10 +1,12 @@
-"""Pretraining on a published mix of Open X-Embodiment data sets: `experiments/oxe.py:oxe_magic_soup`, `:bridge_rt_1`...
+"""Pretraining on a published mix of Open X-Embodiment data sets: `experiments/oxe.py:magic_soup`, `:bridge_rt_1`...
 
   python -m qdepth_jax.train --config=experiments/oxe.py:oxe_simple --workdir=runs/oxe --config.tokenizer=runs/tokenizer
-  python -m qdepth_jax.train --config=experiments/baseline.py:oxe,oxe_magic_soup --workdir=runs/oxe_baseline
+  python -m qdepth_jax.train --config=experiments/baseline.py:oxe,magic_soup --workdir=runs/oxe_baseline
 
 Data sets are looked for in datasets/NAME (one version each); --config.datasets.NAME.path=DIR names another place. The
-mixes and their weights stand in qdepth_jax/data/mixes.py. DEVIATION: the paper pretrains on single data sets alone.
+mixes and their weights stand in qdepth_jax/data/mixes.py; octo's own oxe_magic_soup and rtx hold a data set that has a
+wrist camera alone: only the baseline takes them, with --config.model.missing_views=True. DEVIATION: the paper pretrains
+on single data sets alone.
 """
 
 import ml_collections

@@ -38,8 +38,8 @@ def annotate_split(
       ValueError: an image cannot be decoded.
     """
     reader = episode_reader.EpisodeReader(split)
-    camera, depth = f"steps/{definition.views[view]}", f"steps/{definition.depth[view]}"
-    shape = _depth_size(reader, split, definition, depth) if estimator.reads == "depth" else reader.image_size(camera)
+    camera, depth = f"steps/{definition.views[view]}", definition_lib.depth_of(definition, split.dataset, view)
+    shape = _depth_size(reader, split, *depth) if estimator.reads == "depth" else reader.image_size(camera)
     swapped = estimator.reads == "images" and view in definition_lib.swapped_channels(definition, split.dataset)
     details = {"depth_kind": estimator.kind, "licence": estimator.licence, **estimator.details}
     if estimator.notice:
@@ -72,7 +72,7 @@ def annotate_split(
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         storing: collections.deque[concurrent.futures.Future[int]] = collections.deque()
         advance = bar.begin  # the first episode waits for compilation, which says nothing of the rest
-        for row in _estimates(reader, estimator, camera, depth, definition, pending, shape, swapped):
+        for row in _estimates(reader, estimator, camera, depth, pending, shape, swapped):
             storing.append(pool.submit(store, *row))
             while len(storing) > BEHIND or (storing and storing[0].done()):
                 advance(storing.popleft().result())
@@ -102,14 +102,14 @@ def totals(made: sidecar.Sidecar) -> dict[str, int]:
     return dict(zip(depth_labels.COUNTS, made.figures.sum(axis=0).astype(int).tolist(), strict=True))
 
 
-def _depth_size(reader, split, definition, feature: str) -> tuple[int, int]:
+def _depth_size(reader, split, feature: str, metres: float) -> tuple[int, int]:
     if feature not in split.dataset.features:
         raise errors.UserError(
             f"data set {split.dataset.name} carries no depth feature {feature!r}: use an estimator that reads images"
         )
     for episode in range(len(split.episodes)):
         if len(steps := reader.good_steps(episode)):
-            return reader.depth(feature, definition.depth_metres, episode, steps[:1])[0].shape[1:]
+            return reader.depth(feature, metres, episode, steps[:1])[0].shape[1:]
     raise errors.UserError(f"{split.dataset.name} {split.name}: all frames are set aside: leave it out with --splits")
 
 
@@ -117,8 +117,7 @@ def _estimates(
     reader: episode_reader.EpisodeReader,
     estimator: depth_labels.Estimator,
     camera: str,
-    depth: str,
-    definition: definition_lib.Definition,
+    depth: tuple[str, float],
     episodes: list[int],
     shape: tuple[int, int],
     swapped: bool,
@@ -134,7 +133,7 @@ def _estimates(
     for episode in episodes:
         steps, found = good[episode], None
         if len(steps) and estimator.reads == "depth":
-            found = reader.depth_of(depth, definition.depth_metres, None, episode, steps)
+            found = reader.depth_of(*depth, None, episode, steps)
         elif len(steps):
             found = next(estimates)
             if found.shape != (len(steps), *shape):

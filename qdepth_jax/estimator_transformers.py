@@ -55,7 +55,9 @@ def make(model: str, options: Any) -> depth_labels.Estimator:
         with torch.inference_mode():
             out = network(**inputs)
         sizes = [frames.shape[1:3]] * len(frames)
-        found = processor.post_process_depth_estimation(out, target_sizes=sizes)
+        # ZoeDepth's processor pads the pictures, and takes the border off again by their size.
+        source = {"source_sizes": sizes} if config.model_type == "zoedepth" else {}
+        found = processor.post_process_depth_estimation(out, target_sizes=sizes, **source)
         return np.stack([row["predicted_depth"].float().cpu().numpy() for row in found])
 
     def estimate(episodes: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

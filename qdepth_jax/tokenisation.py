@@ -58,8 +58,8 @@ class Source:
         self, reader: episode_reader.EpisodeReader, episode: int, steps: np.ndarray
     ) -> tuple[np.ndarray, float, float]:
         """raw u16 [n, H, W], scale, offset of the steps i64 [n] of an episode."""
-        feature = f"steps/{self.definition.depth[self.view]}"
-        return reader.depth_of(feature, self.definition.depth_metres, self.annotated, episode, steps)
+        feature, metres = definition_lib.depth_of(self.definition, self.split.dataset, self.view)
+        return reader.depth_of(feature, metres, self.annotated, episode, steps)
 
     def pictures(self, reader: episode_reader.EpisodeReader, episode: int, steps: np.ndarray) -> np.ndarray:
         """u8 [n, H, W, 3], red, green, blue, of the camera at the steps i64 [n] of an episode."""

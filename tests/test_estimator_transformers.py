@@ -81,3 +81,27 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(errors.UserError, match="holds no depth model of transformers"):
         estimators.make(f"transformers:{folder}")
+
+
+def test_zoedepth_gets_its_border_taken_off(tmp_path):
+    """Its processor pads every picture, and refuses to go back without the sizes before that."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    trunk = transformers.BeitConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64, patch_size=16,
+        out_indices=[1, 2, 3, 4], reshape_hidden_states=False, use_relative_position_bias=True,
+    )  # fmt: skip
+    config = transformers.ZoeDepthConfig(
+        backbone_config=trunk, neck_hidden_sizes=[16, 16, 16, 16], fusion_hidden_size=16, bottleneck_features=16,
+        bin_embedding_dim=16, num_attractors=[4, 3, 2, 1], num_relative_features=8,
+        bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0, "name": "nyu"}],
+    )  # fmt: skip
+    transformers.ZoeDepthForDepthEstimation(config).save_pretrained(tmp_path)
+    transformers.ZoeDepthImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    estimator = estimators.make(f"transformers:{tmp_path}")
+    assert estimator.kind == "metric"
+    frames = np.random.default_rng(0).integers(0, 256, (3, 28, 42, 3), np.uint8)
+    (found,) = estimator.estimate([frames])
+    assert found.shape == (3, 28, 42) and np.isfinite(found).all()

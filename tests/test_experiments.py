@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -12,8 +14,10 @@ import tiny_runs
 
 from qdepth_jax import config as config_lib
 from qdepth_jax import errors, experiment, optim, sharding, train_step
+from qdepth_jax.data import definitions
 from qdepth_jax.models import policy, tokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIANTS = ("baseline", "no_depth_loss", "pixel_depth", "proprio_sees_depth", "separate_text_image", "future_depth")
 FILES = (
     ("bridge", None),
@@ -59,6 +63,20 @@ def test_full_size_is_valid_and_shards(name, argument):
     expected = PARAMETERS.get(name) or PARAMETERS.get(f"{name}:{argument}")
     if expected:
         assert sum(x.size for x in jax.tree.leaves(state.params)) == expected
+
+
+def test_mixes_that_are_advertised_have_the_views_of_their_model():
+    told = (ROOT / "README.md").read_text() + (ROOT / "experiments" / "oxe.py").read_text()
+    found = {(name, argument) for name, argument in re.findall(r"experiments/(oxe|baseline)\.py:(\w+(?:,\w+)?)", told)}
+    found = {(name, argument) for name, argument in found if name == "oxe" or argument.startswith("oxe,")}
+    assert len(found) >= 3
+    for name, argument in found:
+        config = load(name, argument)
+        model = experiment.model_config(config)
+        for data_set in config.datasets:
+            views = definitions.find(data_set).views
+            assert model.missing_views or set(model.views) <= set(views), (name, argument, data_set)
+            assert model.depth is None or views[model.views[0]] == definitions.find(data_set).main_view
 
 
 def shrink(config):

@@ -71,6 +71,7 @@ def annotate(directory: str) -> dict:
 
     share = process_share.find(_PROCESS_ID.value, _NUM_PROCESSES.value)
     opened = index.open_index(directory, _INDEX_DIR.value)
+    index.say_warnings(opened)
     definition = definitions.find(_NAME.value or opened.dataset.name)
     views, fills = _views(definition), []
     splits = [opened.split(name) for name in _SPLITS.value or list(opened.splits)]
@@ -93,6 +94,7 @@ def annotate(directory: str) -> dict:
         "depth_kind": estimator.kind,
         "licence": estimator.licence,
         "notice": estimator.notice,
+        "source_warnings": list(opened.warnings),
         "process_id": share[0],
         "num_processes": share[1],
         "groups_computed_to_fill_devices": sum(fills),

@@ -156,6 +156,7 @@ def tokenize(
     from qdepth_jax.data import definitions, index
 
     opened, definition = index.open_index(path, index_dir), definitions.find(name)
+    index.say_warnings(opened)
     views = {feature: found for found, feature in reversed(definition.views.items())}
     view = view or views[definition.main_view]
     if view not in definition.views:

@@ -83,15 +83,16 @@ def train(directories: list[str]) -> dict:
 def collect(directories: list[str]) -> set[str]:
     """Distinct instructions of all splits of the data sets and of --texts."""
     from qdepth_jax import errors
-    from qdepth_jax.data import definitions, index
+    from qdepth_jax.data import definitions, index, source
 
     found: set[str] = set()
     for directory in directories:
         opened = index.open_index(directory, _INDEX_DIR.value)
+        index.say_warnings(opened)
         definition = definitions.find(_NAME.value or opened.dataset.name)
         for split in opened.splits.values():
-            for name in definition.language:
-                found |= set(split.texts(f"steps/{name}")[1])
+            for name in source.present_instructions(opened, definition):
+                found |= set(split.texts(name)[1])
     if _TEXTS.value:
         if not os.path.isfile(_TEXTS.value):
             raise errors.UserError(f"no file {_TEXTS.value} (--texts)")

@@ -3,7 +3,8 @@
 No video is made: LeRobot's dtype "image" holds the JPEG and PNG bytes themselves, so nothing is encoded a second time
 (and reading needs no seek in a video). Losses, all named in the result: features of no fixed shape per step, images
 outside of the steps, further instruction features beyond the first that has text. Depth stays 16-bit PNG, marked as
-lerobot 0.6 marks it ("is_depth_map"); lerobot 0.4 reads values above 32767 as negative.
+lerobot 0.6 marks it ("is_depth_map", in "mm" where it is known to be millimetres); lerobot 0.4 reads values above 32767
+as negative. Views that hold blue before red are refused: LeRobot has no place that says so.
 """
 
 import dataclasses
@@ -52,7 +53,8 @@ class ExportTask:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`: as in `rlds.Plan`."""
+    """An export, decided; `left_out`: RLDS feature -> why; `dropped`, `not_indexed`, `warnings`: as in `rlds.Plan`;
+    `millimetres`: LeRobot keys of metric depth."""
 
     target: rlds_claim.Target
     tasks: tuple[ExportTask, ...]
@@ -60,7 +62,9 @@ class Plan:
     left_out: dict[str, str]
     dropped: dict[str, int]
     not_indexed: dict[str, int]
+    warnings: tuple[str, ...]
     robot_type: str
+    millimetres: tuple[str, ...]
 
 
 def plan(
@@ -87,6 +91,7 @@ def plan(
       UserError: no rate, unknown names, names that clash, output inside the input.
     """
     opened = index.open_index(directory, index_dir)
+    index.say_warnings(opened)
     dataset = opened.dataset
     output = rlds_claim.place(dataset.directory, output)
     if not fps and dataset.name in definitions.DEFINITIONS:
@@ -153,7 +158,17 @@ def plan(
     target = rlds_claim.Target(
         output, provenance, digest, files, size, last="meta/info.json", notes="meta/qdepth_convert.json"
     )
-    return Plan(target, tuple(parts), fps, left_out, dropped[name], rlds.not_indexed(table), dataset.name)
+    return Plan(
+        target=target,
+        tasks=tuple(parts),
+        fps=fps,
+        left_out=left_out,
+        dropped=dropped[name],
+        not_indexed=rlds.not_indexed(table),
+        warnings=opened.warnings,
+        robot_type=dataset.name,
+        millimetres=_millimetres(dataset, features),
+    )
 
 
 def convert_file(task: ExportTask, on_bytes: Callable[[int], None] | None = None) -> dict:
@@ -212,14 +227,17 @@ def finish(plan: Plan, results: list[dict]) -> dict[str, Any]:
         "tasks": len(plan.tasks[0].tasks),
         "dropped": plan.dropped,
         "not_indexed": plan.not_indexed,
+        "source_warnings": list(plan.warnings),
     }
     try:
         lerobot_write.write_tasks(plan.target.folder, plan.tasks[0].tasks)
         lerobot_write.write_episodes(plan.target.folder, [result["episodes"] for result in results], FILES_PER_CHUNK)
         lerobot_write.write_statistics(plan.target.folder, [result["moments"] for result in results])
         rlds_claim.write_notes(plan.target, counts)
-        features = plan.tasks[0].features
-        lerobot_write.write_info(plan.target.folder, features, plan.fps, plan.robot_type, counts, FILES_PER_CHUNK)
+        features, robot = plan.tasks[0].features, plan.robot_type
+        lerobot_write.write_info(
+            plan.target.folder, features, plan.millimetres, plan.fps, robot, counts, FILES_PER_CHUNK
+        )
     except OSError as error:
         raise rlds_claim.cannot_write(plan.target.folder, error) from error
     rlds_claim.close(plan.target)
@@ -289,7 +307,8 @@ def _features(
         if feature.name in unwanted:
             left_out[feature.name] = "--leave_out"
         elif feature.name in language:
-            continue
+            if feature.name != language[0]:
+                left_out[feature.name] = "a further instruction: the task of a step is the first that has text"
         elif not feature.per_step:
             plain = feature.kind == "text" or (feature.kind in ("tensor", "unsupported") and len(feature.shape) <= 1)
             if plain and feature.encoding in ("", "none") and feature.dtype not in ("", "bfloat16"):
@@ -305,7 +324,26 @@ def _features(
                     f"{feature.name!r} and {features[key].name!r} would both be {key!r}: --leave_out one"
                 )
             features[key] = feature
+    row = definitions.DEFINITIONS.get(dataset.name)
+    swapped = [row.views[view] for view in definitions.swapped_channels(row, dataset)] if row else []
+    if swapped := [name for name in swapped if f"steps/{name}" not in left_out]:
+        raise errors.UserError(
+            f"{', '.join(swapped)} of {dataset.name} hold blue before red, and LeRobot has no place that says so: "
+            f"--leave_out={','.join(swapped)}, or export a copy whose channels were repaired (rlds_dataset_mod)"
+        )
     return features, episode_features, left_out
+
+
+def _millimetres(dataset: spec.DatasetSpec, features: dict[str, spec.FeatureSpec]) -> tuple[str, ...]:
+    """Keys of 16-bit depth known to be in millimetres: by the definition, or since tools/convert_rlds.py added it."""
+    row = definitions.DEFINITIONS.get(dataset.name)
+    metres = dict(definitions.depth_of(row, dataset, view) for view in row.views) if row else {}
+
+    def added(name: str) -> bool:
+        leaf = name.rpartition("/")[2]
+        return f"episode_metadata/{leaf}_kind" in dataset.features and not leaf.startswith("relative_")
+
+    return tuple(key for key, f in features.items() if metres.get(f.name) == 0.001 or added(f.name))
 
 
 def lerobot_key(feature: spec.FeatureSpec) -> str:

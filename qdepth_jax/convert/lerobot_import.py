@@ -145,7 +145,8 @@ def plan(
 
 def convert_shard(task: ImportTask, on_episode: Callable[[int], None] | None = None) -> dict:
     """Writes one shard unless it is there; `on_episode` is called with 1 per episode. Returns its done file."""
-    counts = {"frames": 0, "images_untouched": 0, "depth_reencoded": 0, "video_frames_as_" + task.images: 0}
+    counts = {"frames": 0, "images_untouched": 0, "depth_reencoded": 0, "null_texts": 0}
+    counts["video_frames_as_" + task.images] = 0
 
     def payloads() -> Iterator[bytes]:
         for payload in _episodes(task, counts):
@@ -225,7 +226,9 @@ def _values(task: ImportTask, dataset, column: Column, episode: int, table, coun
     if column.kind == "number":
         return lerobot_read.numbers(cells, column.feature.dtype, column.feature.shape)
     if column.kind == "text":
-        return [str(text) for text in cells.to_pylist()]
+        texts = cells.to_pylist()
+        counts["null_texts"] += texts.count(None)
+        return ["" if text is None else str(text) for text in texts]
     encoded = lerobot_read.images(dataset, cells)
     if column.kind == "depth":
         return [_depth_png(data, counts) for data in encoded]

@@ -152,13 +152,14 @@ def write_episodes(folder: str, files: Sequence[Sequence[Mapping[str, Any]]], fi
 def write_info(
     folder: str,
     features: Mapping[str, spec.FeatureSpec],
+    millimetres: Sequence[str],
     fps: float,
     robot_type: str,
     counts: Mapping[str, int],
     files_per_chunk: int,
 ) -> None:
-    """meta/info.json: the last file."""
-    described = {key: _describe(feature) for key, feature in features.items()}
+    """meta/info.json: the last file; `millimetres`: keys of depth in that unit."""
+    described = {key: _describe(feature, key in millimetres) for key, feature in features.items()}
     fixed = {**_NUMBERS, "task_index": "int64"}
     described |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in fixed.items()}
     info = {
@@ -179,11 +180,11 @@ def write_info(
     write_json(os.path.join(folder, "meta/info.json"), info)
 
 
-def _describe(feature: spec.FeatureSpec) -> dict[str, Any]:
+def _describe(feature: spec.FeatureSpec, millimetres: bool) -> dict[str, Any]:
     if feature.kind == "image":
         described = {"dtype": "image", "shape": list(feature.shape), "names": ["height", "width", "channels"]}
         if feature.dtype == "uint16":
-            described["info"] = {"is_depth_map": True, "depth_unit": "mm"}
+            described["info"] = {"is_depth_map": True, **({"depth_unit": "mm"} if millimetres else {})}
         return described
     dtype = "string" if feature.kind == "text" else str(shard_scan.column_dtype(feature))
     return {"dtype": dtype, "shape": list(_lerobot_shape(feature)), "names": None}

@@ -64,6 +64,7 @@ class Plan:
       splits: names, in order.
       tasks: shards, in order of split and shard.
       dropped: split -> reason -> episodes; not_indexed: split -> reason -> records that the index could not read.
+      warnings: what the index found odd.
       carried: other files of the source that go along (name -> path); left_out: those that do not.
       bytes_in: size of all kept records; bytes_out: estimate.
     """
@@ -77,6 +78,7 @@ class Plan:
     tasks: tuple[rlds_shard.ShardTask, ...]
     dropped: dict[str, dict[str, int]]
     not_indexed: dict[str, dict[str, int]]
+    warnings: tuple[str, ...]
     carried: dict[str, str]
     left_out: tuple[str, ...]
     bytes_in: int
@@ -96,6 +98,7 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
       ValueError: a damaged record among those that were tried.
     """
     opened = index.open_index(directory, index_dir)
+    index.say_warnings(opened)
     output = rlds_claim.place(opened.dataset.directory, output)
     kept, dropped = select(opened, options)
     changes = rlds_features.plan_changes(opened, tuple(kept), options)
@@ -124,6 +127,7 @@ def plan(directory: str, output: str, options: Options, index_dir: str = "") -> 
         tasks=tasks,
         dropped=dropped,
         not_indexed={name: not_indexed(opened.split(name)) for name in kept},
+        warnings=opened.warnings,
         carried=carried,
         left_out=left_out,
         bytes_in=bytes_in,

@@ -1,7 +1,8 @@
 """What a conversion changes in the features: sidecars that become features, image sizes; and who has an instruction.
 
 Names: a sidecar of camera `image` becomes `steps/observation/depth` (or `depth_tokens`), one of `image_0` becomes
-`depth_0`, one of `wrist_image` becomes `depth_wrist`: the names under which the definitions look for depth.
+`depth_0`, one of `wrist_image` becomes `depth_wrist`: the names under which depth is looked for first (in millimetres,
+`definition.depth_of`).
 """
 
 import dataclasses
@@ -184,9 +185,13 @@ def _declare(
 ) -> dict[str, Any]:
     """Enters one sidecar in features.json; returns its provenance."""
     first = next(iter(by_split.values()))
+    shared = {name: dict(addition.metadata.details) for name, addition in by_split.items()}
+    # Tokens name the very depth sidecar of their split by it, so it differs as the identity may.
+    made_from = {name: details.pop("depth_digest", "") for name, details in shared.items()}
+    details = next(iter(shared.values()))
     for name, addition in by_split.items():
         a, b = first.metadata, addition.metadata
-        if (a.row_shape, a.camera, a.details) != (b.row_shape, b.camera, b.details):
+        if (a.row_shape, a.camera, details) != (b.row_shape, b.camera, shared[name]):
             raise errors.UserError(f"the sidecars in {first.root} differ between splits ({name}): {a}, {b}")
     camera = first.metadata.camera
     if first.kind == "depth":
@@ -213,9 +218,10 @@ def _declare(
         "feature": first.feature,
         "kind": first.kind,
         "camera": camera,
-        "details": first.metadata.details,
+        "details": details,
         "encoding": first.encoding if first.kind == "depth_tokens" else "png",
         "identity": {name: addition.metadata.identity for name, addition in by_split.items()},
+        **({"depth_digest": made_from} if any(made_from.values()) else {}),
     }
 
 

@@ -131,6 +131,7 @@ def count(plan: rlds.Plan, results: Sequence[dict]) -> dict[str, Any]:
         "not_indexed": _over_splits(plan.not_indexed),
         "splits": splits,
         "not_carried": list(plan.left_out),
+        "source_warnings": list(plan.warnings),
     }
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qdepth_jax import errors
-from qdepth_jax.data import data_config, frame_reader, normalise, source, text
+from qdepth_jax.data import data_config, definitions, frame_reader, normalise, source, text
 
 FIXED = (
     "proprio", "proprio_mask", "action", "action_mask", "text", "view_mask", "depth", "depth_scale", "depth_offset",
@@ -121,8 +121,8 @@ def image_shape(
     lacking = [item.definition.name for item in sources if view not in item.definition.views]
     if lacking and config.missing_views == "error":
         raise errors.UserError(
-            f"data sets {lacking} have no view {view!r}: change data.views, or set data.missing_views='mask' to leave "
-            "their rows empty and masked"
+            f"data sets {lacking} have no view {view!r}: change model.views, or set model.missing_views=True to leave "
+            "their rows empty and masked (a loader without a model: data.views, data.missing_views='mask')"
         )
     if not having:
         raise errors.UserError(f"no data set of the mix has a view {view!r}: change data.views")
@@ -192,8 +192,8 @@ def depth_shape(sources: Sequence[source.Source]) -> tuple[int, int]:
         else:
             raise errors.UserError(
                 f"data set {item.definition.name} in {item.index.dataset.directory} has no depth "
-                f"(feature {item.definition.main_depth or 'not known'!r}): annotate it with tools/annotate_depth.py "
-                "and set the data set's `depth` to the result"
+                f"(feature {definitions.depth_of(item.definition, item.index.dataset)[0]!r}): annotate it with "
+                "tools/annotate_depth.py and set the data set's `depth` to the result"
             )
     if len(set(shapes.values())) > 1:
         raise errors.UserError(f"depth maps of the mix differ in size: {shapes}; annotate them at one size")

@@ -34,7 +34,8 @@ class DataConfig:
       split: "train", "val", or with an episode slice as in TFDS: "train[:95%]", "train[95%:]", "train[:100]".
       held_out_every: n > 0 sets every n-th episode of the split aside (n-1, 2n-1, ...); 0 = none.
       held_out: False reads the rest, True reads the episodes set aside.
-      statistics_split: whose sampled frames give the normalisation; empty = `split`. Episodes set aside never count.
+      statistics_split: whose sampled frames (of actions: their chunks, with chunk_end="truncate") give the
+        normalisation; empty = `split`. Episodes set aside never count.
       views: camera views, main view first.
       proprio_steps, image_steps: observed steps of a sample, the present one last; before the start of an episode the
         first one is repeated (batch key "proprio_mask").
@@ -56,7 +57,8 @@ class DataConfig:
       normalise_gripper: False leaves the gripper action in {0, 1} (open-pi-zero).
       balance: weights count per frame, so weight 1 for all means every frame equally often.
       skip_unlabelled: leave out frames without an instruction.
-      max_frames_per_episode: of longer episodes use this many frames, drawn once per seed; 0 = all.
+      max_frames_per_episode: of longer episodes use this many frames, drawn once per seed; 0 = all. `balance` counts
+        the frames before that.
       image_size: (height, width) to resize to on the host; empty = native, the device resizes. Needed only where
         the data sets of a mix differ in size.
       shuffle: False walks the frames in order.

@@ -14,9 +14,8 @@ class Definition:
       views: "main", "secondary", "wrist" -> image feature; a view that the robot lacks is absent.
       action, proprio: recipes, f32 [F, A] and f32 [F, Dp].
       language: instruction features, the default first; empty = the data set has no instructions.
-      depth: view -> depth feature (image or tensor). Views that are not given have it where tools/convert_rlds.py puts
-        annotated depth. A copy of the data set may lack it.
-      depth_metres: metres per unit of stored depth.
+      depth: view -> depth feature (image or tensor) of the original files; `depth_of` says what a copy is read with.
+      depth_metres: metres per unit of it.
       raw_action_dims: action dimensions that normalisation leaves as they are (the gripper).
       absolute_action_dims: dimensions that are a target rather than a change: past the end of an episode the neutral
         action repeats them and zeroes the others.
@@ -50,25 +49,29 @@ class Definition:
     version: int = 1
     source: str = ""
 
-    def __post_init__(self):
-        annotated = {view: annotated_depth(feature) for view, feature in self.views.items()}
-        object.__setattr__(self, "depth", annotated | self.depth)
-
     @property
     def main_view(self) -> str:
         """Image feature that stands for the main view: a robot with wrist cameras alone has its first one there."""
         return self.views.get("main") or next(iter(self.views.values()))
-
-    @property
-    def main_depth(self) -> str:
-        """Depth feature of the main view (see `main_view`)."""
-        return self.depth.get("main") or next(iter(self.depth.values()))
 
 
 def annotated_depth(image: str) -> str:
     """Name of the depth of a camera in a converted copy: "observation/wrist_image" -> "observation/depth_wrist"."""
     folder, _, leaf = image.rpartition("/")
     return "/".join([folder, "_".join(["depth", *(part for part in leaf.split("_") if part and part != "image")])])
+
+
+def depth_of(definition: Definition, dataset: spec.DatasetSpec, view: str = "") -> tuple[str, float]:
+    """Depth feature of a view ("" = the main one) in this copy of the data set, and metres per unit of it.
+
+    Depth that tools/convert_rlds.py added, which is in millimetres, goes before that of the original files. A copy may
+    have neither: the name is then the one that a conversion would add.
+    """
+    view = view or ("main" if "main" in definition.views else next(iter(definition.views)))
+    own, added = definition.depth.get(view), annotated_depth(definition.views[view])
+    if own == added or (f"steps/{own}" in dataset.features and f"steps/{added}" not in dataset.features):
+        return f"steps/{own}", definition.depth_metres
+    return f"steps/{added}", 0.001
 
 
 def swapped_channels(definition: Definition, dataset: spec.DatasetSpec) -> tuple[str, ...]:

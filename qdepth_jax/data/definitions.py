@@ -10,6 +10,7 @@ from qdepth_jax import errors
 from qdepth_jax.data import definition, definitions_oxe, recipes
 
 Definition = definition.Definition
+depth_of = definition.depth_of
 swapped_channels = definition.swapped_channels
 
 _STATE = "observation/state"

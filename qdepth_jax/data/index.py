@@ -200,6 +200,12 @@ def open_index(
     return _open(dataset, target, on_shard, workers)
 
 
+def say_warnings(opened: Index) -> None:
+    """Logs what the build found odd: for whatever makes something of the data."""
+    for warning in opened.warnings:
+        logging.warning("%s: %s", opened.dataset.directory, warning)
+
+
 def rebuild(
     dataset: spec.DatasetSpec,
     index_dir: str = "",

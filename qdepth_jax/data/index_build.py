@@ -166,7 +166,7 @@ def _parts(dataset: spec.DatasetSpec, scratch: str, checks: shard_scan.Checks) -
     common = [FORMAT, dataset.name, dataset.version, feature_rows(dataset), dataclasses.astuple(checks)]
     for name, split in dataset.splits.items():
         for number, (shard, stat) in enumerate(zip(split.shards, shard_stats(dataset, split))):
-            key = json.dumps([common, name, number, shard, *stat])
+            key = json.dumps([common, name, number, shard, split.declared[number], *stat])
             digest = hashlib.sha256(key.encode()).hexdigest()[:16]
             path = os.path.join(scratch, f"{file_name(name)}-{number:05d}-{digest}.npz")
             yield _Part(name, number, shard, path, stat.version)
@@ -352,8 +352,8 @@ def _warnings(split: spec.Split, metas: Sequence[dict[str, Any]], rows: Sequence
     warnings = []
     found = [meta["episodes"] for meta in metas]
     if tuple(found) != split.declared:
-        # Policy: what lies in the shards counts. The metadata of hand-cut data sets is often stale; a copy that lost
-        # its tail ends inside a record and has been refused, or set aside, by then.
+        # Policy: what lies in the shards counts, more than is declared too (the metadata of data sets that grew by hand
+        # is often stale); records that are missing have been refused, or set aside, by then.
         odd = [i for i, (a, b) in enumerate(zip(found, split.declared)) if a != b]
         warnings.append(
             f"split {split.name}: dataset_info.json declares {sum(split.declared)} episodes, the shards hold "

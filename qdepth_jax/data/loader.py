@@ -99,7 +99,9 @@ class Loader:
             raise errors.UserError(f"the mix names a data set twice: {names}; merge the copies or keep one")
         batch_keys.check(self.features, config, self.sources)
         sizes = tuple(len(item.frames.valid) for item in self.sources)
-        shares = order.shares([item.weight for item in self.sources], sizes, config.balance)
+        # As the published mixes do it: long episodes weigh what they are, and are thinned out afterwards.
+        weighed = [item.frames.weighed for item in self.sources]
+        shares = order.shares([item.weight for item in self.sources], weighed, config.balance)
         tables = ()
         if config.read == "blocks":
             window = config.block_window_mib * 2**20

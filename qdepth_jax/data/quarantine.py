@@ -14,7 +14,7 @@ import numpy as np
 
 # Records: not in the episode table at all.
 DAMAGED = "damaged record"
-LOST = "unreadable rest of a shard"
+LOST = "unreadable rest of a shard"  # one row, however many records it held
 MISFIT = "record that does not fit features.json"
 EMPTY = "episode without steps"
 # Episodes and frames: in the table, so that frame ids stay what they are, but not to be sampled.

@@ -142,7 +142,7 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
     plans = {name: _plan(feature) for name, feature in kept.items()}
     rows: dict[str, list] = {name: [] for name in kept}
     tables: dict[str, dict[bytes, int]] = {name: {} for name, plan in plans.items() if plan.kind == "text"}
-    episodes, extra, problems, crc, end = [], set(), [], 0, 0
+    episodes, extra, problems, crc, end, records = [], set(), [], 0, 0, 0
 
     def problem(reason: str, record: int, step: int | None, message: str, known: bool) -> None:
         if not checks.tolerate:
@@ -157,6 +157,7 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
 
     for found in tfrecord.read_records(path):
         place = f"(payload at byte {found.offset})" if isinstance(found, tfrecord.Record) else ""
+        records = found.number + 1
         if isinstance(found, tfrecord.Damage):
             crc = google_crc32c.extend(crc, found.mark)
             end = found.end
@@ -188,6 +189,12 @@ def scan_shard(dataset: spec.DatasetSpec, split: str, shard: int, checks: Checks
             rows[feature].append(values)
         extra |= {name for name in features if name not in dataset.features and not _listed(dataset, name)}
         episodes.append((shard, found.number, found.offset, found.length, length))
+
+    declared = dataset.splits[split].declared[shard]
+    if records < declared and not any(row.reason == quarantine.LOST for row in problems):
+        # A file that was emptied, or cut between two records, shows no damage of its own.
+        what = f"is missing: the file ends after {records} of the {declared} records that dataset_info.json declares"
+        problem(quarantine.LOST, records, None, what, False)
 
     joined = {name: np.concatenate([empty_rows(kept[name]), *parts]) for name, parts in rows.items()}
     columns = {name: joined[name] for name in kept if plans[name].kind == "column"}

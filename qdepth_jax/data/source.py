@@ -76,12 +76,13 @@ class Source:
 
     def depth_feature(self) -> str:
         """Feature of the data set's own depth images of the main view, "" if it has none."""
-        name = f"steps/{self.definition.main_depth}"
+        name, _ = definitions.depth_of(self.definition, self.index.dataset)
         return name if name in self.index.dataset.features else ""
 
     def own_depth(self) -> tuple[depth_images.Decode, float]:
         """How the data set's own depth of the main view is decoded into u16, and metres per unit of it."""
-        return depth_images.decoder(self.index.dataset.feature(self.depth_feature()), self.definition.depth_metres)
+        name, metres = definitions.depth_of(self.definition, self.index.dataset)
+        return depth_images.decoder(self.index.dataset.feature(name), metres)
 
     @property
     def swapped_channels(self) -> tuple[str, ...]:
@@ -120,8 +121,7 @@ def open_source(
       UserError: anything missing or not fitting; ValueError: damaged shards.
     """
     opened = index.open_index(entry.path, config.index_dir, on_shard=on_shard)
-    for warning in opened.warnings:
-        logging.warning("%s: %s", opened.dataset.directory, warning)
+    index.say_warnings(opened)
     definition = definitions.find(entry.name or opened.dataset.name)
     if definition.name != opened.dataset.name:
         logging.warning(
@@ -249,7 +249,7 @@ def _normalisers(
     frames: standardise.Standardised,
     seed: int,
 ) -> dict[str, normalise.Normaliser]:
-    """Statistics of the training frames, kept beside the index (they need no image)."""
+    """Statistics of the training frames, kept beside the index (they need no image); of actions, of all targets."""
     split_text = config.statistics_split or config.split
     if split_text != config.split or config.held_out:
         _, frames = _select(opened, definition, config, split_text, False, seed)
@@ -262,12 +262,20 @@ def _normalisers(
         split_text,
         _digest(frames.valid),
     ]
+    acting = frames.valid
+    if config.chunk_end == "truncate":
+        # No sample begins within the last steps of an episode, but their actions end the last whole chunks.
+        reached = np.zeros(len(frames.episode), bool)
+        for step in range(config.horizon):
+            reached[frames.valid + step] = True
+        acting = np.flatnonzero(reached)
+        key.append(_digest(acting))
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = os.path.join(opened.directory, f"statistics-{definition.name}-{digest}.json")
     statistics = _load_statistics(path)
     if statistics is None:
         statistics = {
-            "action": normalise.compute(frames.action, frames.valid),
+            "action": normalise.compute(frames.action, acting),
             "proprio": normalise.compute(frames.proprio, frames.valid),
         }
         _save_statistics(path, statistics, key)

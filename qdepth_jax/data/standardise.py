@@ -93,6 +93,7 @@ class Standardised:
       end: indexed by frame ids: one past the last frame of the episode whose action is defined, i64.
       episode: i32 [F] episode number.
       valid: i64 [V] ids of the frames that may be sampled, ascending.
+      weighed: V before `max_frames_per_episode`.
       dropped: reason -> number of frames that may not; a frame counts under the first reason that drops it.
     """
 
@@ -102,6 +103,7 @@ class Standardised:
     end: PerEpisode
     episode: np.ndarray
     valid: np.ndarray
+    weighed: int
     dropped: Mapping[str, int]
 
 
@@ -183,6 +185,7 @@ def standardise(
         before, after = (horizon - 1, 0) if name == "action" else (0, window - 1)
         near = _refuse_odd_values(split, name, array, (start, end), episode, chosen, quarantined, before, after)
         drop("next to a quarantined frame whose values are not finite", near)
+    weighed = int(chosen.sum())
     if max_frames_per_episode:
         drop(
             f"more than {max_frames_per_episode} frames in the episode",
@@ -203,6 +206,7 @@ def standardise(
         end=PerEpisode(end, episode),
         episode=episode,
         valid=np.flatnonzero(chosen),
+        weighed=weighed,
         dropped=dropped,
     )
 

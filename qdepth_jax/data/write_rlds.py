@@ -14,6 +14,7 @@ that has it is whole.
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def shard_name(dataset: str, split: str, shard: int, shards: int) -> str:
 def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> tuple[int, int]:
     """Writes one shard; it gets its name when complete. Returns (episodes, payload bytes)."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    # Not the process number: hosts that share the disk may have equal ones.
+    partial = path.with_name(f"{path.name}.partial.{uuid.uuid4().hex}")
     episodes = size = 0
     try:
         with open(partial, "wb") as file:
@@ -239,7 +241,7 @@ def _dimensions(shape: tuple[int | None, ...]) -> dict[str, Any]:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes a json file that is either complete and on the disk, or absent."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial.{uuid.uuid4().hex}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")

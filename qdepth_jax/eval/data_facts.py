@@ -37,7 +37,7 @@ class Subject:
       defined: whether the data set has a definition; if not, views, languages and depth are guesses by dtype and name.
       views: view name -> image feature. bgr: views stored with blue first.
       languages: text features with the instruction, the first one first.
-      depth: view name -> u16 depth image feature. metres: per unit of it.
+      depth: view name -> u16 depth image feature. metres: depth feature -> metres per unit of it.
       rate_hz: control rate, 0 = unknown.
     """
 
@@ -50,7 +50,7 @@ class Subject:
     bgr: tuple[str, ...]
     languages: tuple[str, ...]
     depth: dict[str, str]
-    metres: float
+    metres: dict[str, float]
     rate_hz: float
 
     @property
@@ -101,11 +101,12 @@ def open_subject(
             bgr=(),
             languages=tuple(f.name for f in features.values() if f.kind == "text" and _sounds_like_language(f.name)),
             depth={f.name.removeprefix("steps/observation/"): f.name for f in images if f.dtype == "uint16"},
-            metres=0.001,
+            metres={f.name: 0.001 for f in images if f.dtype == "uint16"},
             rate_hz=0.0,
         )
     item, problem = _source(directory, known, table.name, index_dir)
     views = {view: f"steps/{feature}" for view, feature in definition.views.items()}
+    depth = {view: definitions.depth_of(definition, opened.dataset, view) for view in views}
     gone = [f"{view} ({feature})" for view, feature in views.items() if feature not in features]
     if gone:
         problem = f"{problem}; " * bool(problem) + f"this copy lacks views of its definition: {', '.join(gone)}"
@@ -118,10 +119,8 @@ def open_subject(
         views={view: feature for view, feature in views.items() if feature in features},
         bgr=definitions.swapped_channels(definition, opened.dataset),
         languages=tuple(n for n in (f"steps/{text}" for text in definition.language) if n in features),
-        depth={
-            view: f"steps/{feature}" for view, feature in definition.depth.items() if f"steps/{feature}" in features
-        },
-        metres=definition.depth_metres,
+        depth={view: feature for view, (feature, _) in depth.items() if feature in features},
+        metres=dict(depth.values()),
         rate_hz=definition.rate_hz,
     )
 

@@ -46,7 +46,7 @@ class Depth:
     def read(self, images: data_facts.Images, frame: int) -> tuple[np.ndarray, float, float] | None:
         """(raw u16 [H, W], scale, offset) of a frame; None if it cannot be decoded."""
         if self.annotated is None:
-            found = images.depth(self.feature, self.subject.metres, frame)
+            found = images.depth(self.feature, self.subject.metres[self.feature], frame)
             return None if found is None else (*found, 0.0)
         episode = int(self.subject.split.episode_of(np.int64(frame)))
         return np.array(self.annotated.values[frame]), float(self.annotated.scale[episode]), float(

@@ -60,6 +60,8 @@ def evaluate(
     has_codes, has_pixels = config.depth_labels == "codes", config.depth_labels == "pixels"
     features = [f"image_{v}" for v in config.views]
     features += ["text", "proprio", "action", "action_mask", "position", "frame", "dataset"]
+    if config.missing_views:
+        features.append("view_mask")
     if has_codes:
         features += ["depth_tokens", "depth_tokens_mask"]
     reader = loader.Loader(dataclasses.replace(data, shuffle=True), features, BATCH, seed=seed, normalisers=normalisers)

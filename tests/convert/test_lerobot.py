@@ -1,6 +1,7 @@
 """LeRobot v3 in and out: our own reader and writer against each other, against facts of the format, and, where it is
 installed, against the lerobot package itself."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import sys
 import libero_writer
 import numpy as np
 import pytest
+import sidecar_writer
 
 pa = pytest.importorskip("pyarrow", reason="extra 'lerobot' is not installed")
 av = pytest.importorskip("av", reason="extra 'lerobot' is not installed")
@@ -17,8 +19,16 @@ av = pytest.importorskip("av", reason="extra 'lerobot' is not installed")
 import pyarrow.parquet as pq  # noqa: E402
 
 from qdepth_jax import errors  # noqa: E402
-from qdepth_jax.convert import lerobot_export, lerobot_import, lerobot_read, lerobot_write, rlds_claim, rlds_run  # noqa: E402
-from qdepth_jax.data import example, index, spec, tfrecord  # noqa: E402
+from qdepth_jax.convert import (  # noqa: E402
+    lerobot_export,
+    lerobot_import,
+    lerobot_read,
+    lerobot_write,
+    rlds,
+    rlds_claim,
+    rlds_run,
+)
+from qdepth_jax.data import definitions, example, index, spec, tfrecord, write_rlds  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTHS = (4, 3, 5, 2)
@@ -108,6 +118,67 @@ def test_export_is_what_the_format_says(source, tmp_path):
     ):
         np.testing.assert_allclose(statistics["observation.state"][name], expected, rtol=1e-6, atol=1e-7)
     assert np.shape(statistics["observation.images.image"]["mean"]) == (3, 1, 1)
+
+
+def test_further_instructions_are_said_to_be_left_out(tmp_path):
+    tree = {
+        "steps": {
+            "action": write_rlds.Tensor((2,)),
+            **{name: write_rlds.Text() for name in ("language_instruction", "language_instruction_2")},
+        },
+        "episode_metadata": {},
+    }
+    steps = {
+        "action": np.zeros((3, 2), np.float32),
+        "language_instruction": ["", "lift", "lift"],
+        "language_instruction_2": ["raise"] * 3,
+    }
+    folder = tmp_path / "robot" / "1.0.0"
+    folder.mkdir(parents=True)
+    split = write_rlds.write_split(folder, "robot", "train", [[write_rlds.encode_episode(tree, steps, {})]])
+    write_rlds.write_metadata(folder, "robot", "1.0.0", tree, [split], "synthetic")
+    language = ("language_instruction", "language_instruction_2")
+    plan = lerobot_export.plan(str(folder), str(tmp_path / "new"), fps=5, language=language)
+    assert list(plan.left_out) == ["steps/language_instruction_2"]
+    run(lerobot_export, plan)
+    table = pq.read_table(tmp_path / "new/data/chunk-000/file-000.parquet")
+    assert len(set(table.column("task_index").to_pylist()[:2])) == 2
+    assert "language_instruction_2" not in table.column_names
+
+
+def test_only_known_millimetres_are_called_so(source, tmp_path):
+    relative = sidecar_writer.make_sidecar(tmp_path / "relative", index.open_index(source), "depth")
+    plan = rlds.plan(source, str(tmp_path / "rlds"), rlds.Options(depth=(relative,)))
+    with rlds_claim.claimed(plan.target):
+        rlds_run.finish(plan, rlds_run.run_local(plan, 1))
+    export(str(tmp_path / "rlds"), tmp_path / "new")
+    found = json.loads((tmp_path / "new/meta/info.json").read_text())["features"]
+    assert found["observation.images.depth"]["info"] == {"is_depth_map": True, "depth_unit": "mm"}
+    assert found["observation.images.relative_depth"]["info"] == {"is_depth_map": True}
+    bring(tmp_path / "new", tmp_path / "back")
+    assert index.open_index(tmp_path / "back").dataset.feature("steps/observation/relative_depth").dtype == "uint16"
+
+
+def test_views_with_blue_first_do_not_leave_unmarked(source, tmp_path, monkeypatch):
+    row = definitions.DEFINITIONS["libero_object"]
+    monkeypatch.setitem(definitions.DEFINITIONS, "libero_object", dataclasses.replace(row, bgr=("wrist",)))
+    with pytest.raises(errors.UserError, match="observation/wrist_image of libero_object hold blue before red"):
+        lerobot_export.plan(source, str(tmp_path / "new"))
+    lerobot_export.plan(source, str(tmp_path / "new"), leave_out=("observation/wrist_image",))
+
+
+def test_a_text_that_is_null_comes_in_empty_and_is_counted(source, tmp_path):
+    export(source, tmp_path / "new")
+    path = tmp_path / "new/data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    texts = pa.array([None, *["said"] * (table.num_rows - 1)], pa.string())
+    pq.write_table(table.append_column("note", texts), path)
+    info = json.loads((tmp_path / "new/meta/info.json").read_text())
+    info["features"]["note"] = {"dtype": "string", "shape": [1], "names": None}
+    (tmp_path / "new/meta/info.json").write_text(json.dumps(info))
+    assert bring(tmp_path / "new", tmp_path / "back")["null_texts"] == 1
+    ids, strings = index.open_index(tmp_path / "back").split("train").texts("steps/note")
+    assert [strings[i] for i in ids[:2]] == ["", "said"]
 
 
 def test_a_killed_export_and_import_continue(source, tmp_path, monkeypatch):

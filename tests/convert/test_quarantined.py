@@ -77,8 +77,10 @@ def _payloads(directory, split="train"):
     return [r.payload for shard in found.splits[split].shards for r in tfrecord.scan_records(found.shard_path(shard))]
 
 
-def test_the_converter_drops_whole_episodes_and_counts_them(damaged, tmp_path):
+def test_the_converter_drops_whole_episodes_and_counts_them(damaged, tmp_path, caplog):
     plan, counts = _convert(damaged, tmp_path / "new")
+    (said, *_) = counts["source_warnings"]
+    assert "declares 6 episodes, the shards hold 5" in said and said in caplog.text
     old = _payloads(damaged)
     assert _payloads(tmp_path / "new") == [old[0], old[3]]
     assert counts["splits"]["train"]["dropped"] == {

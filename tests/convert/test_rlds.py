@@ -383,6 +383,22 @@ def test_sidecars_that_do_not_fit_are_refused(libero_dir, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_tokens_of_every_split_name_their_own_depth(libero_dir, tmp_path):
+    opened, root = index.open_index(libero_dir), str(tmp_path / "tokens")
+    for name in opened.splits:  # as tools/tokenize_depth.py makes them from a depth sidecar
+        details = {"grid": 4, "codes": 256, "depth_digest": f"of {name}"}
+        sidecar_writer.make_sidecar(root, opened, "depth_tokens", splits=[name], details=details)
+    convert_all(libero_dir, tmp_path / "new", depth_tokens=(root,))
+    (added,) = rlds_claim.read_notes(str(tmp_path / "new"), "metadata.json")["added"]
+    assert added["depth_digest"] == {"train": "of train", "val": "of val"}
+    assert added["details"] == {"grid": 4, "codes": 256}
+    other = str(tmp_path / "other")
+    for name in opened.splits:
+        sidecar_writer.make_sidecar(other, opened, "depth_tokens", splits=[name], details={"grid": 4, "codes": name})
+    with pytest.raises(errors.UserError, match=r"differ between splits \(val\)"):
+        rlds.plan(libero_dir, str(tmp_path / "no"), rlds.Options(depth_tokens=(other,)))
+
+
 def test_damage_inside_of_a_sidecar_does_not_go_into_the_copy(libero_dir, tmp_path):
     root = sidecar_writer.make_sidecar(tmp_path / "tokens", index.open_index(libero_dir), "depth_tokens")
     plan = rlds.plan(libero_dir, str(tmp_path / "new"), rlds.Options(depth_tokens=(root,)))

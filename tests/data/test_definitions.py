@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qdepth_jax import errors
+from qdepth_jax.convert import rlds_features
 from qdepth_jax.data import definitions, example, index, mixes, recipes, spec, standardise, write_rlds
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "oxe_standardise.npz")
@@ -214,6 +215,12 @@ def test_joint_actions_of_droid_have_an_open_gripper_of_one():
     assert row.absolute_action_dims == tuple(range(8)) and row.raw_action_dims == (7,)
 
 
+def test_the_readme_counts_them():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    assert f"There are {len(definitions.DEFINITIONS)} definitions:" in readme
+    assert f"{len(NAMES)} of these data sets are held against golden values" in readme
+
+
 def test_rows_are_consistent():
     for name, row in definitions.DEFINITIONS.items():
         assert row.name == name and row.views and row.source and row.rate_hz > 0
@@ -226,17 +233,28 @@ def test_rows_are_consistent():
     assert definitions.find("nyu_door_opening_surprising_effectiveness").main_view == "observation/image"
 
 
-def test_depth_of_a_converted_copy_is_found():
-    """The names that tools/convert_rlds.py gives to annotated depth, unless the data set has depth of its own."""
-    main = {name: definitions.find(name).main_depth for name in ("bridge_dataset", "libero_10", "droid", "taco_play")}
-    assert main == {
-        "bridge_dataset": "observation/depth_0",
-        "libero_10": "observation/depth",
-        "droid": "observation/depth_exterior_1_left",
-        "taco_play": "observation/depth_static",
-    }
-    assert definitions.find("libero_10").depth["wrist"] == "observation/depth_wrist"
-    assert definitions.find("nyu_door_opening_surprising_effectiveness").main_depth == "observation/depth"
+def test_depth_of_a_converted_copy_is_found_and_is_in_millimetres():
+    """The names that tools/convert_rlds.py gives to annotated depth go before depth of the original files."""
+
+    def found(name, *there, view=""):
+        features = {f"steps/observation/{leaf}": None for leaf in there}
+        return definitions.depth_of(definitions.find(name), spec.DatasetSpec("", name, "0.1.0", features, {}), view)
+
+    assert found("bridge_dataset") == ("steps/observation/depth_0", 0.001)
+    assert found("libero_10", "depth") == ("steps/observation/depth", 0.001)
+    assert found("libero_10", view="wrist") == ("steps/observation/depth_wrist", 0.001)
+    assert found("droid") == ("steps/observation/depth_exterior_1_left", 0.001)
+    assert found("nyu_door_opening_surprising_effectiveness") == ("steps/observation/depth", 0.001)
+    assert found("taco_play", "depth_static", "depth_gripper") == ("steps/observation/depth_static", 1.0)
+    assert found("taco_play", "depth_static", "depth_rgb_static") == ("steps/observation/depth_rgb_static", 0.001)
+    assert found("fmb", "image_side_1_depth", "depth_side_1") == ("steps/observation/depth_side_1", 0.001)
+    ur5 = ("image_with_depth", "depth_hand")
+    assert found("berkeley_autolab_ur5", *ur5) == ("steps/observation/image_with_depth", 1.0)
+    assert found("berkeley_autolab_ur5", *ur5, view="wrist") == ("steps/observation/depth_hand", 0.001)
+    for row in definitions.DEFINITIONS.values():
+        for view, feature in row.views.items():
+            added = f"steps/observation/{rlds_features.feature_leaf('depth', feature)}"
+            assert found(row.name, added.rpartition("/")[2], view=view) == (added, 0.001)
 
 
 def test_repaired_copies_keep_their_channels():

@@ -410,3 +410,13 @@ def test_bridge_sample_goes_through(bridge_dir, tmp_path):
     assert reader.frames == 225 and reader.order == order.Order((225,), (1.0,), 0)
     frames = np.concatenate([reader.batch(step)["frame"] for step in range(15)])
     assert len(set(frames[:225].tolist())) == 225 and not (frames[:225] % 10 == 9).any()
+
+
+def test_a_mix_weighs_the_frames_that_thinning_leaves_out(mix):
+    """As octo does it: shares by the length of the data sets, and then at most so many frames of an episode."""
+    whole = loader.Loader(_config(*mix), ("frame",), 8)
+    thinned = loader.Loader(_config(*mix, max_frames_per_episode=4), ("frame",), 8)
+    assert whole.order.sizes == (24, 17) and thinned.order.sizes == (4 + 3 + 4 + 4, 4 + 4)
+    assert thinned.order.shares == whole.order.shares == (24 / 41, 17 / 41)
+    # A run that was started with other shares is refused by these, whatever the version of the order.
+    assert thinned.identity()["shares"] == [24 / 41, 17 / 41]

@@ -141,6 +141,20 @@ def test_without_the_wish_the_first_problem_is_an_error_with_place_and_fix(tmp_p
     index.open_index(directory)  # an index looks at images only when it is asked to
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_shard_that_ends_too_early_is_no_whole_shard(tmp_path, kept):
+    """Emptied, or cut at the border of a record: nothing in the file itself is damaged."""
+    directory = make_libero(tmp_path)
+    path = _shard(directory, "train", 1)
+    _write(path, _payloads(path)[:kept])
+    pattern = rf"00001-of-00002: record {kept} is missing: the file ends after {kept} of the 2 records .*--quarantine"
+    with pytest.raises(errors.UserError, match=pattern):
+        index.open_index(directory, str(tmp_path / "index"))
+    opened = _open(directory, tmp_path / "index", tolerate=True)
+    found = [(row.record, row.episode, row.reason) for row in opened.split("train").quarantine]
+    assert found == [(kept, None, quarantine.LOST)] and len(opened.split("train").episodes) == 2 + kept
+
+
 def test_damage_changes_the_fingerprint(tmp_path):
     """Also where the payload is good and its stored checksum is not: what is set aside differs."""
     directory = make_libero(tmp_path)

@@ -105,6 +105,10 @@ def test_truncate_leaves_out_frames_and_counts_them(libero_dir):
     assert reader.sources[0].frames.valid.tolist() == [*range(0, 4), *range(10, 16), *range(19, 21)]
     assert "12 fewer than 4 actions to the end of the episode" in reader.summary()[0]
     assert reader.batch(0)["action_mask"].all()
+    # Every target counts for the normalisation: the last three actions of an episode too, a short episode not at all.
+    found, frames = reader.normalisers["libero_object"], reader.sources[0].frames
+    assert found["action"].statistics == normalise.compute(frames.action, np.r_[0:7, 10:24])
+    assert found["proprio"].statistics == normalise.compute(frames.proprio, frames.valid)
     neutral = loader.Loader(_config(libero_dir, chunk_end="neutral"), ("action", "action_mask", "frame"), 24).batch(0)
     outside = ~neutral["action_mask"]
     assert outside.sum() == 4 * 6
@@ -141,7 +145,7 @@ def test_a_missing_view_is_refused_or_masked_and_never_read(libero_dir, tmp_path
     other = make_libero(tmp_path, (6, 11), name="libero_spatial", seed=3)
     _define(monkeypatch, "libero_spatial", views={"main": "observation/image"})
     keys = ("image_main", "image_wrist", "view_mask", "dataset")
-    with pytest.raises(errors.UserError, match=r"\['libero_spatial'\] have no view 'wrist'.*missing_views='mask'"):
+    with pytest.raises(errors.UserError, match=r"\['libero_spatial'\] have no view 'wrist'.*model\.missing_views=True"):
         loader.Loader(_config(libero_dir, other), keys, 8)
     reader = loader.Loader(_config(libero_dir, other, missing_views="mask"), keys, 41)
     reads, real = [], reader._files.start

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qdepth_jax.data import write_rlds
+from qdepth_jax.data import tfrecord, write_rlds
 
 FEATURES = {
     "steps": {
@@ -141,3 +141,16 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_rlds.write_shard(tmp_path / "x.tfrecord-00000-of-00001", payloads())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_tries_at_one_shard_do_not_write_into_each_other(tmp_path):
+    shard = tmp_path / "new-train.tfrecord-00000-of-00001"
+
+    def first():
+        yield b"one"
+        assert write_rlds.write_shard(shard, [b"one", b"two"]) == (2, 6)  # of a host with the same process number
+        yield b"two"
+
+    assert write_rlds.write_shard(shard, first()) == (2, 6)
+    assert [record.payload for record in tfrecord.scan_records(str(shard))] == [b"one", b"two"]
+    assert [path.name for path in tmp_path.iterdir()] == [shard.name]

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import stored_runs
 
 from qdepth_jax import depth
+from qdepth_jax.data import data_config
 from qdepth_jax.eval import held_out, offline
 from qdepth_jax.models import depth_expert, gemma, policy, tokenizer
 
@@ -65,3 +67,16 @@ def test_the_tokenizers_own_error_is_that_of_its_own_codes(result):
     codes[1, 0] = 0
     other = held_out._depth_figures(MODEL, dataclasses.replace(given, codes=codes), coder, variables, flat)
     assert other["policy"] != found["policy"] and other["tokenizer"] == found["tokenizer"]
+
+
+def test_a_policy_that_knows_missing_views_is_evaluated(libero_dir):
+    config = policy.sized(
+        "tiny", vocabulary=640, text_length=24, depth=None, proprio_dim=8, layers=1, views=("main", "wrist"),
+        missing_views=True,
+    )  # fmt: skip
+    data = data_config.DataConfig(
+        (data_config.DatasetConfig(path=libero_dir),), views=config.views, horizon=config.horizon, missing_views="mask",
+        max_text_tokens=config.text_length, text_tokenizer=stored_runs.WORDS, image_size=(32, 32),
+    )  # fmt: skip
+    found = offline.evaluate(config, policy.init(config, jax.random.key(0)), data, {}, batches=1)
+    assert found.figures["frames"] == 32 and np.isfinite(found.predicted).all()
