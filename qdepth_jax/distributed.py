@@ -174,7 +174,8 @@ def joined(
     """`start` (its arguments, its line) and `stop` around a whole program; a failure on one host ends all of them.
 
     The others hear of it where they wait for this host: in a function of this module as HostFailed, in a collective
-    operation, which cannot be interrupted, by a message. All end with the exit code of the one that failed.
+    operation, which cannot be interrupted, by a message. All end with the exit code of the one that failed. A host that
+    is killed can tell nobody: JAX aborts the others (134), at once if it was host 0, else after its heartbeat's 100 s.
 
     Raises:
       HostFailed: a collective operation failed here because another host has failed.

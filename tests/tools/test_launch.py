@@ -442,13 +442,18 @@ SRUN = 'while [[ "$1" == --* ]]; do shift; done; echo "$A"; exit {code}'
         (75, "COMPLETING", "0", False, "stays ended"),  # scancel by its owner
         (75, "RUNNING", "4", False, "--max_restarts=4 reached"),
         (2, "RUNNING", "0", False, ""),
-        (137, "RUNNING", "0", False, ""),
+        (1, "RUNNING", "0", False, ""),
+        (130, "RUNNING", "0", False, ""),  # Ctrl-C
+        (134, "RUNNING", "3", True, "back into the queue"),  # another host died
+        (137, "COMPLETING", "0", False, "stays ended"),
     ],
 )
 def test_sbatch_script_run_by_bash(tmp_path, code, state, restarts, requeued, said):
     (tmp_path / "my repo's").mkdir()
     job = slurm.Job(
-        **{**vars(JOB), "repo": str(tmp_path / "my repo's"), "env": (("A", "b  'c"),), "max_restarts": 4},
+        **vars(JOB)
+        | {"repo": str(tmp_path / "my repo's"), "logs": str(tmp_path / "my repo's")}
+        | {"env": (("A", "b  'c"),), "max_restarts": 4}
     )
     text = slurm.script(job)
     fake(tmp_path, "srun", SRUN.format(code=code))
@@ -463,6 +468,15 @@ def test_sbatch_script_run_by_bash(tmp_path, code, state, restarts, requeued, sa
     assert srun[1:3] == ["--kill-on-bad-exit=0", "--wait=300"]  # nobody is killed in the middle of a save
     assert srun[srun.index(python) :] == [python, "-m", "qdepth_jax.train", *job.arguments]
     assert (["scontrol", "requeue", "7"] in calls(tmp_path)) is requeued
+
+
+def test_a_job_whose_processes_are_killed_comes_back_so_many_times(tmp_path):
+    for name, answer in (("srun", "exit 137"), ("scontrol", ""), ("squeue", "echo RUNNING")):
+        fake(tmp_path, name, answer)
+    text = slurm.script(slurm.Job(**vars(JOB) | {"repo": str(tmp_path), "logs": str(tmp_path), "max_crashes": 2}))
+    said = [bash(text, tmp_path, SLURM_JOB_ID=job, SLURM_JOB_NODELIST="n").stdout.splitlines()[-1] for job in "77787"]
+    assert [line.startswith("killed; --max_crashes=2 reached") for line in said] == [False, False, True, False, True]
+    assert calls(tmp_path).count(["scontrol", "requeue", "7"]) == 2
 
 
 def test_sbatch_script_with_container_and_ref(tmp_path):

@@ -11,7 +11,8 @@ The cluster needs the JobSet controller (0.10 or later: it tells exit codes apar
 pool per slice, of the topology asked for. One pod per host; GKE tells the pods of each other (TPU_WORKER_HOSTNAMES,
 MEGASCALE_*) and train.py reads it. Exit code 75 (stopped by SIGTERM after a save, or storage does not answer) and
 evicted pods restart all pods without limit, exit code 2 (bad input) ends the JobSet, any other failure restarts
---max_restarts times; every start resumes. Identity and buckets come by --service_account (Workload Identity): no secret
+--max_restarts times, such as a host that died: JAX aborts the rest (134), often before its pod counts as evicted. Every
+start resumes. Identity and buckets come by --service_account (Workload Identity): no secret
 stands in the YAML. The last line of stdout is JSON.
 
 Sources: the JobSet API and its failure-policy and tpu-multislice examples (kubernetes-sigs/jobset), and
@@ -39,7 +40,9 @@ _QUEUE = flags.DEFINE_string("queue", "", "Kueue's LocalQueue, where the cluster
 _SPOT = flags.DEFINE_boolean("spot", False, "take spot nodes")
 _VOLUMES = flags.DEFINE_list("volumes", [], "CLAIM:/FOLDER, persistent volume claims to mount: data, workdir")
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every pod; repeatable")
-_RESTARTS = flags.DEFINE_integer("max_restarts", 3, "restarts after crashes: neither exit code 2 nor 75", lower_bound=0)
+_RESTARTS = flags.DEFINE_integer(
+    "max_restarts", 30, "restarts after crashes: neither exit code 2 nor 75", lower_bound=0
+)
 _GRACE = flags.DEFINE_integer(
     "grace_seconds", 300, "from SIGTERM to SIGKILL; GKE cuts it to 15 on spot", lower_bound=15
 )
@@ -69,7 +72,7 @@ class Workload:
     spot: bool = False
     volumes: tuple[tuple[str, str], ...] = ()
     env: tuple[tuple[str, str], ...] = ()
-    max_restarts: int = 3
+    max_restarts: int = 30
     grace_seconds: int = 300
 
 
