@@ -332,7 +332,7 @@ def test_setup_script(tmp_path):
         found = calls(tmp_path)
         assert (["git", "clone", "--quiet", "https://host/a b.git", f"{work.root}/qdepth/code"] in found) is not again
         assert ["git", "-C", f"{work.root}/qdepth/code", "checkout", "--quiet", "--detach", "v1'"] in found
-        assert ["python3", "install", "--quiet", "--editable", f"{work.root}/qdepth/code[tpu]"] in found
+        assert ["python3", "install", "--quiet", "--editable", f"{work.root}/qdepth/code[tpu,gcs]"] in found
         assert found[-1] == ["systemctl", "restart", "qdepth"]
     assert (tmp_path / "opt/qdepth/start.sh").read_text() == tpu_pod.start_script(work)
     unit = (tmp_path / "qdepth.service").read_text()

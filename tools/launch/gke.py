@@ -4,8 +4,8 @@ r"""Renders a JobSet that trains on TPU slices of a GKE cluster, and applies it 
       [--nodry_run] -- --config=experiments/libero.py:object --workdir=gs://BUCKET/runs/object \
       --config.mesh.replica=4 --config.mesh.fsdp=128 --config.train.micro_batches=1
 
-Everything behind `--` goes to `python -m qdepth_jax.train` in the image, which holds this repository and its [tpu]
-extra. A dry run is the default: it prints the YAML and the kubectl command, and writes and applies nothing.
+Everything behind `--` goes to `python -m qdepth_jax.train` in the image, which holds this repository and its
+extras [tpu,gcs]. A dry run is the default: it prints the YAML and the kubectl command, and writes and applies nothing.
 
 The cluster needs the JobSet controller (0.10 or later: it tells exit codes apart by the job's message) and one node
 pool per slice, of the topology asked for. One pod per host; GKE tells the pods of each other (TPU_WORKER_HOSTNAMES,
@@ -33,7 +33,7 @@ from qdepth_jax import command, errors
 _NAME = flags.DEFINE_string("name", "qdepth", "name of the JobSet")
 _NAMESPACE = flags.DEFINE_string("namespace", "default", "its namespace")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "as plan_pod.py takes it: v5e:4x4, v5p-64, 2xv5e-256")
-_IMAGE = flags.DEFINE_string("image", "", "container image with this repository; required")
+_IMAGE = flags.DEFINE_string("image", "", "container image with this repository and its extras [tpu,gcs]; required")
 _PYTHON = flags.DEFINE_string("python", "python", "interpreter in the image")
 _ACCOUNT = flags.DEFINE_string("service_account", "", "Kubernetes service account that may use the buckets")
 _QUEUE = flags.DEFINE_string("queue", "", "Kueue's LocalQueue, where the cluster has one")

@@ -44,7 +44,9 @@ _SPOT = flags.DEFINE_boolean("spot", False, "cheaper, and taken away at any time
 _RUNTIME = flags.DEFINE_string("runtime", "", "software version of the hosts; default by generation")
 _CODE = flags.DEFINE_string("code", "", "git URL that the hosts can read, with --ref")
 _REF = flags.DEFINE_string("ref", "", "commit or tag to train from")
-_IMAGE = flags.DEFINE_string("image", "", "instead of --code: container image with this repository and its [tpu] extra")
+_IMAGE = flags.DEFINE_string(
+    "image", "", "instead of --code: container image with this repository and its extras [tpu,gcs]"
+)
 _PYTHON = flags.DEFINE_string("python", "python3.11", "interpreter of the hosts, installed by apt where it lacks")
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process; repeatable")
 _GRACE = flags.DEFINE_integer("grace_seconds", 300, "from SIGTERM to SIGKILL; spot slices get 30", lower_bound=15)
@@ -241,7 +243,7 @@ def setup_script(pod: Pod, units: str = "/etc/systemd/system") -> str:
             f"git -C {folder}/code fetch --quiet --tags --force origin",
             f"git -C {folder}/code checkout --quiet --detach {shlex.quote(pod.ref)}",
             f'[ -d {folder}/venv ] || "$python" -m venv {folder}/venv',
-            f"{folder}/venv/bin/pip install --quiet --editable '{folder}/code[tpu]'",
+            f"{folder}/venv/bin/pip install --quiet --editable '{folder}/code[tpu,gcs]'",
         ]
     return "\n".join(
         [
