@@ -345,8 +345,11 @@ def test_setup_script(tmp_path):
 STATES = """
 state=$(cat "{folder}/state" 2>/dev/null)
 case "$4" in
-  describe) [ -n "$state" ] || exit 1; echo "$state" ;;
-  create) echo ACTIVE >"{folder}/state" ;;
+  describe) n=$(ls "{folder}" | grep -c asked); touch "{folder}/asked$n"
+    if [ $(($n % 3)) = 2 ]; then echo "ERROR: token refresh timed out" >&2; exit 1; fi
+    if [ -z "$state" ]; then echo "ERROR: (gcloud...describe) NOT_FOUND: Resource 'x' was not found" >&2; exit 1; fi
+    echo "$state" ;;
+  create) [ -z "$state" ] || exit 1; echo ACTIVE >"{folder}/state" ;;
   delete) rm "{folder}/state" ;;
   ssh) case "$*" in *--node=0*)
     n=$(ls "{folder}" | grep -c looked); touch "{folder}/looked$n"
@@ -392,6 +395,32 @@ def test_preempted_slices_are_asked_for_again(tmp_path, end, monkeypatch):
     short = [v for v in verbs if v != "describe"]
     once = ["create", "scp", "ssh"]
     assert short == [*once, "ssh", "ssh", "delete", *once, "ssh"]  # three looks in all, SUSPENDED after the second
+
+
+def test_slices_taken_away_before_the_code_is_there_are_asked_for_again(tmp_path, monkeypatch):
+    """The first copy fails on hosts that are there, the second because they are gone."""
+    took = f"""
+  scp) n=$(ls "{tmp_path}" | grep -c copied); touch "{tmp_path}/copied$n"
+    [ $n != 1 ] || echo SUSPENDED >"{tmp_path}/state"; [ $n -gt 1 ] ;;
+esac"""
+    fake(tmp_path, "gcloud", STATES.format(folder=tmp_path, end="inactive success 0").rpartition("esac")[0] + took)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_pod.time, "sleep", lambda seconds: None)
+    assert tpu_pod.up(pod(tmp_path), watch=0, max_restarts=1, dry_run=False) == "started"
+    verbs = [words[4] for words in calls(tmp_path) if words[4] != "describe"]
+    assert verbs == ["create", "scp", "scp", "delete", "create", "scp", "ssh"]
+
+
+def test_hosts_that_do_not_take_the_code_and_a_gcloud_that_tells_nothing_end_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_pod.time, "sleep", lambda seconds: None)
+    fake(tmp_path, "gcloud", 'case "$4" in describe) echo ACTIVE ;; *) exit 7 ;; esac')
+    with pytest.raises(errors.UserError, match="failed 3 times, at last with exit code 7"):
+        tpu_pod.up(pod(tmp_path), watch=1, max_restarts=1, dry_run=False)
+    fake(tmp_path, "gcloud", "echo 'ERROR: not logged in' >&2; exit 1")
+    monkeypatch.setattr(tpu_pod, "LOST_LOOKS", 4)
+    with pytest.raises(errors.TryAgain, match="did not tell the state of qdepth 4 times"):
+        tpu_pod.up(pod(tmp_path), watch=1, max_restarts=1, dry_run=False)
 
 
 def test_tpu_dry_run_calls_nothing(tmp_path):
@@ -468,6 +497,20 @@ def test_sbatch_script_run_by_bash(tmp_path, code, state, restarts, requeued, sa
     assert srun[1:3] == ["--kill-on-bad-exit=0", "--wait=300"]  # nobody is killed in the middle of a save
     assert srun[srun.index(python) :] == [python, "-m", "qdepth_jax.train", *job.arguments]
     assert (["scontrol", "requeue", "7"] in calls(tmp_path)) is requeued
+
+
+@pytest.mark.parametrize("answers", [1, 99], ids=["late", "never"])
+def test_a_scheduler_that_does_not_answer_takes_no_job_from_the_queue(tmp_path, answers):
+    slow = f'[ $(grep -c "" {tmp_path}/asked) -gt {answers} ]'
+    (tmp_path / "asked").touch()
+    fake(tmp_path, "srun", "exit 75")
+    fake(tmp_path, "sleep")
+    fake(tmp_path, "squeue", f"echo >>{tmp_path}/asked; {slow} && echo RUNNING")
+    fake(tmp_path, "scontrol", f"echo >>{tmp_path}/asked; [ {answers} = 99 ] || {slow}")
+    text = slurm.script(slurm.Job(**vars(JOB) | {"repo": str(tmp_path)}))
+    done = bash(text, tmp_path, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n")
+    assert done.returncode == 75 and "back into the queue" in done.stdout, done.stdout
+    assert ["scontrol", "requeue", "7"] in calls(tmp_path) and ["sleep", "10"] in calls(tmp_path)
 
 
 def test_a_job_whose_processes_are_killed_comes_back_so_many_times(tmp_path):

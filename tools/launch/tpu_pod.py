@@ -62,6 +62,8 @@ _DRY_RUN = flags.DEFINE_boolean("dry_run", True, "only show; --nodry_run acts")
 GONE = ("SUSPENDED", "SUSPENDING", "FAILED", "DELETING")
 WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")
 POLL_SECONDS = 30.0
+LOST_LOOKS = 120  # an hour in which gcloud answers nothing
+COPIES = 3  # tries to bring the code onto hosts that are there
 CRASHED_LOOKS = 5
 
 
@@ -279,16 +281,9 @@ def up(pod: Pod, watch: int, max_restarts: int, dry_run: bool) -> str:
     """
     for start in range(max_restarts + 1):
         _provide(pod, dry_run)
-        with tempfile.TemporaryDirectory() as parent:
-            folder = pathlib.Path(parent) / pod.name
-            folder.mkdir()
-            for name, text in files(pod).items():
-                (folder / name).write_text(text)
-            _must(copy(pod, str(folder)), dry_run)
-        _must(on_all_hosts(pod, f"sudo bash {pod.name}/setup.sh"), dry_run)
-        if not watch or dry_run:
-            return "started"
-        end = _watch(pod, watch)
+        end = _start(pod, dry_run)
+        if end == "started" and watch and not dry_run:
+            end = _watch(pod, watch)
         if end not in GONE:
             return end
         print(f"slices {end.lower()}: asking again, {start + 1} of {max_restarts}", file=sys.stderr, flush=True)
@@ -308,6 +303,33 @@ def _provide(pod: Pod, dry_run: bool) -> None:
             raise errors.UserError(f"queued resource {pod.name} is {found or 'not there'}: see gcloud describe")
         print(f"{pod.name}: {found}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
+
+
+def _start(pod: Pod, dry_run: bool) -> str:
+    """Code and service on every host: "started", or a state of GONE where the slices went meanwhile.
+
+    Raises:
+      UserError: the hosts are there, but did not take it COPIES times.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent) / pod.name
+        folder.mkdir()
+        for name, text in files(pod).items():
+            (folder / name).write_text(text)
+        for words in (copy(pod, str(folder)), on_all_hosts(pod, f"sudo bash {pod.name}/setup.sh")):
+            for tried in range(1, COPIES + 1):
+                done = training.act(words, dry_run)
+                if done is None or done.returncode == 0:
+                    break
+                if (found := _state(pod, dry_run)) != "ACTIVE":
+                    return found or "DELETING"
+                if tried == COPIES:
+                    raise errors.UserError(
+                        f"gcloud failed {COPIES} times, at last with exit code {done.returncode}; its "
+                        "message stands above"
+                    )
+                time.sleep(POLL_SECONDS)
+    return "started"
 
 
 def _watch(pod: Pod, seconds: int) -> str:
@@ -341,9 +363,20 @@ def _watch(pod: Pod, seconds: int) -> str:
 
 
 def _state(pod: Pod, dry_run: bool) -> str:
-    """Of the queued resource; "" where there is none."""
-    done = training.act(state(pod), dry_run, capture=True)
-    return done.stdout.strip() if done is not None and done.returncode == 0 else ""
+    """Of the queued resource; "" where there is none, which only a NOT_FOUND says: other failures say nothing of it.
+
+    Raises:
+      TryAgain: gcloud answered nothing for LOST_LOOKS looks.
+    """
+    for _ in range(LOST_LOOKS):
+        done = training.act(state(pod), dry_run, capture=True)
+        if done is None or "NOT_FOUND" in done.stderr:
+            return ""
+        if done.returncode == 0:
+            return done.stdout.strip()
+        print(f"the state of {pod.name} is not known: asking again", file=sys.stderr, flush=True)
+        time.sleep(POLL_SECONDS)
+    raise errors.TryAgain(f"gcloud did not tell the state of {pod.name} {LOST_LOOKS} times; its messages stand above")
 
 
 def _must(words: list[str], dry_run: bool) -> None:

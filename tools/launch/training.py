@@ -141,6 +141,8 @@ def _value(arguments: list[str], name: str) -> str | None:
 def act(command: list[str], dry_run: bool, capture: bool = False) -> subprocess.CompletedProcess | None:
     """Runs a command, or prints what would be run, quoted for a shell; None on a dry run.
 
+    With `capture` the result holds stdout and stderr, which is shown all the same.
+
     Raises:
       UserError: the program is not installed.
     """
@@ -148,6 +150,8 @@ def act(command: list[str], dry_run: bool, capture: bool = False) -> subprocess.
     if dry_run:
         return None
     try:
-        return subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+        done = subprocess.run(command, text=True, capture_output=capture, check=False)
     except FileNotFoundError as error:
         raise errors.UserError(f"{command[0]!r} is not installed here: install it or keep to --dry_run") from error
+    print(done.stderr or "", end="", file=sys.stderr, flush=True)
+    return done
