@@ -46,7 +46,9 @@ _PYTHON = flags.DEFINE_string("python", "", "interpreter; default REPO/.venv/bin
 _IMAGE = flags.DEFINE_string("container_image", "", "image for srun --container-image (pyxis)")
 _MOUNTS = flags.DEFINE_list("container_mounts", [], "HOST:CONTAINER folders for the image: data, workdir")
 _SETUP = flags.DEFINE_multi_string("setup", [], "shell line before the start, e.g. 'module load cuda'; repeatable")
-_ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process, e.g. NCCL_SOCKET_IFNAME=ib0; repeatable")
+_ENV = flags.DEFINE_multi_string(
+    "env", [], "NAME=VALUE for every process, e.g. NCCL_SOCKET_IFNAME=ib0, XLA_FLAGS=...; repeatable"
+)
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "further option, e.g. --partition=h100, --account=lab; repeatable")
 _LOGS = flags.DEFINE_string("logs", ".", "folder of the log, seen by all nodes")
 _OUTPUT = flags.DEFINE_string("output", "", "where to write the script; default NAME.sbatch in --logs")
