@@ -40,12 +40,9 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
     for key in config:
         if key not in known:
             raise errors.UserError(f"unknown config key {key}{config_lib.suggest(key, known)}")
-    for name, cls in (
-        ("train", config_lib.TrainConfig),
-        ("optim", config_lib.OptimConfig),
-        ("mesh", config_lib.MeshConfig),
-    ):
-        config_lib.build(cls, config[name], name)
+    train = config_lib.build(config_lib.TrainConfig, config.train, "train")
+    config_lib.build(config_lib.OptimConfig, config.optim, "optim")
+    config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
     data = data_section(config)
     make_objective(config)
     if config.model_kind == "policy" and data.normalisation == "normal" and (clip := model_config(config).flow.clip):
@@ -53,6 +50,14 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
             f"data.normalisation=normal with model.flow.clip={clip:g}: planned actions would be cut off {clip:g} "
             "standard deviations from their mean; set model.flow.clip=0, or data.normalisation=bounds"
         )
+    if config.model_kind == "policy" and train.keep_best and train.best_metric == "val/loss":
+        model = model_config(config)
+        if model.depth_labels is not None and model.depth.loss_decay < 1:
+            raise errors.UserError(
+                f"train.keep_best={train.keep_best} by val/loss, in which the depth loss weighs less at every step "
+                f"(model.depth.loss_decay={model.depth.loss_decay:g}): later checkpoints look better by that alone; "
+                "set train.best_metric=val/flow_loss"
+            )
 
 
 def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective:
