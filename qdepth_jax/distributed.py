@@ -22,7 +22,7 @@ from qdepth_jax import cluster, errors
 T = TypeVar("T")
 
 START_SECONDS = 300  # until the coordinator must have answered
-WAIT_SECONDS = 3600.0  # for a host that is still building an index; a host that died is noticed in 100 s
+WAIT_SECONDS = 3600.0  # for a host that is still at something else; a host that died is noticed in 100 s
 STOP_SECONDS = 600  # at the end, for hosts that still write
 # After a failure: a host that hears of it and cannot go on leaves, then the one that failed, then host 0, whose end
 # would take the others down.
@@ -304,8 +304,10 @@ def same_everywhere(what: str, value: Any) -> None:
         )
 
 
-def together(fn: Callable[[], T], what: str = "start") -> T:
+def together(fn: Callable[[], T], what: str = "start", timeout: float = WAIT_SECONDS) -> T:
     """fn() on every host; returns when all of them are through it. `fn` may call functions of this module itself.
+
+    `timeout` may be math.inf: while all hosts live they wait, and one that dies ends the others.
 
     Raises:
       HostFailed: on every host whose own fn did not fail, with the message of the first that did.
@@ -321,7 +323,7 @@ def together(fn: Callable[[], T], what: str = "start") -> T:
         # Posted where the others wait next, here or inside fn; they need not have got as far as this host.
         _post(_turn(), _told(error), process()[0])
         raise
-    gather(None, f"after {what}")
+    gather(None, f"after {what}", timeout)
     return out
 
 

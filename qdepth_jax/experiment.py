@@ -4,6 +4,7 @@ The only place that knows which model kinds exist and how a policy depends on a 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -141,9 +142,9 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         codes = earlier_stages.load_codebook(config.tokenizer, model)
         data = earlier_stages.with_tokens(data, config.tokenizer)
     # The main host reads a new data set once and writes its index; the others open it (or build their own, where
-    # data.index_dir is a disk of each host).
-    distributed.together(lambda: _build_indexes(data) if distributed.is_main() else None)
-    _build_indexes(data)
+    # data.index_dir is a disk of each host). Without a limit: a scan of terabytes takes hours.
+    for build in (lambda: _build_indexes(data) if distributed.is_main() else None, lambda: _build_indexes(data)):
+        distributed.together(build, "index", timeout=math.inf)
     sharding.check_batch(train, mesh.shape)
     rows = sharding.batch_rows(mesh, train.batch_size)
     batches = loader.Loader(

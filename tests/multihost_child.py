@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import math
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ def check_values(number: int, count: int) -> None:
     assert distributed.from_main({"id": number}) == {"id": 0}
     assert len(set(distributed.gather(distributed.from_main(distributed.new_id()), "ids"))) == 1
     assert distributed.all_agree(True) and not distributed.all_agree(number != count - 1)
+    slow = lambda: time.sleep(0.5) or "built" if number == 0 else None  # noqa: E731
+    assert distributed.together(slow, "index", timeout=math.inf) == ("built" if number == 0 else None)
     time.sleep(0.05 * number)
     begin = time.monotonic()
     for i in range(20):

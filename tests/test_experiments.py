@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import math
 
 import jax
 import numpy as np
@@ -192,3 +193,14 @@ def test_the_folder_of_the_start_is_needed_by_a_fresh_run_alone(tmp_path):
     run = experiment.assemble(tiny_runs.config(init_from=str(tmp_path / "gone")))
     with pytest.raises(errors.UserError, match="gone"):
         run.initialise(None)
+
+
+def test_nobody_ends_a_long_scan_by_waiting_for_it(monkeypatch):
+    waits = {}
+    monkeypatch.setattr(
+        experiment.distributed,
+        "together",
+        lambda fn, what="start", timeout=3600: (waits.update({what: timeout}), fn())[1],
+    )
+    experiment.assemble(tiny_runs.config())
+    assert waits["index"] == math.inf

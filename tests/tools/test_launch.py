@@ -1,5 +1,6 @@
 """The launchers: what they render is parsed by others (YAML, bash, fake gcloud, sbatch, kubectl), SLURM where it is."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -228,6 +229,16 @@ def test_gke_dry_run_touches_nothing_and_the_real_one_applies(tmp_path):
     assert lost.returncode == 2 and "gs:// or /data/" in lost.stderr
 
 
+def test_gke_says_where_an_index_would_be_built_at_every_start(tmp_path):
+    arguments = ["--", f"--config={ROOT}/experiments/demo.py:tokenizer", "--workdir=gs://b/w"]
+    arguments += ["--config.train.batch_size=16", "--config.datasets.libero_object.path=gs://b/libero_object/1.0.0"]
+    for index, told in (("/index/x", False), ("/index", False), ("/indexes", True), ("", True)):
+        flags = ["--image=i", "--volumes=claim:/index", *arguments, f"--config.data.index_dir={index}"]
+        shown = run("gke.py", *flags)
+        assert shown.returncode == 0, shown.stderr
+        assert ("scanned at every start" in shown.stderr) is told, index
+
+
 # ---- Cloud TPU ----
 
 METADATA = {
@@ -304,13 +315,17 @@ def test_start_script_refuses_another_number_of_hosts(tmp_path):
 def test_start_script_with_an_image(tmp_path):
     metadata(tmp_path)
     fake(tmp_path, "docker")
-    work = pod(tmp_path, code="", ref="", image="some/image:1", env=(("A", "b c"),))
+    arguments = (*ARGUMENTS, "--config.data.index_dir=/in dex")
+    work = dataclasses.replace(
+        pod(tmp_path, code="", ref="", image="some/image:1", env=(("A", "b c"),)), arguments=arguments
+    )
     done = bash(tpu_pod.start_script(work), tmp_path)
     assert done.returncode == 0, done.stderr
     ((_, verb, *words),) = calls(tmp_path)
     assert verb == "run" and "--env=A=b c" in words and "--init" in words
-    assert words[words.index("some/image:1") :][: 4 + len(ARGUMENTS)] == [
-        "some/image:1", "python", "-m", "qdepth_jax.train", *ARGUMENTS
+    assert f"--volume={tmp_path}/opt/qdepth/index:/in dex" in words
+    assert words[words.index("some/image:1") :][: 4 + len(arguments)] == [
+        "some/image:1", "python", "-m", "qdepth_jax.train", *arguments
     ]  # fmt: skip
     assert words[-1] == "--process_id=6"
 

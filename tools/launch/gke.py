@@ -22,6 +22,7 @@ cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice. Not run on a clus
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import tpu_slices
@@ -38,7 +39,9 @@ _PYTHON = flags.DEFINE_string("python", "python", "interpreter in the image")
 _ACCOUNT = flags.DEFINE_string("service_account", "", "Kubernetes service account that may use the buckets")
 _QUEUE = flags.DEFINE_string("queue", "", "Kueue's LocalQueue, where the cluster has one")
 _SPOT = flags.DEFINE_boolean("spot", False, "take spot nodes")
-_VOLUMES = flags.DEFINE_list("volumes", [], "CLAIM:/FOLDER, persistent volume claims to mount: data, workdir")
+_VOLUMES = flags.DEFINE_list(
+    "volumes", [], "CLAIM:/FOLDER, persistent volume claims to mount: data, its index, workdir"
+)
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every pod; repeatable")
 _RESTARTS = flags.DEFINE_integer(
     "max_restarts", 30, "restarts after crashes: neither exit code 2 nor 75", lower_bound=0
@@ -219,7 +222,14 @@ def main(argv: list[str]) -> int:
     part = tpu_slices.parse(work.topology)
     text = render(work)
     if _CHECK.value:
-        training.check_experiment(arguments, part.chips * part.slices, part.slices)
+        config = training.check_experiment(arguments, part.chips * part.slices, part.slices)
+        index, kept = f"{config.data.index_dir}/", tuple(f"{folder}/" for _, folder in volumes)
+        if any("://" in data.path for data in config.datasets.values()) and not index.startswith(kept):
+            print(
+                "note: data in a bucket is scanned at every start of the pods: keep its index on a volume, by "
+                "--volumes=CLAIM:/FOLDER and --config.data.index_dir=/FOLDER",
+                file=sys.stderr,
+            )
     output = pathlib.Path(_OUTPUT.value or f"{work.name}.yaml")
     if _DRY_RUN.value:
         print(text)

@@ -15,6 +15,9 @@ starts again two minutes later, as it does when storage does not answer (75 too)
 2) stays down. --watch_seconds goes on looking and brings preempted slices back.
 --action=status | logs | stop (SIGTERM on all hosts) | delete act on what is there.
 
+With --image, --config.data.index_dir (absolute) is a folder of the host, so that an index is built once; one that only
+the config file names is built at every start.
+
 The hosts need access to the code and the bucket by their service account: no secret is passed. The last line of stdout
 is JSON. Sources: gcloud's reference of compute tpus queued-resources (SDK 528), cloud.google.com/tpu/docs/jax-pods and
 multislice-introduction. Not run on a TPU by us.
@@ -173,6 +176,9 @@ def start_script(pod: Pod) -> str:
     if pod.image:
         variables = [f"--env={name}={value}" for name, value in pod.env]
         start = ["docker", "run", "--rm", "--init", f"--name={pod.name}", "--privileged", "--network=host", *variables]
+        # What is in a container goes with it, and an index takes a scan of the data.
+        if index := training.value(pod.arguments, "config.data.index_dir"):
+            start.append(f"--volume={pod.root}/{pod.name}/index:{index}")
         train = f"{shlex.join([*start, pod.image])} {train}"
     return "\n".join(
         [
@@ -408,6 +414,9 @@ def main(argv: list[str]) -> int:
     if rising:
         if bool(pod.image) == bool(pod.code and pod.ref):
             raise errors.UserError("how does the code get there? Give --code=GIT_URL --ref=COMMIT, or --image")
+        index = training.value(arguments, "config.data.index_dir")
+        if pod.image and index and not index.startswith("/"):
+            raise errors.UserError(f"--config.data.index_dir={index}: a container mounts absolute folders only")
         if _CHECK.value:
             training.check_experiment(arguments, pod.part.chips * pod.part.slices, pod.part.slices)
         if dry_run:
