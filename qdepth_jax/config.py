@@ -39,7 +39,8 @@ class TrainConfig:
       keep_checkpoints: how many of the newest checkpoints stay on disk.
       keep_every: checkpoints of every multiple of this step stay for good; 0 = none.
       keep_best: so many checkpoints with the best `best_metric` stay too; 0 = none.
-      best_metric, best_mode: a metric of a validation ("val/loss"), and whether "min" or "max" of it is best.
+      best_metric, best_mode: a metric of a validation, and whether "min" or "max" of it is best; "val/loss" is refused
+        where the weight of the depth loss in it decays: "val/flow_loss".
       max_skipped: the run stops when more than so many steps in a row had a gradient that is not finite (each of them
         changes nothing and is counted).
       prefetch: batches prepared ahead of the step; bounds the loader's memory.

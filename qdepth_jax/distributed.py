@@ -22,7 +22,7 @@ from qdepth_jax import cluster, errors
 T = TypeVar("T")
 
 START_SECONDS = 300  # until the coordinator must have answered
-WAIT_SECONDS = 3600.0  # for a host that is still building an index; a host that died is noticed in 100 s
+WAIT_SECONDS = 3600.0  # for a host that is still at something else; a host that died is noticed in 100 s
 STOP_SECONDS = 600  # at the end, for hosts that still write
 # After a failure: a host that hears of it and cannot go on leaves, then the one that failed, then host 0, whose end
 # would take the others down.
@@ -174,7 +174,8 @@ def joined(
     """`start` (its arguments, its line) and `stop` around a whole program; a failure on one host ends all of them.
 
     The others hear of it where they wait for this host: in a function of this module as HostFailed, in a collective
-    operation, which cannot be interrupted, by a message. All end with the exit code of the one that failed.
+    operation, which cannot be interrupted, by a message. All end with the exit code of the one that failed. A host that
+    is killed can tell nobody: JAX aborts the others (134), at once if it was host 0, else after its heartbeat's 100 s.
 
     Raises:
       HostFailed: a collective operation failed here because another host has failed.
@@ -303,8 +304,10 @@ def same_everywhere(what: str, value: Any) -> None:
         )
 
 
-def together(fn: Callable[[], T], what: str = "start") -> T:
+def together(fn: Callable[[], T], what: str = "start", timeout: float = WAIT_SECONDS) -> T:
     """fn() on every host; returns when all of them are through it. `fn` may call functions of this module itself.
+
+    `timeout` may be math.inf: while all hosts live they wait, and one that dies ends the others.
 
     Raises:
       HostFailed: on every host whose own fn did not fail, with the message of the first that did.
@@ -320,7 +323,7 @@ def together(fn: Callable[[], T], what: str = "start") -> T:
         # Posted where the others wait next, here or inside fn; they need not have got as far as this host.
         _post(_turn(), _told(error), process()[0])
         raise
-    gather(None, f"after {what}")
+    gather(None, f"after {what}", timeout)
     return out
 
 

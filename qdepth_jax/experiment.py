@@ -4,6 +4,7 @@ The only place that knows which model kinds exist and how a policy depends on a 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -40,12 +41,9 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
     for key in config:
         if key not in known:
             raise errors.UserError(f"unknown config key {key}{config_lib.suggest(key, known)}")
-    for name, cls in (
-        ("train", config_lib.TrainConfig),
-        ("optim", config_lib.OptimConfig),
-        ("mesh", config_lib.MeshConfig),
-    ):
-        config_lib.build(cls, config[name], name)
+    train = config_lib.build(config_lib.TrainConfig, config.train, "train")
+    config_lib.build(config_lib.OptimConfig, config.optim, "optim")
+    config_lib.build(config_lib.MeshConfig, config.mesh, "mesh")
     data = data_section(config)
     make_objective(config)
     if config.model_kind == "policy" and data.normalisation == "normal" and (clip := model_config(config).flow.clip):
@@ -53,6 +51,14 @@ def check_keys(config: ml_collections.ConfigDict) -> None:
             f"data.normalisation=normal with model.flow.clip={clip:g}: planned actions would be cut off {clip:g} "
             "standard deviations from their mean; set model.flow.clip=0, or data.normalisation=bounds"
         )
+    if config.model_kind == "policy" and train.keep_best and train.best_metric == "val/loss":
+        model = model_config(config)
+        if model.depth_labels is not None and model.depth.loss_decay < 1:
+            raise errors.UserError(
+                f"train.keep_best={train.keep_best} by val/loss, in which the depth loss weighs less at every step "
+                f"(model.depth.loss_decay={model.depth.loss_decay:g}): later checkpoints look better by that alone; "
+                "set train.best_metric=val/flow_loss"
+            )
 
 
 def make_objective(config: ml_collections.ConfigDict) -> objective_lib.Objective:
@@ -136,9 +142,9 @@ def assemble(config: ml_collections.ConfigDict) -> train_loop.Run:
         codes = earlier_stages.load_codebook(config.tokenizer, model)
         data = earlier_stages.with_tokens(data, config.tokenizer)
     # The main host reads a new data set once and writes its index; the others open it (or build their own, where
-    # data.index_dir is a disk of each host).
-    distributed.together(lambda: _build_indexes(data) if distributed.is_main() else None)
-    _build_indexes(data)
+    # data.index_dir is a disk of each host). Without a limit: a scan of terabytes takes hours.
+    for build in (lambda: _build_indexes(data) if distributed.is_main() else None, lambda: _build_indexes(data)):
+        distributed.together(build, "index", timeout=math.inf)
     sharding.check_batch(train, mesh.shape)
     rows = sharding.batch_rows(mesh, train.batch_size)
     batches = loader.Loader(

@@ -11,7 +11,8 @@ class StopSignal:
     """SIGTERM, or Ctrl-C once, ends the run at a step boundary that is the same on all hosts.
 
         with StopSignal() as stop:
-            for step in ...:
+            if stop.asked_before(start): return
+            for step in range(start + 1, ...):
                 ...
                 if stop.reached(step): save and break
 
@@ -31,6 +32,20 @@ class StopSignal:
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def asked_before(self, start: int) -> bool:
+        """True if the run was asked to end before its first step, `start` + 1. Every host calls it once, before that.
+
+        The service takes the largest step told so far, plus one, and asks for equality. What came before any host had
+        told a step therefore ends the run after step 1, which a resumed run never reaches: so that is asked here.
+        """
+        if not self._several:
+            return self._asked
+        self.reached(start)
+        distributed.barrier("the first step")  # from here on the largest is `start` or more, whatever host 0 tells
+        asked = distributed.is_main() and self.reached(1)
+        self.reached(start)
+        return distributed.from_main(asked, "asked to stop")
 
     def reached(self, step: int) -> bool:
         """True if the run ends after this step. Every host calls it after every step, with the same number."""

@@ -190,6 +190,9 @@ def _loop(run, state, key, start, manager, log, workdir, extras, stop) -> tuple[
         say(f"{workdir} holds {start} steps, {c.total_steps} are asked: nothing to train")
         rows = metrics.read(workdirs.folder(workdir) / "metrics.jsonl")
         return functools.reduce(lambda a, b: a | b, rows, {}), True
+    if stop.asked_before(start):
+        say(f"stopped by a signal before step {start + 1}: the same command, given again, continues")
+        return {}, False
     evaluate, pending, extra = None, None, {}
     devices = run.mesh.devices.size
     peak = chips.peak_flops(jax.local_devices()[0].device_kind)

@@ -77,7 +77,7 @@ class Watch:
         Keys: steps_per_second, samples_per_second, step_seconds_{p50,p90,max}, data_wait_share (of the steps' time),
         checkpoint_stall_seconds (where there was a save), model_tflops_per_device (per second, by the model's formula,
         without recomputation) and mfu (its share of the device's peak), hbm_gib and hbm_peak_gib (the fullest device
-        of this host, where the device tells).
+        of this host, where the device tells). All of them are this host's; the log is host 0's.
         """
         if not self._turns:
             return {}

@@ -2,7 +2,9 @@
 
 import errno
 import functools
+import math
 import os
+import signal
 import sys
 import time
 
@@ -38,6 +40,8 @@ def check_values(number: int, count: int) -> None:
     assert distributed.from_main({"id": number}) == {"id": 0}
     assert len(set(distributed.gather(distributed.from_main(distributed.new_id()), "ids"))) == 1
     assert distributed.all_agree(True) and not distributed.all_agree(number != count - 1)
+    slow = lambda: time.sleep(0.5) or "built" if number == 0 else None  # noqa: E731
+    assert distributed.together(slow, "index", timeout=math.inf) == ("built" if number == 0 else None)
     time.sleep(0.05 * number)
     begin = time.monotonic()
     for i in range(20):
@@ -201,15 +205,38 @@ def fail_alone(number: int, count: int, failing: int, kind: type = errors.UserEr
 
 def stop(number: int, count: int) -> None:
     """Steps of another length on each host; the stop comes at the same one."""
-    with stop_signal.StopSignal() as signal:
+    with stop_signal.StopSignal() as stop:
         begin = time.perf_counter()
         for _ in range(1000):
-            signal.reached(0)
+            stop.reached(0)
         print(f"asking takes {(time.perf_counter() - begin) * 1e3:.1f} us")
         for step in range(1, 100_000):
             time.sleep(0.002 + 0.003 * number)
             print(f"step {step}", flush=True)
-            if signal.reached(step):
+            if stop.reached(step):
+                print(f"stopped at {step}")
+                return
+
+
+def stop_resumed(number: int, count: int, early: bool) -> None:
+    """One host is asked to stop while a run that goes on after step 5000 starts: before or after it told that step."""
+
+    def ask():
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(4)  # the service looks for a signal once a second
+
+    with stop_signal.StopSignal() as stop:
+        if early:
+            ask()
+        if stop.asked_before(5000):
+            print("stopped before 5001")
+            return
+        if not early:
+            ask()
+        for step in range(5001, 5100):
+            time.sleep(0.01)
+            if stop.reached(step):
                 print(f"stopped at {step}")
                 return
 
@@ -218,6 +245,7 @@ MODES = {"agree": agree, "config": other_config, "fail": fail, "storage": fail_s
 MODES["export"] = fail_export
 MODES |= {f"alone{i}": functools.partial(fail_alone, failing=i) for i in (0, 1)}
 MODES["alone_storage"] = functools.partial(fail_alone, failing=1, kind=errors.TryAgain)
+MODES |= {f"stop_{when}": functools.partial(stop_resumed, early=when == "early") for when in ("early", "late")}
 if __name__ == "__main__":
     sys.path.insert(0, "")
     command.run(main)

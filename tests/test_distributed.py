@@ -268,3 +268,11 @@ def test_ctrl_c_on_one_host_stops_all_at_the_same_step():
     assert [code for code, _, _ in done] == [0, 0], done
     steps = [re.search(r"stopped at (\d+)", out)[1] for _, out, _ in done]
     assert steps[0] == steps[1] and int(steps[0]) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "said"), [("early", "stopped before 5001"), ("late", "stopped at 5001")])
+def test_a_signal_while_a_resumed_run_starts_is_not_lost(when, said):
+    """The service knows steps that were told to it alone: before the first, it chooses step 1."""
+    done = multihost.run_all(lambda port, i: [multihost.CHILD, f"stop_{when}", str(port), "2", str(i)], 2)
+    assert [(code, out.splitlines()[-1]) for code, out, _ in done] == [(0, said)] * 2, done

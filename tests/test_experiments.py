@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import math
 import pathlib
 import re
 
@@ -187,6 +188,19 @@ def test_the_demo_tokenizer_and_policy_share_their_codebook():
     assert tokens.range == model.depth.range
 
 
+def test_the_best_checkpoint_is_not_chosen_by_a_loss_whose_weight_falls():
+    config = load("demo", "policy")
+    config.train.update({"keep_best": 1, "eval_every": 10, "checkpoint_every": 10})
+    with pytest.raises(errors.UserError, match=r"keep_best=1 by val/loss.*loss_decay=0.9999.*=val/flow_loss"):
+        experiment.check_keys(config)
+    config.train.best_metric = "val/flow_loss"
+    experiment.check_keys(config)
+    config.train.best_metric, config.model.depth.loss_decay = "val/loss", 1.0
+    experiment.check_keys(config)
+    config.model.depth.loss_decay, config.model.depth.loss_weight = 0.9999, 0.0
+    experiment.check_keys(config)
+
+
 def test_actions_are_not_cut_off_one_deviation_from_their_mean():
     config = load("demo", "policy")
     config.data.normalisation = "normal"
@@ -205,3 +219,14 @@ def test_the_folder_of_the_start_is_needed_by_a_fresh_run_alone(tmp_path):
     run = experiment.assemble(tiny_runs.config(init_from=str(tmp_path / "gone")))
     with pytest.raises(errors.UserError, match="gone"):
         run.initialise(None)
+
+
+def test_nobody_ends_a_long_scan_by_waiting_for_it(monkeypatch):
+    waits = {}
+    monkeypatch.setattr(
+        experiment.distributed,
+        "together",
+        lambda fn, what="start", timeout=3600: (waits.update({what: timeout}), fn())[1],
+    )
+    experiment.assemble(tiny_runs.config())
+    assert waits["index"] == math.inf

@@ -82,6 +82,23 @@ def test_a_signal_saves_on_all_hosts_and_other_hosts_go_on(one, tmp_path, count,
 
 
 @pytest.mark.slow
+def test_a_signal_while_a_resumed_run_starts_ends_it_and_it_goes_on(one, tmp_path):
+    half = ["--config.train.total_steps=25", "--config.train.eval_every=0"]
+    run(tmp_path, one[1], [*TOKENIZER, *half], 2, name="first")
+    processes = start(tmp_path, one[1], TOKENIZER, 2)
+    deadline = time.monotonic() + 120
+    while "host 0 of 2" not in processes[0].err.read_text():  # they have met; index, restore and compilation follow
+        assert time.monotonic() < deadline and processes[0].process.poll() is None, multihost.finish(processes, 1)
+        time.sleep(0.01)
+    processes[1].process.send_signal(signal.SIGTERM)
+    done = multihost.finish(processes)
+    assert [code for code, _, _ in done] == [75, 75], done
+    assert re.search(r"stopped by a signal (before step 26:|at step 26,)", done[0][2]), done
+    run(tmp_path, one[1], TOKENIZER, 2, name="again")
+    assert_same(tmp_path, rows(one[0]))
+
+
+@pytest.mark.slow
 def test_hosts_with_different_configs_end_before_anything_is_written(tmp_path):
     def arguments(port, number):
         return [

@@ -7,7 +7,8 @@ in the dtype of the activations, their gradients scattered back: ZeRO-3. Gatheri
 because products over a split width tempt the TPU compiler into loops that gather piece by piece and pass the result
 through memory once for each piece.
 
-Everything here is about speed: the values are the same, and without a mesh (`jax.set_mesh`) nothing happens.
+Everything here is about speed: the values are the same but for rounding, and without a mesh (`jax.set_mesh`) nothing
+happens. A gradient is summed over devices in the dtype in which its weight was gathered: bfloat16 in the full recipes.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """The launchers: what they render is parsed by others (YAML, bash, fake gcloud, sbatch, kubectl), SLURM where it is."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -228,6 +229,16 @@ def test_gke_dry_run_touches_nothing_and_the_real_one_applies(tmp_path):
     assert lost.returncode == 2 and "gs:// or /data/" in lost.stderr
 
 
+def test_gke_says_where_an_index_would_be_built_at_every_start(tmp_path):
+    arguments = ["--", f"--config={ROOT}/experiments/demo.py:tokenizer", "--workdir=gs://b/w"]
+    arguments += ["--config.train.batch_size=16", "--config.datasets.libero_object.path=gs://b/libero_object/1.0.0"]
+    for index, told in (("/index/x", False), ("/index", False), ("/indexes", True), ("", True)):
+        flags = ["--image=i", "--volumes=claim:/index", *arguments, f"--config.data.index_dir={index}"]
+        shown = run("gke.py", *flags)
+        assert shown.returncode == 0, shown.stderr
+        assert ("scanned at every start" in shown.stderr) is told, index
+
+
 # ---- Cloud TPU ----
 
 METADATA = {
@@ -304,13 +315,17 @@ def test_start_script_refuses_another_number_of_hosts(tmp_path):
 def test_start_script_with_an_image(tmp_path):
     metadata(tmp_path)
     fake(tmp_path, "docker")
-    work = pod(tmp_path, code="", ref="", image="some/image:1", env=(("A", "b c"),))
+    arguments = (*ARGUMENTS, "--config.data.index_dir=/in dex")
+    work = dataclasses.replace(
+        pod(tmp_path, code="", ref="", image="some/image:1", env=(("A", "b c"),)), arguments=arguments
+    )
     done = bash(tpu_pod.start_script(work), tmp_path)
     assert done.returncode == 0, done.stderr
     ((_, verb, *words),) = calls(tmp_path)
     assert verb == "run" and "--env=A=b c" in words and "--init" in words
-    assert words[words.index("some/image:1") :][: 4 + len(ARGUMENTS)] == [
-        "some/image:1", "python", "-m", "qdepth_jax.train", *ARGUMENTS
+    assert f"--volume={tmp_path}/opt/qdepth/index:/in dex" in words
+    assert words[words.index("some/image:1") :][: 4 + len(arguments)] == [
+        "some/image:1", "python", "-m", "qdepth_jax.train", *arguments
     ]  # fmt: skip
     assert words[-1] == "--process_id=6"
 
@@ -332,7 +347,7 @@ def test_setup_script(tmp_path):
         found = calls(tmp_path)
         assert (["git", "clone", "--quiet", "https://host/a b.git", f"{work.root}/qdepth/code"] in found) is not again
         assert ["git", "-C", f"{work.root}/qdepth/code", "checkout", "--quiet", "--detach", "v1'"] in found
-        assert ["python3", "install", "--quiet", "--editable", f"{work.root}/qdepth/code[tpu]"] in found
+        assert ["python3", "install", "--quiet", "--editable", f"{work.root}/qdepth/code[tpu,gcs]"] in found
         assert found[-1] == ["systemctl", "restart", "qdepth"]
     assert (tmp_path / "opt/qdepth/start.sh").read_text() == tpu_pod.start_script(work)
     unit = (tmp_path / "qdepth.service").read_text()
@@ -345,8 +360,11 @@ def test_setup_script(tmp_path):
 STATES = """
 state=$(cat "{folder}/state" 2>/dev/null)
 case "$4" in
-  describe) [ -n "$state" ] || exit 1; echo "$state" ;;
-  create) echo ACTIVE >"{folder}/state" ;;
+  describe) n=$(ls "{folder}" | grep -c asked); touch "{folder}/asked$n"
+    if [ $(($n % 3)) = 2 ]; then echo "ERROR: token refresh timed out" >&2; exit 1; fi
+    if [ -z "$state" ]; then echo "ERROR: (gcloud...describe) NOT_FOUND: Resource 'x' was not found" >&2; exit 1; fi
+    echo "$state" ;;
+  create) [ -z "$state" ] || exit 1; echo ACTIVE >"{folder}/state" ;;
   delete) rm "{folder}/state" ;;
   ssh) case "$*" in *--node=0*)
     n=$(ls "{folder}" | grep -c looked); touch "{folder}/looked$n"
@@ -392,6 +410,32 @@ def test_preempted_slices_are_asked_for_again(tmp_path, end, monkeypatch):
     short = [v for v in verbs if v != "describe"]
     once = ["create", "scp", "ssh"]
     assert short == [*once, "ssh", "ssh", "delete", *once, "ssh"]  # three looks in all, SUSPENDED after the second
+
+
+def test_slices_taken_away_before_the_code_is_there_are_asked_for_again(tmp_path, monkeypatch):
+    """The first copy fails on hosts that are there, the second because they are gone."""
+    took = f"""
+  scp) n=$(ls "{tmp_path}" | grep -c copied); touch "{tmp_path}/copied$n"
+    [ $n != 1 ] || echo SUSPENDED >"{tmp_path}/state"; [ $n -gt 1 ] ;;
+esac"""
+    fake(tmp_path, "gcloud", STATES.format(folder=tmp_path, end="inactive success 0").rpartition("esac")[0] + took)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_pod.time, "sleep", lambda seconds: None)
+    assert tpu_pod.up(pod(tmp_path), watch=0, max_restarts=1, dry_run=False) == "started"
+    verbs = [words[4] for words in calls(tmp_path) if words[4] != "describe"]
+    assert verbs == ["create", "scp", "scp", "delete", "create", "scp", "ssh"]
+
+
+def test_hosts_that_do_not_take_the_code_and_a_gcloud_that_tells_nothing_end_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_pod.time, "sleep", lambda seconds: None)
+    fake(tmp_path, "gcloud", 'case "$4" in describe) echo ACTIVE ;; *) exit 7 ;; esac')
+    with pytest.raises(errors.UserError, match="failed 3 times, at last with exit code 7"):
+        tpu_pod.up(pod(tmp_path), watch=1, max_restarts=1, dry_run=False)
+    fake(tmp_path, "gcloud", "echo 'ERROR: not logged in' >&2; exit 1")
+    monkeypatch.setattr(tpu_pod, "LOST_LOOKS", 4)
+    with pytest.raises(errors.TryAgain, match="did not tell the state of qdepth 4 times"):
+        tpu_pod.up(pod(tmp_path), watch=1, max_restarts=1, dry_run=False)
 
 
 def test_tpu_dry_run_calls_nothing(tmp_path):
@@ -442,13 +486,18 @@ SRUN = 'while [[ "$1" == --* ]]; do shift; done; echo "$A"; exit {code}'
         (75, "COMPLETING", "0", False, "stays ended"),  # scancel by its owner
         (75, "RUNNING", "4", False, "--max_restarts=4 reached"),
         (2, "RUNNING", "0", False, ""),
-        (137, "RUNNING", "0", False, ""),
+        (1, "RUNNING", "0", False, ""),
+        (130, "RUNNING", "0", False, ""),  # Ctrl-C
+        (134, "RUNNING", "3", True, "back into the queue"),  # another host died
+        (137, "COMPLETING", "0", False, "stays ended"),
     ],
 )
 def test_sbatch_script_run_by_bash(tmp_path, code, state, restarts, requeued, said):
     (tmp_path / "my repo's").mkdir()
     job = slurm.Job(
-        **{**vars(JOB), "repo": str(tmp_path / "my repo's"), "env": (("A", "b  'c"),), "max_restarts": 4},
+        **vars(JOB)
+        | {"repo": str(tmp_path / "my repo's"), "logs": str(tmp_path / "my repo's")}
+        | {"env": (("A", "b  'c"),), "max_restarts": 4}
     )
     text = slurm.script(job)
     fake(tmp_path, "srun", SRUN.format(code=code))
@@ -463,6 +512,29 @@ def test_sbatch_script_run_by_bash(tmp_path, code, state, restarts, requeued, sa
     assert srun[1:3] == ["--kill-on-bad-exit=0", "--wait=300"]  # nobody is killed in the middle of a save
     assert srun[srun.index(python) :] == [python, "-m", "qdepth_jax.train", *job.arguments]
     assert (["scontrol", "requeue", "7"] in calls(tmp_path)) is requeued
+
+
+@pytest.mark.parametrize("answers", [1, 99], ids=["late", "never"])
+def test_a_scheduler_that_does_not_answer_takes_no_job_from_the_queue(tmp_path, answers):
+    slow = f'[ $(grep -c "" {tmp_path}/asked) -gt {answers} ]'
+    (tmp_path / "asked").touch()
+    fake(tmp_path, "srun", "exit 75")
+    fake(tmp_path, "sleep")
+    fake(tmp_path, "squeue", f"echo >>{tmp_path}/asked; {slow} && echo RUNNING")
+    fake(tmp_path, "scontrol", f"echo >>{tmp_path}/asked; [ {answers} = 99 ] || {slow}")
+    text = slurm.script(slurm.Job(**vars(JOB) | {"repo": str(tmp_path)}))
+    done = bash(text, tmp_path, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n")
+    assert done.returncode == 75 and "back into the queue" in done.stdout, done.stdout
+    assert ["scontrol", "requeue", "7"] in calls(tmp_path) and ["sleep", "10"] in calls(tmp_path)
+
+
+def test_a_job_whose_processes_are_killed_comes_back_so_many_times(tmp_path):
+    for name, answer in (("srun", "exit 137"), ("scontrol", ""), ("squeue", "echo RUNNING")):
+        fake(tmp_path, name, answer)
+    text = slurm.script(slurm.Job(**vars(JOB) | {"repo": str(tmp_path), "logs": str(tmp_path), "max_crashes": 2}))
+    said = [bash(text, tmp_path, SLURM_JOB_ID=job, SLURM_JOB_NODELIST="n").stdout.splitlines()[-1] for job in "77787"]
+    assert [line.startswith("killed; --max_crashes=2 reached") for line in said] == [False, False, True, False, True]
+    assert calls(tmp_path).count(["scontrol", "requeue", "7"]) == 2
 
 
 def test_sbatch_script_with_container_and_ref(tmp_path):

@@ -4,14 +4,15 @@ r"""Renders a JobSet that trains on TPU slices of a GKE cluster, and applies it 
       [--nodry_run] -- --config=experiments/libero.py:object --workdir=gs://BUCKET/runs/object \
       --config.mesh.replica=4 --config.mesh.fsdp=128 --config.train.micro_batches=1
 
-Everything behind `--` goes to `python -m qdepth_jax.train` in the image, which holds this repository and its [tpu]
-extra. A dry run is the default: it prints the YAML and the kubectl command, and writes and applies nothing.
+Everything behind `--` goes to `python -m qdepth_jax.train` in the image, which holds this repository and its
+extras [tpu,gcs]. A dry run is the default: it prints the YAML and the kubectl command, and writes and applies nothing.
 
 The cluster needs the JobSet controller (0.10 or later: it tells exit codes apart by the job's message) and one node
 pool per slice, of the topology asked for. One pod per host; GKE tells the pods of each other (TPU_WORKER_HOSTNAMES,
 MEGASCALE_*) and train.py reads it. Exit code 75 (stopped by SIGTERM after a save, or storage does not answer) and
 evicted pods restart all pods without limit, exit code 2 (bad input) ends the JobSet, any other failure restarts
---max_restarts times; every start resumes. Identity and buckets come by --service_account (Workload Identity): no secret
+--max_restarts times, such as a host that died: JAX aborts the rest (134), often before its pod counts as evicted. Every
+start resumes. Identity and buckets come by --service_account (Workload Identity): no secret
 stands in the YAML. The last line of stdout is JSON.
 
 Sources: the JobSet API and its failure-policy and tpu-multislice examples (kubernetes-sigs/jobset), and
@@ -21,6 +22,7 @@ cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice. Not run on a clus
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import tpu_slices
@@ -32,14 +34,18 @@ from qdepth_jax import command, errors
 _NAME = flags.DEFINE_string("name", "qdepth", "name of the JobSet")
 _NAMESPACE = flags.DEFINE_string("namespace", "default", "its namespace")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "as plan_pod.py takes it: v5e:4x4, v5p-64, 2xv5e-256")
-_IMAGE = flags.DEFINE_string("image", "", "container image with this repository; required")
+_IMAGE = flags.DEFINE_string("image", "", "container image with this repository and its extras [tpu,gcs]; required")
 _PYTHON = flags.DEFINE_string("python", "python", "interpreter in the image")
 _ACCOUNT = flags.DEFINE_string("service_account", "", "Kubernetes service account that may use the buckets")
 _QUEUE = flags.DEFINE_string("queue", "", "Kueue's LocalQueue, where the cluster has one")
 _SPOT = flags.DEFINE_boolean("spot", False, "take spot nodes")
-_VOLUMES = flags.DEFINE_list("volumes", [], "CLAIM:/FOLDER, persistent volume claims to mount: data, workdir")
+_VOLUMES = flags.DEFINE_list(
+    "volumes", [], "CLAIM:/FOLDER, persistent volume claims to mount: data, its index, workdir"
+)
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every pod; repeatable")
-_RESTARTS = flags.DEFINE_integer("max_restarts", 3, "restarts after crashes: neither exit code 2 nor 75", lower_bound=0)
+_RESTARTS = flags.DEFINE_integer(
+    "max_restarts", 30, "restarts after crashes: neither exit code 2 nor 75", lower_bound=0
+)
 _GRACE = flags.DEFINE_integer(
     "grace_seconds", 300, "from SIGTERM to SIGKILL; GKE cuts it to 15 on spot", lower_bound=15
 )
@@ -69,7 +75,7 @@ class Workload:
     spot: bool = False
     volumes: tuple[tuple[str, str], ...] = ()
     env: tuple[tuple[str, str], ...] = ()
-    max_restarts: int = 3
+    max_restarts: int = 30
     grace_seconds: int = 300
 
 
@@ -216,7 +222,14 @@ def main(argv: list[str]) -> int:
     part = tpu_slices.parse(work.topology)
     text = render(work)
     if _CHECK.value:
-        training.check_experiment(arguments, part.chips * part.slices, part.slices)
+        config = training.check_experiment(arguments, part.chips * part.slices, part.slices)
+        index, kept = f"{config.data.index_dir}/", tuple(f"{folder}/" for _, folder in volumes)
+        if any("://" in data.path for data in config.datasets.values()) and not index.startswith(kept):
+            print(
+                "note: data in a bucket is scanned at every start of the pods: keep its index on a volume, by "
+                "--volumes=CLAIM:/FOLDER and --config.data.index_dir=/FOLDER",
+                file=sys.stderr,
+            )
     output = pathlib.Path(_OUTPUT.value or f"{work.name}.yaml")
     if _DRY_RUN.value:
         print(text)

@@ -10,8 +10,9 @@ would be run, and writes and submits nothing.
 One process per GPU, or --processes_per_node=1 for one per node. --signal asks SLURM for a
 SIGTERM --grace_seconds before the time limit: train.py saves at the next step and ends with exit code 75, the script
 puts its job back into the queue, and the next start, two minutes later, resumes. So it is when storage does not answer
-(75 too). Exit code 2 (bad input) and crashes end the job; a failed node puts it back (SLURM's own --requeue). The last
-line of stdout is JSON.
+(75 too), and --max_crashes times where a process was killed (out of memory) or another host died, at which JAX aborts
+the rest (134). Exit code 2 (bad input) and other crashes end the job; a failed node puts it back (SLURM's own
+--requeue). The last line of stdout is JSON.
 """
 
 import dataclasses
@@ -38,13 +39,16 @@ _CPUS = flags.DEFINE_integer(
 _TIME = flags.DEFINE_string("time", "24:00:00", "time limit of one start: the run goes on in the next")
 _GRACE = flags.DEFINE_integer("grace_seconds", 300, "SIGTERM comes so long before the time limit", lower_bound=30)
 _RESTARTS = flags.DEFINE_integer("max_restarts", 1000, "starts after the first", lower_bound=0)
+_CRASHES = flags.DEFINE_integer("max_crashes", 10, "starts after one in which a signal killed a process", lower_bound=0)
 _REPO = flags.DEFINE_string("repo", "", "checkout on a shared disk, seen by all nodes (or inside --container_image)")
 _REF = flags.DEFINE_string("ref", "", "git commit, branch or tag that the checkout must stand at, at every start")
 _PYTHON = flags.DEFINE_string("python", "", "interpreter; default REPO/.venv/bin/python, with --container_image python")
 _IMAGE = flags.DEFINE_string("container_image", "", "image for srun --container-image (pyxis)")
 _MOUNTS = flags.DEFINE_list("container_mounts", [], "HOST:CONTAINER folders for the image: data, workdir")
 _SETUP = flags.DEFINE_multi_string("setup", [], "shell line before the start, e.g. 'module load cuda'; repeatable")
-_ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process, e.g. NCCL_SOCKET_IFNAME=ib0; repeatable")
+_ENV = flags.DEFINE_multi_string(
+    "env", [], "NAME=VALUE for every process, e.g. NCCL_SOCKET_IFNAME=ib0, XLA_FLAGS=...; repeatable"
+)
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "further option, e.g. --partition=h100, --account=lab; repeatable")
 _LOGS = flags.DEFINE_string("logs", ".", "folder of the log, seen by all nodes")
 _OUTPUT = flags.DEFINE_string("output", "", "where to write the script; default NAME.sbatch in --logs")
@@ -69,6 +73,7 @@ class Job:
     time: str = "24:00:00"
     grace_seconds: int = 300
     max_restarts: int = 1000
+    max_crashes: int = 10
     repo: str = ""
     ref: str = ""
     python: str = ""
@@ -148,16 +153,29 @@ def script(job: Job) -> str:
         f"{shlex.join(srun)} \\\n  {shlex.join(training.train_command(list(job.arguments), python))}",
         "code=$?",
         "",
-        f'if [ "$code" = {training.AGAIN} ]; then',
+        "again=$code",
+        "# A busy slurmctld answers later.",
+        'try() { for _ in 1 2 3 4 5 6; do "$@" && return; sleep 10; done; return 1; }',
+        "# 128 + the signal that ended a process, but for Ctrl-C. The file counts them over all starts of the job.",
+        'if [ "$code" -gt 130 ]; then',
+        f'  crashes={shlex.quote(f"{job.logs}/{job.name}-")}"$SLURM_JOB_ID".crashes',
+        '  echo "start ${SLURM_RESTART_COUNT:-0}: exit code $code" >>"$crashes"',
+        f'  if [ "$(wc --lines <"$crashes")" -le {job.max_crashes} ]; then',
+        f"    again={training.AGAIN}",
+        "  else",
+        f'    echo "killed; --max_crashes={job.max_crashes} reached, see $crashes: submit again to go on"',
+        "  fi",
+        "fi",
+        f'if [ "$again" = {training.AGAIN} ]; then',
         "  # A job that its owner cancelled is COMPLETING by now and must stay ended; requeue would bring it back.",
-        '  state=$(squeue --noheader --states=all --format=%T --jobs="$SLURM_JOB_ID")',
-        '  if [ "$state" != RUNNING ]; then',
+        '  state=$(try squeue --noheader --states=all --format=%T --jobs="$SLURM_JOB_ID")',
+        '  if [ "$state" ] && [ "$state" != RUNNING ]; then',
         '    echo "stopped; the job is $state and stays ended"',
         f'  elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.max_restarts} ]; then',
         f'    echo "stopped; --max_restarts={job.max_restarts} reached: submit again to go on"',
         "  else",
-        '    echo "stopped by a signal or for lack of storage, see above: back into the queue"',
-        '    scontrol requeue "$SLURM_JOB_ID"',
+        '    echo "stopped with exit code $code, see above: back into the queue"',
+        '    try scontrol requeue "$SLURM_JOB_ID"',
         "  fi",
         "fi",
         'exit "$code"',
@@ -195,6 +213,7 @@ def main(argv: list[str]) -> int:
         time=_TIME.value,
         grace_seconds=_GRACE.value,
         max_restarts=_RESTARTS.value,
+        max_crashes=_CRASHES.value,
         repo=_REPO.value,
         ref=_REF.value,
         python=_PYTHON.value,

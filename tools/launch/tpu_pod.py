@@ -15,6 +15,9 @@ starts again two minutes later, as it does when storage does not answer (75 too)
 2) stays down. --watch_seconds goes on looking and brings preempted slices back.
 --action=status | logs | stop (SIGTERM on all hosts) | delete act on what is there.
 
+With --image, --config.data.index_dir (absolute) is a folder of the host, so that an index is built once; one that only
+the config file names is built at every start.
+
 The hosts need access to the code and the bucket by their service account: no secret is passed. The last line of stdout
 is JSON. Sources: gcloud's reference of compute tpus queued-resources (SDK 528), cloud.google.com/tpu/docs/jax-pods and
 multislice-introduction. Not run on a TPU by us.
@@ -44,7 +47,9 @@ _SPOT = flags.DEFINE_boolean("spot", False, "cheaper, and taken away at any time
 _RUNTIME = flags.DEFINE_string("runtime", "", "software version of the hosts; default by generation")
 _CODE = flags.DEFINE_string("code", "", "git URL that the hosts can read, with --ref")
 _REF = flags.DEFINE_string("ref", "", "commit or tag to train from")
-_IMAGE = flags.DEFINE_string("image", "", "instead of --code: container image with this repository and its [tpu] extra")
+_IMAGE = flags.DEFINE_string(
+    "image", "", "instead of --code: container image with this repository and its extras [tpu,gcs]"
+)
 _PYTHON = flags.DEFINE_string("python", "python3.11", "interpreter of the hosts, installed by apt where it lacks")
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process; repeatable")
 _GRACE = flags.DEFINE_integer("grace_seconds", 300, "from SIGTERM to SIGKILL; spot slices get 30", lower_bound=15)
@@ -60,6 +65,8 @@ _DRY_RUN = flags.DEFINE_boolean("dry_run", True, "only show; --nodry_run acts")
 GONE = ("SUSPENDED", "SUSPENDING", "FAILED", "DELETING")
 WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")
 POLL_SECONDS = 30.0
+LOST_LOOKS = 120  # an hour in which gcloud answers nothing
+COPIES = 3  # tries to bring the code onto hosts that are there
 CRASHED_LOOKS = 5
 
 
@@ -169,6 +176,9 @@ def start_script(pod: Pod) -> str:
     if pod.image:
         variables = [f"--env={name}={value}" for name, value in pod.env]
         start = ["docker", "run", "--rm", "--init", f"--name={pod.name}", "--privileged", "--network=host", *variables]
+        # What is in a container goes with it, and an index takes a scan of the data.
+        if index := training.value(pod.arguments, "config.data.index_dir"):
+            start.append(f"--volume={pod.root}/{pod.name}/index:{index}")
         train = f"{shlex.join([*start, pod.image])} {train}"
     return "\n".join(
         [
@@ -241,7 +251,7 @@ def setup_script(pod: Pod, units: str = "/etc/systemd/system") -> str:
             f"git -C {folder}/code fetch --quiet --tags --force origin",
             f"git -C {folder}/code checkout --quiet --detach {shlex.quote(pod.ref)}",
             f'[ -d {folder}/venv ] || "$python" -m venv {folder}/venv',
-            f"{folder}/venv/bin/pip install --quiet --editable '{folder}/code[tpu]'",
+            f"{folder}/venv/bin/pip install --quiet --editable '{folder}/code[tpu,gcs]'",
         ]
     return "\n".join(
         [
@@ -277,16 +287,9 @@ def up(pod: Pod, watch: int, max_restarts: int, dry_run: bool) -> str:
     """
     for start in range(max_restarts + 1):
         _provide(pod, dry_run)
-        with tempfile.TemporaryDirectory() as parent:
-            folder = pathlib.Path(parent) / pod.name
-            folder.mkdir()
-            for name, text in files(pod).items():
-                (folder / name).write_text(text)
-            _must(copy(pod, str(folder)), dry_run)
-        _must(on_all_hosts(pod, f"sudo bash {pod.name}/setup.sh"), dry_run)
-        if not watch or dry_run:
-            return "started"
-        end = _watch(pod, watch)
+        end = _start(pod, dry_run)
+        if end == "started" and watch and not dry_run:
+            end = _watch(pod, watch)
         if end not in GONE:
             return end
         print(f"slices {end.lower()}: asking again, {start + 1} of {max_restarts}", file=sys.stderr, flush=True)
@@ -306,6 +309,33 @@ def _provide(pod: Pod, dry_run: bool) -> None:
             raise errors.UserError(f"queued resource {pod.name} is {found or 'not there'}: see gcloud describe")
         print(f"{pod.name}: {found}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
+
+
+def _start(pod: Pod, dry_run: bool) -> str:
+    """Code and service on every host: "started", or a state of GONE where the slices went meanwhile.
+
+    Raises:
+      UserError: the hosts are there, but did not take it COPIES times.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent) / pod.name
+        folder.mkdir()
+        for name, text in files(pod).items():
+            (folder / name).write_text(text)
+        for words in (copy(pod, str(folder)), on_all_hosts(pod, f"sudo bash {pod.name}/setup.sh")):
+            for tried in range(1, COPIES + 1):
+                done = training.act(words, dry_run)
+                if done is None or done.returncode == 0:
+                    break
+                if (found := _state(pod, dry_run)) != "ACTIVE":
+                    return found or "DELETING"
+                if tried == COPIES:
+                    raise errors.UserError(
+                        f"gcloud failed {COPIES} times, at last with exit code {done.returncode}; its "
+                        "message stands above"
+                    )
+                time.sleep(POLL_SECONDS)
+    return "started"
 
 
 def _watch(pod: Pod, seconds: int) -> str:
@@ -339,9 +369,20 @@ def _watch(pod: Pod, seconds: int) -> str:
 
 
 def _state(pod: Pod, dry_run: bool) -> str:
-    """Of the queued resource; "" where there is none."""
-    done = training.act(state(pod), dry_run, capture=True)
-    return done.stdout.strip() if done is not None and done.returncode == 0 else ""
+    """Of the queued resource; "" where there is none, which only a NOT_FOUND says: other failures say nothing of it.
+
+    Raises:
+      TryAgain: gcloud answered nothing for LOST_LOOKS looks.
+    """
+    for _ in range(LOST_LOOKS):
+        done = training.act(state(pod), dry_run, capture=True)
+        if done is None or "NOT_FOUND" in done.stderr:
+            return ""
+        if done.returncode == 0:
+            return done.stdout.strip()
+        print(f"the state of {pod.name} is not known: asking again", file=sys.stderr, flush=True)
+        time.sleep(POLL_SECONDS)
+    raise errors.TryAgain(f"gcloud did not tell the state of {pod.name} {LOST_LOOKS} times; its messages stand above")
 
 
 def _must(words: list[str], dry_run: bool) -> None:
@@ -373,6 +414,9 @@ def main(argv: list[str]) -> int:
     if rising:
         if bool(pod.image) == bool(pod.code and pod.ref):
             raise errors.UserError("how does the code get there? Give --code=GIT_URL --ref=COMMIT, or --image")
+        index = training.value(arguments, "config.data.index_dir")
+        if pod.image and index and not index.startswith("/"):
+            raise errors.UserError(f"--config.data.index_dir={index}: a container mounts absolute folders only")
         if _CHECK.value:
             training.check_experiment(arguments, pod.part.chips * pod.part.slices, pod.part.slices)
         if dry_run:

@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from qdepth_jax import command, errors
 
@@ -41,12 +43,12 @@ def train_arguments(argv: list[str], shared: tuple[str, ...] = ("/", "gs://", "s
                 f"unexpected argument {argument!r}: everything for qdepth_jax.train comes behind `--`, as --name=value"
             )
     for name in _PLACED:
-        if _value(arguments, name) is not None:
+        if value(arguments, name) is not None:
             raise errors.UserError(f"--{name} is set by the launcher or found by the process: leave it out")
     for name in ("config", "workdir"):
-        if not _value(arguments, name):
+        if not value(arguments, name):
             raise errors.UserError(f"no --{name}=... behind `--`: every process needs it")
-    workdir = _value(arguments, "workdir")
+    workdir = value(arguments, "workdir")
     if not workdir.startswith(shared):
         raise errors.UserError(
             f"--workdir={workdir} must be one place for all processes and outlive them: begin it with "
@@ -55,8 +57,11 @@ def train_arguments(argv: list[str], shared: tuple[str, ...] = ("/", "gs://", "s
     return arguments
 
 
-def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> None:
+def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Any:
     """Loads --config with its overrides as train.py would, so that a slip is found now and not after hours in a queue.
+
+    Returns:
+      The config.
 
     Args:
       arguments: of train.py.
@@ -88,6 +93,7 @@ def check_experiment(arguments: list[str], devices: int, slices: int = 1) -> Non
     sizes = sharding.mesh_sizes(mesh, devices, mesh.slices or slices)
     sharding.place(sizes, program.plan_of(config).state, slices=mesh.slices or slices)  # a size that does not divide
     sharding.check_batch(config_lib.build(config_lib.TrainConfig, config.train, "train"), sizes)
+    return config
 
 
 def train_command(arguments: list[str], python: str = "python") -> list[str]:
@@ -128,7 +134,7 @@ def check_name(flag: str, name: str) -> str:
     return name
 
 
-def _value(arguments: list[str], name: str) -> str | None:
+def value(arguments: Sequence[str], name: str) -> str | None:
     """Of the last --name=value; "" where the flag stands without a value."""
     found = None
     for argument in arguments:
@@ -141,6 +147,8 @@ def _value(arguments: list[str], name: str) -> str | None:
 def act(command: list[str], dry_run: bool, capture: bool = False) -> subprocess.CompletedProcess | None:
     """Runs a command, or prints what would be run, quoted for a shell; None on a dry run.
 
+    With `capture` the result holds stdout and stderr, which is shown all the same.
+
     Raises:
       UserError: the program is not installed.
     """
@@ -148,6 +156,8 @@ def act(command: list[str], dry_run: bool, capture: bool = False) -> subprocess.
     if dry_run:
         return None
     try:
-        return subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+        done = subprocess.run(command, text=True, capture_output=capture, check=False)
     except FileNotFoundError as error:
         raise errors.UserError(f"{command[0]!r} is not installed here: install it or keep to --dry_run") from error
+    print(done.stderr or "", end="", file=sys.stderr, flush=True)
+    return done
