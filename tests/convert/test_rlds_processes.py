@@ -199,11 +199,21 @@ def test_a_killed_worker_is_a_plain_message(many_shards, tmp_path):
     try:
         _until(lambda: list((tmp_path / "new").glob("*.partial.*")))
         partial = next(iter((tmp_path / "new").glob("*.partial.*")))
-        os.kill(int(partial.name.rpartition(".")[2]), signal.SIGKILL)  # the worker that writes it
+        open_files = {pid: [os.path.realpath(fd) for fd in _files(pid)] for pid in _group(process.pid)}
+        writer = next(pid for pid, files in open_files.items() if os.path.realpath(partial) in files)
+        os.kill(writer, signal.SIGKILL)
         _, stderr = process.communicate(timeout=100)
         assert process.returncode == 2 and "fewer --workers" in stderr and "Traceback" not in stderr
     finally:
         _kill_group(process)
+
+
+def _files(pid):
+    """What a process has open; nothing of one that has ended meanwhile."""
+    try:
+        return list(pathlib.Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return []
 
 
 def _until(condition, seconds=60):
