@@ -9,7 +9,7 @@ Needs depth labels (tools/annotate_depth.py) and a tokenizer (experiments/tokeni
 
 import ml_collections
 
-from experiments import qdepth, tokenizer
+from experiments import qdepth
 from qdepth_jax import config as config_lib
 
 LABELLED_FRAMES = 1_550_000  # [open-pi-zero] transitions with an instruction
@@ -18,7 +18,6 @@ LABELLED_FRAMES = 1_550_000  # [open-pi-zero] transitions with an instruction
 def get_config() -> ml_collections.ConfigDict:
     config = qdepth.get_config(horizon=4, proprio_dim=7)  # [paper] chunk 4 in simulation; [open-pi-zero] POS_EULER
     config.name = "bridge"
-    config.model.depth.range = config_lib.section(tokenizer.DATA["bridge"][0])  # read by pixel_depth.py alone
     config.datasets.bridge_dataset = config_lib.dataset("datasets/bridge_dataset/1.0.0")
     config.eval_split = "val"
     config.train.total_steps = qdepth.steps(13, LABELLED_FRAMES)  # [paper] 13 epochs

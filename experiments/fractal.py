@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from experiments import qdepth, tokenizer
+from experiments import qdepth
 from qdepth_jax import config as config_lib
 
 FRAMES = 3_786_400  # [open-pi-zero]
@@ -15,7 +15,6 @@ FRAMES = 3_786_400  # [open-pi-zero]
 def get_config() -> ml_collections.ConfigDict:
     config = qdepth.get_config(horizon=4, proprio_dim=8)  # [paper]; [open-pi-zero] POS_QUAT
     config.name = "fractal"
-    config.model.depth.range = config_lib.section(tokenizer.DATA["fractal"][0])  # read by pixel_depth.py alone
     config.datasets.fractal20220817_data = config_lib.dataset("datasets/fractal20220817_data/0.1.0")
     config.data.split = "train[:95%]"  # [open-pi-zero] the data set has one split
     config.eval_split = "train[95%:]"

@@ -10,7 +10,7 @@ Arguments: spatial, object, goal, 10, 90 or all. Single view, as the paper's mai
 
 import ml_collections
 
-from experiments import qdepth, tokenizer
+from experiments import qdepth
 from qdepth_jax import config as config_lib
 from qdepth_jax import errors
 
@@ -34,7 +34,6 @@ def get_config(suite: str = "object") -> ml_collections.ConfigDict:
         horizon=4, proprio_dim=8
     )  # [paper] chunk 4; state = position, axis-angle, 2 finger joints
     config.name = f"libero_{suite}"
-    config.model.depth.range = config_lib.section(tokenizer.DATA["libero"][0])  # read by pixel_depth.py alone
     for name in names:
         config.datasets[f"libero_{name}"] = config_lib.dataset(f"datasets/libero_{name}_no_noops/1.0.0")
     # DEVIATION: the paper holds nothing out; we set one episode in 50 aside to watch for overfitting in 50 epochs.

@@ -155,10 +155,13 @@ def test_one_step_at_shrunk_size(name, argument):
 
 def test_variants_differ_from_their_recipe_in_one_thing():
     base = config_lib.to_json(load("bridge", None))
+    pixel_range = {
+        f"model.depth.range.{field}" for field in ("kind", "near", "far")
+    }  # codes have theirs in the tokenizer
     expected = {
         "baseline": {"model.depth"},
         "no_depth_loss": {"model.depth.loss_weight"},
-        "pixel_depth": {"model.depth.head"},
+        "pixel_depth": {"model.depth.head"} | pixel_range,
         "proprio_sees_depth": {"model.visibility"},
         "separate_text_image": {"model.visibility"},
         "future_depth": {"data.depth_offset"},

@@ -29,12 +29,13 @@ def replay(
     splits = demos.read_recordings(directory)
     if not any(splits.values()):
         raise errors.UserError(f"{directory} holds no episodes")
-    numbered = list(enumerate(recording for split in splits.values() for recording in split))
-    digest = hashlib.sha256(b"".join(r.action.tobytes() + r.initial_state.tobytes() for _, r in numbered))
-    # Equal for any choice, so that a replay of more of them continues one of fewer.
-    numbers = iter(numbered)
-    chosen = [pair for split in splits.values() for pair in list(itertools.islice(numbers, len(split)))[:per_split]]
-    longest = max(len(recording.action) for _, recording in numbered)
+    # Numbers and digest are of all, so that a replay of more of them continues one of fewer.
+    numbers = itertools.count()
+    numbered = [[(next(numbers), recording) for recording in split] for split in splits.values()]
+    chosen = [pair for split in numbered for pair in split[:per_split]]
+    recordings = list(itertools.chain(*splits.values()))
+    digest = hashlib.sha256(b"".join(r.action.tobytes() + r.initial_state.tobytes() for r in recordings))
+    longest = max(len(recording.action) for recording in recordings)
     suites = {suite: simulator.list_tasks(suite) for suite in sorted({r.suite for _, r in chosen})}
     jobs, actions = [], {}
     for number, recording in chosen:
