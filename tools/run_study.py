@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from experiments import cpu_study  # noqa: E402
 from qdepth_jax import command, errors, workdirs  # noqa: E402
-from qdepth_jax.eval import study, study_jobs  # noqa: E402
+from qdepth_jax.eval import study, study_jobs, study_runs  # noqa: E402
 from qdepth_jax.eval.study_jobs import Job  # noqa: E402
 
 _ROOT = flags.DEFINE_string("root", None, "folder of demonstrations, runs and logs", required=True)
@@ -174,12 +174,13 @@ def prepare(root: pathlib.Path, part_name: str) -> list[Job]:
     line = ["tools/tokenize_depth.py", f"--tokenizer={workdir}"]
     add(f"{part_name}/tokens", line, workdir / "tokens")
     if part.pretraining:
-        workdir, config = root / part_name / study.START, f"experiments/{study.BASELINE}.py:cpu_study,{part_name}"
+        workdir = root / part_name / study_runs.START
+        config = f"experiments/{study_runs.BASELINE}.py:cpu_study,{part_name}"
         line = [
             *train_line(config, workdir, root, part_name), f"--config.train.total_steps={part.pretraining}",
             f"--config.train.eval_every={part.pretraining // 4}", "--config.train.checkpoint_every=500",
         ]  # fmt: skip
-        add(f"{part_name}/{study.START}", line, workdir, config_text(config), workdir / "metrics.jsonl")
+        add(f"{part_name}/{study_runs.START}", line, workdir, config_text(config), workdir / "metrics.jsonl")
     return jobs
 
 
@@ -216,7 +217,7 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
     if needs_tokens:
         line.append(f"--config.tokenizer={root / part_name / 'tokenizer'}")
     if part.pretraining:
-        line.append(f"--config.init_from={root / part_name / study.START}")
+        line.append(f"--config.init_from={root / part_name / study_runs.START}")
     of = study_jobs.identity(root, ROOT, line, config_text(config), prepared)
     train = Job(name, line, workdir, of, workdir / "metrics.jsonl")
     made = workdir / "held_out.json"
@@ -234,7 +235,7 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
             closed_loop(
                 root, f"{part_name}/{kind}/{suite}", suite, part, workdir, root / part_name / kind / suite, kind, train
             )
-            for kind in study.CONTROLS
+            for kind in study_runs.CONTROLS
             for suite in part.suites.values()
         ]
     return [train, held_out, *loops]
@@ -242,11 +243,10 @@ def policy(root: pathlib.Path, part_name: str, variant: str, seed: str, prepared
 
 def judged_start(root: pathlib.Path, part_name: str, prepared: list[Job]) -> list[Job]:
     """Closed loop of the common start; [] where every policy starts from random weights."""
-    part, workdir = cpu_study.PARTS[part_name], root / part_name / study.START
+    part, name = cpu_study.PARTS[part_name], f"{part_name}/{study_runs.START}"
+    workdir = root / name
     return [
-        closed_loop(
-            root, f"{part_name}/{study.START}/{suite}", suite, part, workdir, workdir / suite, "trained", prepared[-1]
-        )
+        closed_loop(root, f"{name}/{suite}", suite, part, workdir, workdir / suite, "trained", prepared[-1])
         for suite in part.suites.values()
         if part.pretraining
     ]

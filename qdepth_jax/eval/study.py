@@ -1,8 +1,6 @@
 """Tables of a study with variants and seeds, from the figures that tools/run_study.py keeps.
 
-FOLDER/PART/VARIANT_SEED.json (training: cost, metrics), FOLDER/PART/VARIANT_SEED/{held_out,SUITE}.json, controls in
-FOLDER/PART/CONTROL/SUITE.json, the cost of depth tokens in FOLDER/PART/{tokenizer,tokens}.json. A figure that is
-missing leaves its cell empty; nothing is filled in, and a seed counts when every suite of the part was run.
+study_runs.py reads them. A figure that is missing leaves its cell empty.
 
 Three statements answer different questions. Wilson's interval, over all episodes of all seeds, says how well the
 success rate of these very policies is known (their starts are the same for every seed, so it is a little too narrow
@@ -13,42 +11,19 @@ Policies are only paired where they were made from the same data and the same st
 """
 
 import collections
-import dataclasses
 import json
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from qdepth_jax import errors, files
-from qdepth_jax.eval import episodes, study_jobs
+from qdepth_jax import files
+from qdepth_jax.eval import episodes, study_jobs, study_plots, study_runs
+from qdepth_jax.eval.study_runs import Outcomes, Rows
 
-BASELINE = "baseline"
-START = "pretrained"  # the common start of all policies of a part that has one
-CONTROLS = ("mean_action", "untrained")
-SINGLE = (*CONTROLS, START)  # one run each, compared with nobody
 TOKENS = ("tokenizer", "tokens")  # jobs whose cost every variant with depth tokens shares
-SUCCESS, FAILURE, CRASH = "1", "0", "c"  # of an outcome string, one character for each start
-
-# (suite/task, start) -> solved; a crash of the simulator is absent.
-Outcomes = dict[tuple[str, int], bool]
-
-
-@dataclasses.dataclass
-class Run:
-    """One seed of a variant, or a control: what its files say; {} and None where one is missing."""
-
-    training: dict[str, Any]
-    held_out: dict[str, Any]
-    suites: dict[str, dict[str, Any]]
-    outcomes: Outcomes | None
-    crashed: frozenset[tuple[str, int]] = frozenset()
-
-
-Rows = dict[str, dict[str, Run]]  # variant or control -> seed -> run
 
 
 def write(folder: pathlib.Path, parts: Mapping[str, Sequence[str]], variants: Mapping[str, bool]) -> None:
@@ -58,11 +33,9 @@ def write(folder: pathlib.Path, parts: Mapping[str, Sequence[str]], variants: Ma
       parts: name -> its suites.
       variants: name -> whether it needs depth tokens.
     """
-    from qdepth_jax.eval import study_plots
-
     lines = []
     for part, suites in parts.items():
-        rows = collect(folder / part, suites, variants)
+        rows = study_runs.collect(folder / part, suites, variants)
         if not rows:
             continue
         lines += [f"## {part}", "", *success_table(rows, suites), ""]
@@ -70,90 +43,14 @@ def write(folder: pathlib.Path, parts: Mapping[str, Sequence[str]], variants: Ma
             [*held_out_table(rows), ""] if any(run.held_out for row in rows.values() for run in row.values()) else []
         )
         lines += [*cost_table(rows, variants, shared_cost(folder / part))]
-        if start := [run.training["cost"] for run in rows.get(START, {}).values() if run.training.get("cost")]:
+        starts = rows.get(study_runs.START, {}).values()
+        if start := [run.training["cost"] for run in starts if run.training.get("cost")]:
             lines += ["", f"The common start of all of them cost {start[0]['cpu_seconds']:.0f} CPU-s, once."]
         lines += ["", *task_table(rows), ""]
         study_plots.success(folder / f"success_{part}.svg", rows)
         study_plots.losses(folder / f"loss_{part}.svg", rows)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_whole(folder / "tables.md", "\n".join(lines))
-
-
-def collect(folder: pathlib.Path, suites: Sequence[str], variants: Sequence[str]) -> Rows:
-    """What is there of a part.
-
-    Raises:
-      UserError: runs that were not made alike: other recipes (study_jobs.recipe), other numbers of training steps,
-        other options of the evaluation.
-    """
-    rows: Rows = {}
-    for variant in (*variants, *SINGLE):
-        for path in sorted(folder.glob(variant if variant in SINGLE else f"{variant}_[0-9]*")):
-            if path.is_dir():
-                rows.setdefault(variant, {})[path.name.rpartition("_")[2]] = read(path, suites)
-    alike: dict[str, dict[str, str]] = {}
-    for variant, row in rows.items():
-        for seed, run in row.items():
-            said = {"training steps": run.held_out["step"]} if run.held_out else {}
-            for suite, result in run.suites.items():
-                options = ("step_cap", "execute", "image_size", "supersample", "max_steps", "simulator")
-                said[f"options of {suite}"] = {name: result.get(name) for name in options}
-            for content in (run.training, run.held_out, *run.suites.values()):
-                if content:
-                    alike.setdefault("recipes", {}).setdefault(content.get("recipe", "none"), f"{variant}, seed {seed}")
-            for what, value in said.items():
-                alike.setdefault(what, {}).setdefault(json.dumps(value), f"{variant}, seed {seed}")
-    for what, values in alike.items():
-        if len(values) > 1:
-            listed = "; ".join(f"{value} ({where})" for value, where in values.items())
-            raise errors.UserError(f"{folder}: {what} differ, these runs cannot be compared: {listed}")
-    return rows
-
-
-def read(path: pathlib.Path, suites: Sequence[str]) -> Run:
-    """The run of folder PATH and of PATH.json."""
-    found = {
-        suite: study_jobs.read(file, "starts", "outcomes", "tasks")
-        for suite in suites
-        if (file := path / f"{suite}.json").exists()
-    }
-    training, held_out = path.with_name(path.name + ".json"), path / "held_out.json"
-    outcomes, crashed = None, frozenset()
-    if set(found) == set(suites):
-        flags = {
-            (task, result["starts"][0] + i): flag
-            for result in found.values()
-            for task, text in result["outcomes"].items()
-            for i, flag in enumerate(text)
-        }
-        outcomes = {key: flag == SUCCESS for key, flag in flags.items() if flag != CRASH}
-        crashed = frozenset(flags.keys() - outcomes.keys())
-    return Run(
-        study_jobs.read(training) if training.exists() else {},
-        study_jobs.read(held_out, "step", "parameters", "actions") if held_out.exists() else {},
-        found,
-        outcomes,
-        crashed,
-    )
-
-
-def judged(row: Mapping[str, Run]) -> dict[str, Outcomes]:
-    """Seed -> outcomes, of the seeds whose every suite was run."""
-    return {seed: run.outcomes for seed, run in row.items() if run.outcomes}
-
-
-def rate(outcomes: Sequence[Outcomes], suite: str = "") -> tuple[int, int]:
-    """(successes, episodes), of one suite or of all."""
-    flags = [
-        flag for found in outcomes for (task, _), flag in found.items() if task.startswith(f"{suite}/" if suite else "")
-    ]
-    return sum(flags), len(flags)
-
-
-def both_finished(ours: Run, theirs: Run) -> tuple[Outcomes, Outcomes]:
-    """Outcomes without the episodes in which either crashed."""
-    crashed = ours.crashed | theirs.crashed
-    return tuple({key: flag for key, flag in run.outcomes.items() if key not in crashed} for run in (ours, theirs))
 
 
 def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
@@ -163,11 +60,11 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
     header += [f"{suite}, %" for suite in by_suite]
     header += ["each seed, %", "minus baseline, points (95 %, seeds)", "won : lost against baseline (p)"]
     lines = _begin(header)
-    baseline = judged(rows.get(BASELINE, {}))
+    baseline = study_runs.judged(rows.get(study_runs.BASELINE, {}))
     intervals, all_pairs = 0, []
     for name, row in rows.items():
-        found = judged(row)
-        k, n = rate(list(found.values()))
+        found = study_runs.judged(row)
+        k, n = study_runs.rate(list(found.values()))
         low, high = (100 * x for x in episodes.wilson(k, n))
         crashes = sum(len(run.crashed) for run in row.values())
         left = len(row) - len(found)
@@ -178,16 +75,16 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
             f"{100 * k / n:.1f}" if n else "",
             f"{low:.1f} to {high:.1f}" if n else "",
         ]
-        cells += [_percent(*rate(list(found.values()), suite)) for suite in by_suite]
-        cells.append(", ".join(_percent(*rate([outcomes])) for outcomes in found.values()))
-        if name in (BASELINE, *SINGLE):
+        cells += [_percent(*study_runs.rate(list(found.values()), suite)) for suite in by_suite]
+        cells.append(", ".join(_percent(*study_runs.rate([outcomes])) for outcomes in found.values()))
+        if name in (study_runs.BASELINE, *study_runs.SINGLE):
             cells += ["", ""]
         else:
-            both = {seed: (row[seed], rows[BASELINE][seed]) for seed in found if seed in baseline}
-            others = [seed for seed, pair in both.items() if not made_alike(*pair)]
+            both = {seed: (row[seed], rows[study_runs.BASELINE][seed]) for seed in found if seed in baseline}
+            others = [seed for seed, pair in both.items() if not study_runs.made_alike(*pair)]
             both = [pair for seed, pair in both.items() if seed not in others]
             left = sum(len(ours.crashed | theirs.crashed) for ours, theirs in both)
-            pairs = [pair for ours, theirs in both if all(pair := both_finished(ours, theirs))]
+            pairs = [pair for ours, theirs in both if all(pair := study_runs.both_finished(ours, theirs))]
             said, is_interval = difference(pairs)
             intervals += is_interval
             all_pairs += pairs
@@ -206,20 +103,14 @@ def success_table(rows: Rows, suites: Sequence[str]) -> list[str]:
             f"miss zero with a chance of up to {100 * (1 - 0.95**intervals):.0f} %.",
         ]
     origins: dict[str, list[str]] = {}
-    for seed, run in rows.get(BASELINE, {}).items():
+    for seed, run in rows.get(study_runs.BASELINE, {}).items():
         known = run.training.get("made_from")
         origin = json.dumps([known["data"], known["start"]]) if known else ""
         origins.setdefault(origin, []).append(seed)
     if len(origins) > 1:
         listed = " | ".join(", ".join(seeds) + ("" if key else " (not recorded)") for key, seeds in origins.items())
         lines += ["", f"Seeds made from the same demonstrations and start: {listed}."]
-    return lines + resolution(all_pairs, max((len(judged(row)) for row in rows.values()), default=0))
-
-
-def made_alike(ours: Run, theirs: Run) -> bool:
-    """Whether two runs had the same data and the same start; where neither says what it had, that is not known."""
-    known = [run.training.get("made_from") or {} for run in (ours, theirs)]
-    return all(known[0].get(key) == known[1].get(key) for key in ("data", "start"))
+    return lines + resolution(all_pairs, max((len(study_runs.judged(row)) for row in rows.values()), default=0))
 
 
 def resolution(pairs: Sequence[tuple[Outcomes, Outcomes]], seeds: int) -> list[str]:

@@ -1,22 +1,22 @@
-"""Pictures of a study (study.py): success with intervals, and the held-out loss while training."""
+"""Pictures of a study (study_runs.py): success with intervals, and the held-out loss while training."""
 
 import pathlib
 import statistics
 
-from qdepth_jax.eval import episodes, study
+from qdepth_jax.eval import episodes, study_runs
 
 
-def success(path: pathlib.Path, rows: study.Rows) -> None:
+def success(path: pathlib.Path, rows: study_runs.Rows) -> None:
     """Success rates with Wilson's interval over all seeds, and a dot for each seed."""
     plt = _pyplot()
-    shown = {name: found for name, row in rows.items() if (found := study.judged(row))}
+    shown = {name: found for name, row in rows.items() if (found := study_runs.judged(row))}
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(shown) + 1))
     for place, found in enumerate(shown.values()):
-        k, n = study.rate(list(found.values()))
+        k, n = study_runs.rate(list(found.values()))
         low, high = episodes.wilson(k, n)
         axes.plot([100 * low, 100 * high], [place, place], color="tab:blue", linewidth=2)
         axes.plot([100 * k / n], [place], "|", color="tab:blue", markersize=14)
-        dots = [100 * a / b for a, b in (study.rate([outcomes]) for outcomes in found.values())]
+        dots = [100 * a / b for a, b in (study_runs.rate([outcomes]) for outcomes in found.values())]
         axes.plot(dots, [place] * len(dots), "o", color="tab:orange", markersize=4)
     axes.set_yticks(range(len(shown)), list(shown))
     axes.invert_yaxis()
@@ -25,11 +25,11 @@ def success(path: pathlib.Path, rows: study.Rows) -> None:
     _save(figure, path)
 
 
-def losses(path: pathlib.Path, rows: study.Rows) -> None:
+def losses(path: pathlib.Path, rows: study_runs.Rows) -> None:
     """Flow loss on held-out frames over training steps, the mean of the seeds; nothing where none was kept."""
     curves = {}
     for name, row in rows.items():
-        if name in study.SINGLE:  # the common start: another length
+        if name in study_runs.SINGLE:  # the common start: another length
             continue
         by_step: dict[int, list[float]] = {}
         for run in row.values():

@@ -8,13 +8,10 @@ The backward pass of a product y = x W costs one product for x's gradient and on
 where the input is data (patches, noisy actions, proprio: no gradient for x) or the weight is frozen (the codes).
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from qdepth_jax import errors
-from qdepth_jax.models import policy_config, siglip
-
-if TYPE_CHECKING:  # tokenizer.make_objective asks this module
-    from qdepth_jax.models.tokenizer import TokenizerConfig
+from qdepth_jax.models import policy_config, siglip, tokenizer_config
 
 # Which forward work each policy of stack.REMAT repeats in the backward pass, by field of `Part`.
 RECOMPUTE: dict[str, tuple[str, ...]] = {
@@ -146,9 +143,9 @@ def _depth_heads(config: policy_config.PolicyConfig) -> list[Part]:
     return parts
 
 
-def tokenizer(config: "TokenizerConfig", stem: int) -> dict[str, Part]:
-    """Part name -> FLOPs of one depth map of a tokenizer whose space-to-depth patch has side `stem`."""
-    encoder, decoder = [], []
+def tokenizer(config: tokenizer_config.TokenizerConfig) -> dict[str, Part]:
+    """Part name -> FLOPs of one depth map of a tokenizer."""
+    stem, encoder, decoder = tokenizer_config.STEM, [], []
     channels, side = 2 * stem * stem, config.depth_size // stem
     for level, width in enumerate(config.widths):
         side = side if level == 0 else side // 2

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from qdepth_jax import config as config_lib
 from qdepth_jax import experiment, files, optim, sharding, train_step
-from qdepth_jax.models import flops, policy, tokenizer
+from qdepth_jax.models import flops, policy
 from qdepth_jax.models import objective as objective_lib
 
 # Raw images and depth maps: their size stands in the data, which a plan does not open. Most of Open-X is 256 x 256.
@@ -66,7 +66,7 @@ def plan_of(config: ml_collections.ConfigDict) -> Plan:
         model=model,
         batch=_batch(config, model, objective.features, train.batch_size),
         state=train_step.abstract_state(objective, tx, optim_config.ema_decay > 0),
-        parts=flops.policy(model) if is_policy else flops.tokenizer(model, tokenizer.STEM),
+        parts=flops.policy(model) if is_policy else flops.tokenizer(model),
         remat=model.remat if is_policy else "none",
         tokens=sum(model.sizes.values()) if is_policy else model.grid**2,
     )

@@ -77,7 +77,8 @@ def config_of(
 
     Args:
       specs: key -> anything with a shape.
-      about: its config.json (chunk_size, tokenizer_max_length, num_inference_steps or, early, num_steps).
+      about: its config.json (chunk_size, tokenizer_max_length, num_inference_steps or, before lerobot's #1910,
+        num_steps).
       head_dim, vision_heads: 0 = those of PaliGemma.
       changes: fields that replace what is found or assumed.
 
