@@ -27,6 +27,15 @@ from absl import flags
 from qdepth_jax import command
 
 POLICIES = ("trained", "untrained", "mean_action", "expert", "replay")
+_OF_NETWORKS = ("batch", "seed", "flow_steps", "solver", "weights")
+# Flags that mean nothing to a policy: given with it, they are refused.
+UNUSED = {
+    "trained": ("data", "weights_seed"),
+    "untrained": ("data",),
+    "mean_action": ("data", "weights_seed", *_OF_NETWORKS),
+    "expert": ("data", "checkpoint", "dataset", "weights_seed", *_OF_NETWORKS),
+    "replay": ("checkpoint", "dataset", "weights_seed", *_OF_NETWORKS, "suite", "tasks", "first_start"),
+}
 _POLICY = flags.DEFINE_string("policy", "trained", ", ".join(POLICIES))
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "workdir of a run or an export; for all but expert and replay")
 _SUITE = flags.DEFINE_list("suite", [], "one or more suites")
@@ -80,7 +89,7 @@ def main(argv: list[str]) -> int:
     plans = [_prepared(suite, tasks[suite], loaded, options) for suite in tasks]
     # The last suite's log too: that it is another policy's must not come out after hours.
     for suite, policy, jobs, _ in plans:
-        episodes.EpisodeLog(_folder(suite), closed_loop.identity(policy, jobs, options)).close()
+        closed_loop.open_log(_folder(suite), policy, jobs, options).close()
     found = []
     for suite, policy, jobs, header in plans:
         results = closed_loop.run(policy, jobs, options, _folder(suite))
@@ -103,7 +112,7 @@ def _check_flags() -> None:
     given = {"data": _DATA.value, "suite": _SUITE.value, "checkpoint": _CHECKPOINT.value}
     if missing := [f"--{name}" for name in needed if not given[name]]:
         raise errors.UserError(f"--policy={kind} needs {' and '.join(missing)}")
-    if useless := [f"--{name}" for name, value in given.items() if value and name not in needed]:
+    if useless := [f"--{name}" for name in UNUSED[kind] if flags.FLAGS[name].present]:
         raise errors.UserError(f"--policy={kind} does not use {' and '.join(useless)}")
     if len(set(_SUITE.value)) < len(_SUITE.value):
         raise errors.UserError(f"--suite={','.join(_SUITE.value)} names a suite twice")

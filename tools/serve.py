@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         from qdepth_jax.models import inference
         from qdepth_jax.serve import policy_service, server
     except ModuleNotFoundError as error:
-        raise errors.UserError(f"{error.name} is missing: pip install 'qdepth_jax[serve]'") from error
+        raise errors.UserError(f"{error.name} is missing: pip install -e '.[serve]'") from error
     sizes = _whole_numbers()
     network = server.ServerOptions(
         _HOST.value, _PORT.value, _api_key(), sizes, _DEADLINE.value / 1e3, _CONNECTIONS.value, _DRAIN.value

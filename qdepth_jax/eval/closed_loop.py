@@ -87,7 +87,7 @@ def run(
     with contextlib.ExitStack() as stack:
         log = None
         if folder is not None:
-            log = episodes_lib.EpisodeLog(folder, identity(policy, jobs, options))
+            log = open_log(folder, policy, jobs, options)
             stack.callback(log.close)
             if log.dropped:
                 _say(f"{folder}: a line that an earlier run had not finished writing was dropped")
@@ -110,6 +110,21 @@ def run(
         else episode
         for episode in out
     ]
+
+
+def open_log(
+    folder: str | pathlib.Path, policy: policies.Policy, jobs: Sequence[Job], options: Options
+) -> episodes_lib.EpisodeLog:
+    """The log of FOLDER, to be closed. Raises UserError where its episodes are of another evaluation or suite."""
+    log = episodes_lib.EpisodeLog(folder, identity(policy, jobs, options))
+    asked = {task.suite for task, _ in jobs}
+    if others := sorted({suite for suite, *_ in log.finished} - asked):
+        log.close()
+        raise errors.UserError(
+            f"{folder} holds episodes of {', '.join(others)}, none of which is asked for now: result.json would lose "
+            f"them to {', '.join(sorted(asked))}. Choose another --output"
+        )
+    return log
 
 
 def identity(policy: policies.Policy, jobs: Sequence[Job], options: Options) -> dict[str, Any]:
@@ -146,8 +161,8 @@ def check(policy: policies.Policy, jobs: Sequence[Job], options: Options, folder
     for task, start in jobs:
         if start.seed is None and not 0 <= start.number < task.starts:
             raise errors.UserError(
-                f"{task.suite} {task.name} has the starts 0 to {task.starts - 1}, not {start.number}: ask for at most "
-                f"{task.starts} episodes per task"
+                f"{task.suite} {task.name} has {task.starts} starts, the last is {task.starts - 1}, asked for is "
+                f"{start.number}: ask for at most {task.starts} episodes per task"
             )
         if task.most_steps and options.max_steps > task.most_steps:
             raise errors.UserError(
@@ -338,7 +353,8 @@ class _Loop:
         name = f"{episode.suite} {episode.task_id} start {episode.start}: {outcome} in {episode.steps} steps"
         if episode.crash:
             _say(f"{name}: {episode.crash}")
-        counts = collections.Counter("crash" if e.crash else e.success for e in self._finished.values())
+        asked = filter(None, (self._finished.get(_key(*job)) for job in self._jobs))  # the log may hold more
+        counts = collections.Counter("crash" if e.crash else e.success for e in asked)
         self._bar.update(1, f"{counts[True]} successes, {counts[False]} failures, {counts['crash']} crashes")
         self._crashes = self._crashes + 1 if episode.crash else 0
         if self._crashes >= CRASHES_IN_A_ROW:

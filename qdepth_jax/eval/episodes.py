@@ -86,14 +86,15 @@ class EpisodeLog:
         if not lines:
             self._append({"identity": identity})
             return
-        try:
-            found = json.loads(lines[0])["identity"]
-            for line in lines[1:]:
-                self._keep(Episode(**json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise errors.UserError(
-                f"{self._path} is damaged ({error}): delete it, or choose another --output"
-            ) from error
+        for number, line in enumerate(lines, 1):
+            try:
+                if number == 1:
+                    found = json.loads(line)["identity"]
+                else:
+                    self._keep(Episode(**json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                fix = "delete that line, and its episode runs again" if number > 1 else "choose another --output"
+                raise errors.UserError(f"line {number} of {self._path} is damaged ({error}): {fix}") from error
         asked = json.loads(json.dumps(identity))
         if found != asked:
             raise errors.UserError(

@@ -115,7 +115,9 @@ def _array(value: dict) -> np.ndarray:
     dtype, data, shape = _dtype(value), value.get(b"data"), value.get(b"shape")
     whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
     if not whole or len(shape) > MAX_DIMS:
-        raise errors.UserError(f"the frame holds an array of shape {str(shape)[:80]}: 0 to {MAX_DIMS} whole numbers")
+        raise errors.UserError(
+            f"the frame holds an array of shape {str(shape)[:80]}: up to {MAX_DIMS} sides below 2^40"
+        )
     if 0 in shape and max(shape) > MAX_ITEMS:  # no byte of it comes, and as lists it would fill the memory
         raise errors.UserError(f"the frame holds an array {shape}, which is empty: sides of at most {MAX_ITEMS}")
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:

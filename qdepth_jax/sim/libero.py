@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import io
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -61,9 +62,14 @@ def _import_libero():
             logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
             from libero.libero import benchmark, get_libero_path
             from libero.libero.envs import env_wrapper
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise errors.UserError(
             f"LIBERO cannot be imported ({error}): pip install -e '.[sim]' (it carries every asset)"
+        ) from error
+    except ImportError as error:  # robosuite, of a GL backend
+        raise errors.UserError(
+            f"LIBERO cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): "
+            "set MUJOCO_GL=osmesa (CPU) or egl (GPU)"
         ) from error
     return benchmark, get_libero_path, env_wrapper
 

@@ -175,4 +175,6 @@ def list_tasks(suite: str, wanted: Sequence[str] = ()) -> list[Task]:
     if unknown := [item for item in wanted if item not in known]:
         listed = ", ".join(f"{task.task_id} {task.name}" for task in tasks)
         raise errors.UserError(f"suite {suite!r} has no task {', '.join(map(repr, unknown))}; it has: {listed}")
+    if len(found) < len(wanted):
+        raise errors.UserError(f"a task of {suite!r} is named twice in {', '.join(wanted)}")
     return found

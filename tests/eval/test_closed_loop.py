@@ -168,7 +168,7 @@ def test_a_log_is_not_shared_and_damage_is_said(tmp_path):
     log.close()
     with open(tmp_path / episodes.LOG, "a") as file:
         file.write('{"suite": 3}\n')
-    with pytest.raises(errors.UserError, match="is damaged"):
+    with pytest.raises(errors.UserError, match=r"line 2 of .* is damaged .*: delete that line, and its episode"):
         episodes.EpisodeLog(tmp_path, {"a": 1})
 
 
@@ -263,7 +263,7 @@ def test_a_video_is_written_without_a_fork_of_this_process(tmp_path, monkeypatch
     ("policy", "tasks", "starts", "fields", "message"),
     [
         (noisy(), [0], [0], {"execute": 5}, "this policy plans 4: use at most --execute=4"),
-        (noisy(), [0], [50], {}, "has the starts 0 to 49, not 50: ask for at most 50 episodes"),
+        (noisy(), [0], [50], {}, "has 50 starts, the last is 49, asked for is 50: ask for at most 50"),
         (noisy(), [0], [1, 1], {}, "asked for twice"),
         (noisy(), [], [0], {}, "no episodes"),
         (noisy(), [0], [0], {"videos": 1}, "videos need a folder"),

@@ -45,6 +45,21 @@ def test_the_expert_writes_results_and_continues(evaluate, tmp_path):
         evaluate(*arguments, "--execute=1")
 
 
+def test_results_of_one_suite_are_not_replaced_by_those_of_another(evaluate, monkeypatch, capsys, tmp_path):
+    arguments = ["--policy=expert", f"--output={tmp_path}"]
+    evaluate(*arguments, "--suite=fake", "--tasks=first", "--episodes=3")
+    monkeypatch.setattr(simulator, "ADAPTERS", (("fake|other", "fake_simulator"),))
+    there = (tmp_path / "result.json").read_text()
+    with pytest.raises(errors.UserError, match=r"holds episodes of fake, none of .* lose them to other"):
+        evaluate(*arguments, "--suite=other", "--episodes=1")
+    assert (tmp_path / "result.json").read_text() == there
+    capsys.readouterr()
+    with stored_runs.command("evaluate") as main:  # of another task of the same suite: only it is counted
+        quick = ["--processes=0", "--videos=0", "--failure_videos=0", "--image_size=28", "--execute=2"]
+        main(*quick, *arguments, "--suite=fake", "--tasks=second", "--episodes=1")
+    assert "1 successes, 0 failures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -54,7 +69,11 @@ def test_the_expert_writes_results_and_continues(evaluate, tmp_path):
         (["--policy=replay", "--suite=fake"], "--policy=replay needs --data"),
         (["--policy=expert", "--suite=libero_objects"], "unknown suite 'libero_objects'"),
         (["--policy=expert", "--suite=fake", "--tasks=9"], "has no task '9'; it has: 0 first, 1 second"),
-        (["--policy=expert", "--suite=fake", "--episodes=51"], "ask for at most 50 episodes per task"),
+        (["--policy=expert", "--suite=fake", "--episodes=51"], "has 50 starts, the last is 49, asked for is 50"),
+        (["--policy=expert", "--suite=fake", "--tasks=0,first"], "a task of 'fake' is named twice in 0, first"),
+        (["--policy=expert", "--suite=fake", "--solver=foo", "--seed=0"], "does not use --seed and --solver"),
+        (["--policy=mean_action", "--suite=fake", "--checkpoint=x", "--weights=int8"], "does not use --weights"),
+        (["--policy=replay", "--data=x", "--tasks=1"], "--policy=replay does not use --tasks"),
         (["--policy=expert", "--suite=fake,fake"], "names a suite twice"),
         (["--policy=expert", "--suite=fake", "--output=gs://b/x"], "not to gs://b/x: give --output=FOLDER"),
         (["--policy=replay", "--data=nowhere"], "nowhere is no version directory"),
