@@ -55,6 +55,7 @@ class LiberoTask:
 
 def _import_libero():
     render_lib.import_mujoco()
+    backend = os.environ["MUJOCO_GL"]  # robosuite writes another one where it does not know it
     try:
         # The package warns about macros and prints missing variants on import: nothing a user could act on.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -68,8 +69,7 @@ def _import_libero():
         ) from error
     except ImportError as error:  # robosuite, of a GL backend
         raise errors.UserError(
-            f"LIBERO cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): "
-            "set MUJOCO_GL=osmesa (CPU) or egl (GPU)"
+            f"LIBERO cannot be imported with MUJOCO_GL={backend} ({error}): set MUJOCO_GL=osmesa (CPU) or egl (GPU)"
         ) from error
     return benchmark, get_libero_path, env_wrapper
 
