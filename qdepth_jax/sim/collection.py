@@ -8,12 +8,17 @@ in the work folder: a second run reads it instead of simulating.
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import tqdm
@@ -74,10 +79,11 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
     attempts = {task: judged(finished_attempts(work, task), plan.wanted) for task in plan.tasks}
     impossible: dict[int, str] = {}
     next_block = dict.fromkeys(plan.tasks, 0)
-    # Fresh interpreters: a forked GL context or simulator is not usable.
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     total = plan.wanted * len(plan.tasks)
-    with pool, tqdm.tqdm(total=total, desc=plan.suite, unit="episode", disable=not sys.stderr.isatty()) as bar:
+    with (
+        worker_pool(processes) as pool,
+        tqdm.tqdm(total=total, desc=plan.suite, unit="episode", disable=not sys.stderr.isatty()) as bar,
+    ):
         running: dict[concurrent.futures.Future, int] = {}
 
         def submit(task: int) -> None:
@@ -121,16 +127,39 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
     return attempts, impossible
 
 
+@contextlib.contextmanager
+def worker_pool(processes: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes that end at once when the block fails (Ctrl-C) or this process dies, whatever they are at."""
+    context = multiprocessing.get_context("spawn")  # a forked GL context or simulator is not usable
+    theirs, ours = context.Pipe(duplex=False)  # nothing is sent: its end tells them, and the system closes what we hold
+    with theirs, ours:
+        pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=end_with, initargs=(theirs,))
+        with pool:
+            try:
+                yield pool
+            except BaseException:
+                ours.close()
+                raise
+
+
+def end_with(parent: multiprocessing.connection.Connection) -> None:
+    """In a worker: it ends when the other end of the pipe is closed. What it has finished is on disk."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_block(plan: Plan, work: str, task: int, numbers: range) -> str:
     """One process's share: attempts in one environment. Returns why the expert cannot do the task, or ''."""
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
-    env, parent = None, multiprocessing.parent_process()
+    env = None
     for number in numbers:
         present = finished_attempts(Path(work), task)  # other blocks go on meanwhile
         if len(accepted(judged(present, plan.wanted))) >= plan.wanted:
-            break
-        # Killed, the command cannot stop its processes; what they have finished is on disk.
-        if parent is not None and not parent.is_alive():
             break
         if number not in {a.number for a in present}:
             if env is None:
