@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tqdm
 
-from qdepth_jax import errors, files
+from qdepth_jax import config, errors, files
 from qdepth_jax.data import write_rlds
 from qdepth_jax.sim import demos, libero
 
@@ -318,6 +318,34 @@ def check_target(work: Path, directory: Path) -> None:
         )
 
 
+def check_growth(plan: Plan, directory: Path) -> None:
+    """A data set may grow, but what is published stays, in its split: somebody may have trained on it.
+
+    Raises:
+      UserError: episodes that are there would go, or move between train and val.
+    """
+    if not (directory / "dataset_info.json").is_file():
+        return
+    try:
+        published = demos.read_recordings(directory)
+    except ValueError as error:
+        raise errors.UserError(f"{error} Or delete {directory}: it is made of the same attempts again") from error
+    held = Counter((episode.task_id, split) for split, episodes in published.items() for episode in episodes)
+    tasks = sorted({task for task, _ in held})
+    train, val = (max((held[task, split] for task in tasks), default=0) for split in ("train", "val"))
+    # The episodes of val are those that come after the ones of train.
+    moved = any(held[task, "val"] and held[task, "train"] < plan.episodes for task in tasks)
+    if moved or train > plan.episodes or val > plan.val_episodes or not set(tasks) <= set(plan.tasks):
+        listed, asked = (",".join(map(str, numbers)) for numbers in (tasks, plan.tasks))
+        raise errors.UserError(
+            f"{directory} holds --tasks={listed}, of each up to {train} episodes in train and {val} in val: "
+            f"--tasks={asked} --episodes={plan.episodes} --val_episodes={plan.val_episodes} would take some of them "
+            f"away or move them from one split to the other. Ask for these tasks or more, --episodes={train}"
+            f"{'' if val else ' or more'} and --val_episodes={val} or more; for another data set choose another "
+            "--version, --name or --output_dir, or delete this one"
+        )
+
+
 def _outputs(work: Path) -> list[str]:
     """Data sets that came from a work folder, as seen from it: both may be moved together."""
     path = work / OUTPUTS
@@ -331,8 +359,9 @@ def check_identity(plan: Plan, work: Path) -> None:
         present = json.loads(path.read_bytes())
         if present != plan.identity():
             raise errors.UserError(
-                f"{work} holds attempts made with {present}, this run asks for {plan.identity()}: "
-                "choose another --work_dir, or delete that folder"
+                f"{work} holds attempts that were made otherwise: "
+                f"{'; '.join(config.differences(present, plan.identity()))}. "
+                "Choose another --name, --output_dir or --work_dir, or delete that folder"
             )
         return
     work.mkdir(parents=True, exist_ok=True)

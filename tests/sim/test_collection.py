@@ -127,7 +127,9 @@ def test_the_attempts_of_a_task_are_limited(made, tmp_path):
 
 def test_attempts_of_another_simulator_are_not_mixed_in(tmp_path):
     collection.check_identity(plan(3), tmp_path)
-    with pytest.raises(errors.UserError, match=r"'mujoco': '3'.*'mujoco': '4'.*another --work_dir"):
+    with pytest.raises(
+        errors.UserError, match=r"otherwise: made_by.mujoco: '3' there, '4' here\. Choose another --name"
+    ):
         collection.check_identity(dataclasses.replace(plan(3), made_by={"mujoco": "4"}), tmp_path)
 
 
