@@ -7,13 +7,20 @@ Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90, their 
 acts; tasks whose goal it cannot serve are reported), and metaworld (its own scripted policies act). Placements are
 random by seed and never the benchmark's evaluation states. Failed attempts and those over the step cap are counted,
 not kept. Interrupt and run again: finished attempts are kept in the work folder. The last line of stdout is JSON.
+
+A data set that is there grows: more tasks, more val episodes, and more train episodes while there are none in val
+(episodes of val come after those of train). Whatever would take published episodes away or move them between train and
+val is refused, as is a second start on the same work folder.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from qdepth_jax import command
 
 _SUITE = flags.DEFINE_string("suite", None, "libero_spatial, libero_object, ..., or metaworld", required=True)
 _TASKS = flags.DEFINE_list("tasks", ["all"], "task numbers or names, or 'all'")
@@ -44,18 +51,14 @@ _PER_SHARD = flags.DEFINE_integer("episodes_per_shard", 32, "episodes per TFReco
 def main(argv: list[str]) -> None:
     from qdepth_jax import errors
 
-    try:
-        if len(argv) > 1:
-            raise errors.UserError(f"unexpected arguments {argv[1:]}: everything is a --flag=value")
-        print(json.dumps(run()))
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    if len(argv) > 1:
+        raise errors.UserError(f"unexpected arguments {argv[1:]}: everything is a --flag=value")
+    print(json.dumps(run()))
 
 
 def run() -> dict:
-    """Collects and assembles; returns the summary."""
-    from qdepth_jax import errors
+    """Checks the flags, collects and assembles; returns the summary."""
+    from qdepth_jax import errors, workdirs
     from qdepth_jax.sim import collection, demos, metaworld, metaworld_tasks
 
     if _SUITE.value == collection.METAWORLD and _SEED.value < metaworld_tasks.STARTS:
@@ -68,6 +71,8 @@ def run() -> dict:
             f"--max_steps={_MAX_STEPS.value}: an episode of Meta-World ends after {metaworld.STEP_CAP} steps in the "
             f"simulator: use at most --max_steps={metaworld.STEP_CAP}"
         )
+    if not _OUTPUT.value or workdirs.is_remote(_OUTPUT.value):
+        raise errors.UserError(f"--output_dir={_OUTPUT.value}: demonstrations are written to a folder of a local disk")
     names = task_names(_SUITE.value)
     name = _NAME.value or _SUITE.value
     directory = Path(_OUTPUT.value) / name / _VERSION.value
@@ -85,6 +90,20 @@ def run() -> dict:
         encoding=demos.Encoding(_SIZE.value, _QUALITY.value, _SUPERSAMPLE.value),
         made_by=made_by(_SUITE.value),
     )
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UserError(f"{work} cannot be made ({error}): choose another --output_dir or --work_dir") from error
+    with workdirs.only_one(work, functools.partial(print, file=sys.stderr), "--work_dir"):
+        return make(plan, names, work, directory)
+
+
+def make(plan, names: list[str], work: Path, directory: Path) -> dict:
+    """Collects and assembles; returns the summary."""
+    from qdepth_jax import errors
+    from qdepth_jax.sim import collection
+
+    collection.check_growth(plan, directory)
     attempts, impossible = collection.collect(plan, work, _PROCESSES.value)
     tasks = collection.report(plan, attempts, impossible, names)
     if not any(task["kept"] for task in tasks.values()):
@@ -97,7 +116,7 @@ def run() -> dict:
         "bytes": sum(s.num_bytes for s in splits.values()),
         "frames": sum(a.steps for tried in done.values() for a in collection.accepted(tried)),
         "expert_success": {t["name"]: f"{t['success']}/{t['attempts']}" for t in tasks.values()},
-        "short": [t["name"] for t in tasks.values() if t["kept"] < wanted],
+        "short": [t["name"] for t in tasks.values() if t["kept"] < plan.wanted],
         "not_collected": {names[task]: reason for task, reason in impossible.items()},
         "work_dir": str(work),
     }
@@ -107,6 +126,7 @@ def task_names(suite: str) -> list[str]:
     if suite == "metaworld":
         from qdepth_jax.sim import metaworld
 
+        metaworld.check_install()
         return metaworld.list_tasks()
     from qdepth_jax.sim import libero
 
@@ -140,4 +160,4 @@ def choose(asked: list[str], names: list[str]) -> list[int]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -8,17 +8,22 @@ in the work folder: a second run reads it instead of simulating.
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import tqdm
 
-from qdepth_jax import errors, files
+from qdepth_jax import config, errors, files
 from qdepth_jax.data import write_rlds
 from qdepth_jax.sim import demos, libero
 
@@ -74,10 +79,11 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
     attempts = {task: judged(finished_attempts(work, task), plan.wanted) for task in plan.tasks}
     impossible: dict[int, str] = {}
     next_block = dict.fromkeys(plan.tasks, 0)
-    # Fresh interpreters: a forked GL context or simulator is not usable.
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     total = plan.wanted * len(plan.tasks)
-    with pool, tqdm.tqdm(total=total, desc=plan.suite, unit="episode", disable=not sys.stderr.isatty()) as bar:
+    with (
+        worker_pool(processes) as pool,
+        tqdm.tqdm(total=total, desc=plan.suite, unit="episode", disable=not sys.stderr.isatty()) as bar,
+    ):
         running: dict[concurrent.futures.Future, int] = {}
 
         def submit(task: int) -> None:
@@ -121,16 +127,39 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
     return attempts, impossible
 
 
+@contextlib.contextmanager
+def worker_pool(processes: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes that end at once when the block fails (Ctrl-C) or this process dies, whatever they are at."""
+    context = multiprocessing.get_context("spawn")  # a forked GL context or simulator is not usable
+    theirs, ours = context.Pipe(duplex=False)  # nothing is sent: its end tells them, and the system closes what we hold
+    with theirs, ours:
+        pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=end_with, initargs=(theirs,))
+        with pool:
+            try:
+                yield pool
+            except BaseException:
+                ours.close()
+                raise
+
+
+def end_with(parent: multiprocessing.connection.Connection) -> None:
+    """In a worker: it ends when the other end of the pipe is closed. What it has finished is on disk."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_block(plan: Plan, work: str, task: int, numbers: range) -> str:
     """One process's share: attempts in one environment. Returns why the expert cannot do the task, or ''."""
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe: one rasteriser thread a process
-    env, parent = None, multiprocessing.parent_process()
+    env = None
     for number in numbers:
         present = finished_attempts(Path(work), task)  # other blocks go on meanwhile
         if len(accepted(judged(present, plan.wanted))) >= plan.wanted:
-            break
-        # Killed, the command cannot stop its processes; what they have finished is on disk.
-        if parent is not None and not parent.is_alive():
             break
         if number not in {a.number for a in present}:
             if env is None:
@@ -289,6 +318,34 @@ def check_target(work: Path, directory: Path) -> None:
         )
 
 
+def check_growth(plan: Plan, directory: Path) -> None:
+    """A data set may grow, but what is published stays, in its split: somebody may have trained on it.
+
+    Raises:
+      UserError: episodes that are there would go, or move between train and val.
+    """
+    if not (directory / "dataset_info.json").is_file():
+        return
+    try:
+        published = demos.read_recordings(directory)
+    except ValueError as error:
+        raise errors.UserError(f"{error} Or delete {directory}: it is made of the same attempts again") from error
+    held = Counter((episode.task_id, split) for split, episodes in published.items() for episode in episodes)
+    tasks = sorted({task for task, _ in held})
+    train, val = (max((held[task, split] for task in tasks), default=0) for split in ("train", "val"))
+    # The episodes of val are those that come after the ones of train.
+    moved = any(held[task, "val"] and held[task, "train"] < plan.episodes for task in tasks)
+    if moved or train > plan.episodes or val > plan.val_episodes or not set(tasks) <= set(plan.tasks):
+        listed, asked = (",".join(map(str, numbers)) for numbers in (tasks, plan.tasks))
+        raise errors.UserError(
+            f"{directory} holds --tasks={listed}, of each up to {train} episodes in train and {val} in val: "
+            f"--tasks={asked} --episodes={plan.episodes} --val_episodes={plan.val_episodes} would take some of them "
+            f"away or move them from one split to the other. Ask for these tasks or more, --episodes={train}"
+            f"{'' if val else ' or more'} and --val_episodes={val} or more; for another data set choose another "
+            "--version, --name or --output_dir, or delete this one"
+        )
+
+
 def _outputs(work: Path) -> list[str]:
     """Data sets that came from a work folder, as seen from it: both may be moved together."""
     path = work / OUTPUTS
@@ -302,8 +359,9 @@ def check_identity(plan: Plan, work: Path) -> None:
         present = json.loads(path.read_bytes())
         if present != plan.identity():
             raise errors.UserError(
-                f"{work} holds attempts made with {present}, this run asks for {plan.identity()}: "
-                "choose another --work_dir, or delete that folder"
+                f"{work} holds attempts that were made otherwise: "
+                f"{'; '.join(config.differences(present, plan.identity()))}. "
+                "Choose another --name, --output_dir or --work_dir, or delete that folder"
             )
         return
     work.mkdir(parents=True, exist_ok=True)

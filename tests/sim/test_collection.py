@@ -1,15 +1,42 @@
 """Blocks of attempts; the simulator is left out."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
-import multiprocessing
+import os
+import pathlib
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from qdepth_jax import errors, files
 from qdepth_jax.sim import collection, demos
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Its workers import it too, so they have the attempt that takes so long.
+COMMAND = """
+import pathlib, signal, sys, time
+from qdepth_jax import command
+from qdepth_jax.sim import collection, demos
+
+def attempt(*_):
+    print("under way", flush=True)
+    time.sleep(600)
+
+def main(argv):
+    plan = collection.Plan("libero_object", (0,), 20, 0, 20, 1000, None, demos.Encoding(), {})
+    collection.collect(plan, pathlib.Path(argv[1]), processes=2)
+
+collection.make_env, collection.run_attempt = lambda *_: (None, ""), attempt
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without
+    command.run(main)
+"""
 
 
 class Env:
@@ -38,7 +65,7 @@ def made(monkeypatch):
     monkeypatch.setattr(collection, "make_env", lambda plan, task: (Env(), ""))
     monkeypatch.setattr(collection, "run_attempt", attempt)
     monkeypatch.setattr(
-        concurrent.futures, "ProcessPoolExecutor", lambda n, context: concurrent.futures.ThreadPoolExecutor(n)
+        concurrent.futures, "ProcessPoolExecutor", lambda n, *_, **__: concurrent.futures.ThreadPoolExecutor(n)
     )
     return numbers
 
@@ -54,14 +81,28 @@ def test_a_block_ends_where_those_before_it_suffice(made, tmp_path):
     assert made == [*range(10), 10, 11, 12]  # seven of the first ten, then 10 and 12
 
 
-def test_a_block_does_not_outlive_the_command(made, monkeypatch, tmp_path):
-    class Parent:
-        def is_alive(self):
-            return len(made) < 2
-
-    monkeypatch.setattr(multiprocessing, "parent_process", Parent)
-    collection.run_block(plan(5), str(tmp_path), 0, range(10))
-    assert made == [0, 1]
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGKILL, -9, ""), (signal.SIGTERM, -15, ""), (signal.SIGINT, 130, "stopped; the same command")],
+)
+def test_simulators_do_not_outlive_the_command(tmp_path, number, code, said):
+    (tmp_path / "run.py").write_text(COMMAND)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "work")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["under way\n"] * 2
+        process.send_signal(number)
+        _, errors_said = process.communicate(timeout=60)  # its processes hold these pipes, too
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code and said in errors_said and "Traceback" not in errors_said
 
 
 @pytest.mark.parametrize("wanted", [3, 7, 9, 16])
@@ -86,7 +127,9 @@ def test_the_attempts_of_a_task_are_limited(made, tmp_path):
 
 def test_attempts_of_another_simulator_are_not_mixed_in(tmp_path):
     collection.check_identity(plan(3), tmp_path)
-    with pytest.raises(errors.UserError, match=r"'mujoco': '3'.*'mujoco': '4'.*another --work_dir"):
+    with pytest.raises(
+        errors.UserError, match=r"otherwise: made_by.mujoco: '3' there, '4' here\. Choose another --name"
+    ):
         collection.check_identity(dataclasses.replace(plan(3), made_by={"mujoco": "4"}), tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_what_the_expert_cannot_do_is_said():
 
 def test_an_interrupted_collection_continues_to_the_same_episodes(tmp_path):
     """Finished attempts are read, not simulated again, and other settings are refused."""
-    plan = collection.Plan("libero_spatial", (8,), 1, 0, 4, 1001, None, demos.Encoding(32, 85, 1))
+    plan = collection.Plan("libero_spatial", (8,), 1, 0, 4, 1001, None, demos.Encoding(32, 85, 1), {})
     first, _ = collection.collect(plan, tmp_path, processes=1)
     path = tmp_path / "task_008" / "00000.episode"
     written = path.stat().st_mtime_ns
@@ -140,5 +140,5 @@ def test_an_interrupted_collection_continues_to_the_same_episodes(tmp_path):
     assert path.stat().st_mtime_ns == written
     assert second[8][: len(first[8])] == first[8]
     assert len(collection.accepted(second[8])) == 2
-    with pytest.raises(ValueError, match="choose another --work_dir"):
+    with pytest.raises(ValueError, match="seed: 1001 there, 5 here"):
         collection.collect(collection.dataclasses.replace(plan, seed=5), tmp_path, processes=1)
