@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qdepth_jax import errors
+from qdepth_jax import config, errors
 
 LOG, RESULT, TABLE, VIDEOS = "episodes.jsonl", "result.json", "result.md", "videos"
 Key = tuple[str, int, int]
@@ -98,7 +98,7 @@ class EpisodeLog:
         asked = json.loads(json.dumps(identity))
         if found != asked:
             raise errors.UserError(
-                f"{self._path} holds episodes of another evaluation: {'; '.join(differences(found, asked))}. "
+                f"{self._path} holds episodes of another evaluation: {'; '.join(config.differences(found, asked))}. "
                 "Choose another --output, or delete that folder"
             )
 
@@ -117,17 +117,6 @@ class EpisodeLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """One text for each leaf of two JSON trees that differs."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [
-            text
-            for key in sorted({*there, *here})
-            for text in differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if there == here else [f"{name} was {json.dumps(there)}, now {json.dumps(here)}"]
 
 
 def summary(episodes: Iterable[Episode]) -> dict[str, Any]:

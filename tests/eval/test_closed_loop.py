@@ -153,9 +153,9 @@ def alive(pid):
 def test_a_log_belongs_to_one_policy_and_its_options(tmp_path):
     task = fake_simulator.task()
     closed_loop.evaluate(noisy(seed=3), [task], [0], options(), tmp_path)
-    with pytest.raises(errors.UserError, match=r"policy\.seed was 3, now 4\. Choose another --output"):
+    with pytest.raises(errors.UserError, match=r"policy\.seed: 3 there, 4 here\. Choose another --output"):
         closed_loop.evaluate(noisy(seed=4), [task], [0], options(), tmp_path)
-    with pytest.raises(errors.UserError, match="execute was 3, now 2; image_size was 8, now 16"):
+    with pytest.raises(errors.UserError, match="execute: 3 there, 2 here; image_size: 8 there, 16 here"):
         closed_loop.evaluate(noisy(seed=3), [task], [0], options(execute=2, image_size=16), tmp_path)
     more = closed_loop.evaluate(noisy(seed=3), [task], range(2), options(), tmp_path)  # more starts are no difference
     assert more == closed_loop.evaluate(noisy(seed=3), [task], range(2), options())

@@ -41,7 +41,7 @@ def test_the_expert_writes_results_and_continues(evaluate, tmp_path):
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["tasks"]["fake/1"]["task"] == "second" and found["starts"] == [39, 40] and found["step_cap"] == 40
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 5
-    with pytest.raises(errors.UserError, match="execute was 2, now 1"):
+    with pytest.raises(errors.UserError, match="execute: 2 there, 1 here"):
         evaluate(*arguments, "--execute=1")
 
 
