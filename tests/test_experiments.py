@@ -171,10 +171,15 @@ def test_variants_differ_from_their_recipe_in_one_thing():
         assert {line.split(":")[0] for line in found} == expected[name] | {"name"}
 
 
-@pytest.mark.parametrize("recipe", ["bridge", "fractal", "libero,object", "demo", "cpu_study,libero"])
+@pytest.mark.parametrize("recipe", ["bridge", "fractal", "libero,object", "openpi", "oxe", "demo", "cpu_study,libero"])
 def test_pixels_are_regressed_in_the_range_of_the_codes_that_they_replace(recipe):
     name, _, argument = recipe.partition(",")
-    tokens = {"demo": ("demo", "tokenizer"), "cpu_study": (name, f"{argument},tokenizer")}
+    tokens = {
+        "demo": ("demo", "tokenizer"),
+        "cpu_study": (name, f"{argument},tokenizer"),
+        "openpi": ("tokenizer", "libero"),
+        "oxe": ("tokenizer", "bridge"),
+    }
     codes = experiment.model_config(load(*tokens.get(name, ("tokenizer", name))))
     assert experiment.model_config(load("pixel_depth", recipe)).depth.range == codes.range
 

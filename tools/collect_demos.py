@@ -38,7 +38,7 @@ _VERSION = flags.DEFINE_string("version", "1.0.0", "version of the data set")
 _WORK = flags.DEFINE_string(
     "work_dir", None, "finished attempts; default: OUTPUT_DIR/.work/NAME (safe to delete after)"
 )
-_PROCESSES = flags.DEFINE_integer("processes", 1, "parallel simulators (about 1.5 GB of memory each)", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "parallel simulators (about 1.8 GB of memory each)", lower_bound=1)
 _SEED = flags.DEFINE_integer(
     "seed", 1000, "seed of the first attempt of every task; of Meta-World 500 or more", lower_bound=0
 )

@@ -45,7 +45,7 @@ _FIRST = flags.DEFINE_integer("first_start", 0, "number of the first start", low
 _DATA = flags.DEFINE_string("data", "", "replay: version directory of a demonstration data set")
 _DATASET = flags.DEFINE_string("dataset", "", "whose statistics are used; default: those of the suite")
 _EXECUTE = flags.DEFINE_integer("execute", 8, "actions executed of each chunk before planning again", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 2, "simulators, about 1.5 GB of memory each", lower_bound=0)
+_PROCESSES = flags.DEFINE_integer("processes", 2, "simulators, about 1.8 GB of memory each", lower_bound=0)
 _BATCH = flags.DEFINE_integer("batch", 4, "rows of the compiled program, whatever the processes", lower_bound=1)
 _IMAGE = flags.DEFINE_integer("image_size", 256, "side of the rendered pictures: that of the training data's")
 _SUPERSAMPLE = flags.DEFINE_integer("supersample", 2, "RGB samples per pixel and axis", lower_bound=1)

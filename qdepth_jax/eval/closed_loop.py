@@ -33,7 +33,7 @@ class Options:
 
     Attributes:
       execute: actions executed of each chunk before the policy plans again.
-      processes: worker processes, one environment each (about 1.5 GB of memory with LIBERO). Results do not depend on
+      processes: worker processes, one environment each (about 1.8 GB of memory with LIBERO). Results do not depend on
         it. 0 = one environment in this process.
       image_size, supersample: of rendered pictures (pixels, square; RGB samples per pixel and axis): those of the
         training data. The published protocol renders 256.
@@ -327,7 +327,7 @@ class _Loop:
         if not worker.ready:
             del self._workers[worker]
             raise errors.UserError(
-                f"a simulator process {what} before it had begun ({ended}): out of memory? Each needs about 1.5 GB "
+                f"a simulator process {what} before it had begun ({ended}): out of memory? Each needs about 1.8 GB "
                 "with LIBERO; use fewer --processes. What it said is above"
             )
         _say(f"a simulator process {what} ({ended}): another takes its place")

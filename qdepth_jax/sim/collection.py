@@ -112,7 +112,7 @@ def collect(plan: Plan, work: Path, processes: int) -> tuple[dict[int, list[Atte
                     reason = future.result()
                 except concurrent.futures.process.BrokenProcessPool as error:
                     raise errors.UserError(
-                        f"a simulator process was killed ({error}); each needs about 1.5 GB of memory: use fewer than "
+                        f"a simulator process was killed ({error}); each needs about 1.8 GB of memory: use fewer than "
                         f"--processes={processes}. Finished attempts are in {work}: the same command continues"
                     ) from error
                 if reason:
